@@ -1,0 +1,17 @@
+"""The families of hosts that `patchselect.apply` knows. A new family is one new file and one line here."""
+
+from __future__ import annotations
+
+from patchselect.adapter import Adapter
+
+from .open_clip import OpenClip, OpenClipTimm
+from .timm import TimmViT
+from .transformers import TransformersClip, TransformersSiglip
+
+ADAPTERS: tuple[Adapter, ...] = (
+    TransformersClip(),
+    TransformersSiglip(),
+    OpenClip(),
+    OpenClipTimm(),
+    TimmViT(),
+)

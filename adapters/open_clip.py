@@ -1,0 +1,233 @@
+"""open_clip: its own `VisionTransformer` (3.x with `nn.MultiheadAttention`, newer with its own `Attention`) and the
+timm towers that are plain ViTs, in `CLIP`, `CustomTextCLIP` and `CoCa`, or bare."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from patchselect.adapter import (
+    Adapter,
+    Attended,
+    Projections,
+    TextCall,
+    TextRun,
+    Tower,
+    Wrapper,
+    gathered,
+    split_qkv,
+    through_norm,
+)
+from patchselect.blocks import call_with_text, recall_text, refuse_grid
+
+from .timm import TimmViT, why_not
+
+BLOCK_PARTS = {"ln_1", "attn", "ls_1", "ln_2", "mlp", "ls_2"}
+
+
+class _Paired(Adapter):
+    """What every open_clip model shares: `model(image, text)`."""
+
+    default_relevance = "values"
+
+    def methods(self, model: Any, towers: list[Tower]) -> list[tuple[nn.Module, Mapping[str, Wrapper]]]:
+        wrapped: list[tuple[nn.Module, Mapping[str, Wrapper]]] = [
+            (tower.module, {"forward_intermediates": refuse_grid}) for tower in towers
+        ]
+        if hasattr(model, "encode_text"):
+            methods: dict[str, Wrapper] = {"forward": call_with_text, self.text_method(model): recall_text}
+            if hasattr(model, "get_logits"):
+                methods["get_logits"] = call_with_text
+            wrapped.append((model, methods))
+        return wrapped
+
+    @staticmethod
+    def text_method(model: nn.Module) -> str:
+        return "_encode_text" if hasattr(model, "_encode_text") else "encode_text"
+
+    def text_of_call(
+        self, model: Any, tower: Tower, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> TextCall | None:
+        given = dict(zip(("image", "text", "image_latent", "image_embs"), args, strict=False)) | kwargs
+        if given.get("text") is None or given.get("image") is None:
+            return None
+        name = self.text_method(model)
+        captions = hasattr(model, "text_decoder")
+        flags = {} if captions else {"normalize": True}
+        result = getattr(model, name)(given["text"], **flags)
+        return TextCall(result[0] if captions else result, (TextRun(model, name, (given["text"],), flags, result),))
+
+
+class OpenClip(_Paired):
+    """Models whose vision tower is open_clip's own `VisionTransformer`, and that tower alone."""
+
+    name = "open_clip"
+
+    def towers(self, model: nn.Module) -> list[Tower]:
+        visual: Any = getattr(model, "visual", model)
+        blocks = getattr(getattr(visual, "transformer", None), "resblocks", None)
+        if not isinstance(blocks, nn.ModuleList) or not hasattr(visual, "class_embedding"):
+            return self._refuse(model, visual)
+        for block in blocks:
+            parts = {name for name, _ in block.named_children()} - {"ln_attn"}
+            if parts != BLOCK_PARTS or not hasattr(block.attn, "in_proj_weight"):
+                return []
+        attention = blocks[0].attn
+        return [
+            Tower(
+                adapter=self,
+                module=visual,
+                blocks=list(blocks),
+                num_prefix_tokens=1,
+                has_class_token=True,
+                width=attention.out_proj.out_features,
+                batch_first=getattr(attention, "batch_first", True),
+                final_norm=visual.ln_post,
+            )
+        ]
+
+    def _refuse(self, model: nn.Module, visual: nn.Module) -> list[Tower]:
+        package = type(visual).__module__.split(".")[0]
+        if package == "open_clip" and not hasattr(visual, "trunk"):
+            raise TypeError(f"{type(visual).__name__} of open_clip cannot be patched: it has no sequence of patches")
+        return []
+
+    def attend(
+        self, tower: Tower, block: Any, x: Tensor, k_x: Tensor | None = None, v_x: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+    ) -> Attended:  # fmt: skip
+        if k_x is not None or v_x is not None or attn_mask is not None:
+            raise ValueError("patch selection needs plain self-attention over the image: no mask, keys or values")
+        normed = block.ln_1(x)
+        branch = block.ln_attn(block.attn(normed)) if hasattr(block, "ln_attn") else block.attention(normed)
+        return Attended(x + block.ls_1(branch), normed)
+
+    def finish(self, tower: Tower, block: Any, tokens: Tensor, rest: Any) -> Tensor:
+        return tokens + block.ls_2(block.mlp(block.ln_2(tokens)))
+
+    def projections(self, block: Any) -> Projections:
+        attention = block.attn
+        (query, key, value), (query_bias, key_bias, _) = split_qkv(attention.in_proj_weight, attention.in_proj_bias)
+        num_heads = attention.num_heads
+        scale: Any = (attention.out_proj.in_features // num_heads) ** -0.5
+        query_norm = key_norm = nonlinear = None
+        if not isinstance(getattr(attention, "ln_k", nn.Identity()), nn.Identity):
+            query_norm, key_norm = attention.ln_q, attention.ln_k
+        if getattr(attention, "logit_scale", None) is not None:
+            query_norm = key_norm = F.normalize
+            scale = attention.logit_scale.clamp(max=attention.logit_scale_max).exp()
+        if getattr(attention, "head_scale", None) is not None:
+            nonlinear = "its heads are scaled"
+        elif not all(
+            isinstance(norm, nn.Identity)
+            for norm in (getattr(attention, "ln_inner", nn.Identity()), getattr(block, "ln_attn", nn.Identity()))
+        ):
+            nonlinear = "its attention output is normalised"
+        return Projections(
+            query=query,
+            query_bias=query_bias,
+            key=key,
+            key_bias=key_bias,
+            value=value,
+            output=attention.out_proj.weight,
+            num_heads=num_heads,
+            scale=scale,
+            norm=block.ln_1,
+            output_scale=getattr(block.ls_1, "gamma", None),
+            query_norm=query_norm,
+            key_norm=key_norm,
+            nonlinear_values=nonlinear,
+        )
+
+    def text_width(self, tower: Tower) -> int:
+        visual: Any = tower.module
+        if visual.proj is not None:
+            return visual.proj.shape[1]
+        return tower.width if visual.attn_pool is None else visual.attn_pool.query.shape[1]
+
+    def lift(self, tower: Tower, text: Tensor) -> Tensor:
+        pooled = self._to_pooled(tower, text)
+        return pooled if tower.module.attn_pool is None else self._through_pool(tower, pooled)
+
+    def read_back(self, tower: Tower, text: Tensor) -> Tensor:
+        visual: Any = tower.module
+        goal = through_norm(self._to_pooled(tower, text), visual.ln_post)
+        if visual.attn_pool is None:
+            return goal
+        return through_norm(self._through_pool(tower, goal), visual.attn_pool.ln_k)
+
+    def _to_pooled(self, tower: Tower, text: Tensor) -> Tensor:
+        """From the joint space to where the tower pools: through the projection, transposed."""
+        if tower.module.proj is None:
+            return text
+        proj = gathered(tower.module.proj)  # type: ignore[arg-type]
+        return text.to(proj.dtype) @ proj.T
+
+    def _through_pool(self, tower: Tower, direction: Tensor) -> Tensor:
+        """Back through the value-output path of the attentional pooler."""
+        visual: Any = tower.module
+        if getattr(visual, "attn_pool_contrastive", None) is not None:
+            raise ValueError('text cannot be read back through two attentional poolers: use guidance="image"')
+        attention = visual.attn_pool.attn
+        value = attention.v_proj_weight
+        if value is None:
+            value = gathered(attention.in_proj_weight).chunk(3)[2]
+        return direction @ gathered(attention.out_proj.weight) @ gathered(value)
+
+    def project(self, tower: Tower, patches: Tensor) -> Tensor:
+        visual: Any = tower.module
+        if visual.attn_pool is not None:
+            raise ValueError('relevance="joint" is not offered for attentional pooling: use "values" or "keys"')
+        normed = visual.ln_post(patches)
+        return normed if visual.proj is None else normed @ gathered(visual.proj)
+
+    def grid(self, tower: Tower, x: Tensor, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        size: Any = tower.module.conv1.stride
+        return x.shape[-2] // size[0], x.shape[-1] // size[1]
+
+
+class OpenClipTimm(_Paired, TimmViT):
+    """open_clip models on a plain ViT of timm (the SigLIP family, `gap` and hybrid-stem towers)."""
+
+    name = "open_clip-timm"
+
+    def towers(self, model: nn.Module) -> list[Tower]:
+        visual: Any = getattr(model, "visual", model)
+        trunk = getattr(visual, "trunk", None)
+        if not isinstance(trunk, nn.Module) or not isinstance(getattr(visual, "head", None), nn.Module):
+            return []
+        reason = why_not(trunk)
+        if reason is not None:
+            raise TypeError(f"the {type(trunk).__name__} of this {type(model).__name__} cannot be patched: {reason}")
+        tower = self.tower(trunk)
+        tower.head = visual
+        return [tower]
+
+    def _projection(self, tower: Tower) -> nn.Linear | None:
+        """The linear map from the pooled image to the joint space, if there is one."""
+        visual: Any = tower.head
+        if isinstance(getattr(visual.head, "proj", None), nn.Linear):
+            return visual.head.proj
+        if len(visual.head):
+            kinds = ", ".join(type(part).__name__ for part in visual.head)
+            raise ValueError(f'text cannot be read back through a head of {kinds}: use guidance="image"')
+        return visual.trunk.head if isinstance(visual.trunk.head, nn.Linear) else None
+
+    def text_width(self, tower: Tower) -> int:
+        projection = self._projection(tower)
+        return tower.width if projection is None else projection.out_features
+
+    def lift(self, tower: Tower, text: Tensor) -> Tensor:
+        projection = self._projection(tower)
+        return text if projection is None else text.to(projection.weight.dtype) @ gathered(projection.weight)
+
+    def read_back(self, tower: Tower, text: Tensor) -> Tensor:
+        return super().read_back(tower, self.lift(tower, text))
+
+    def project(self, tower: Tower, patches: Tensor) -> Tensor:
+        projection = self._projection(tower)
+        pooled = super().project(tower, patches)
+        return pooled if projection is None else projection(pooled)

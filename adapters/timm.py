@@ -1,0 +1,125 @@
+"""timm's plain `VisionTransformer`: class token, register tokens, average or attention pooling.
+
+Guidance by text takes vectors of the vision width: a timm tower has no text side of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from patchselect.adapter import Adapter, Attended, Projections, Tower, Wrapper, split_qkv, through_norm
+from patchselect.blocks import refuse_grid
+
+BLOCK_PARTS = {"norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2"}
+
+
+def why_not(trunk: nn.Module) -> str | None:
+    """What of `trunk` keeps it from being a plain ViT of timm, in words; `None` if it is one."""
+    blocks: Any = getattr(trunk, "blocks", None)
+    if (
+        not hasattr(trunk, "num_prefix_tokens")
+        or not hasattr(trunk, "patch_embed")
+        or not isinstance(blocks, (nn.Sequential, nn.ModuleList))
+    ):
+        return "it is not a vision transformer of plain blocks"
+    if getattr(trunk, "rope", None) is not None:
+        return "it uses rotary positions per patch"
+    for block in blocks:
+        if {name for name, _ in block.named_children()} != BLOCK_PARTS or not hasattr(block.attn, "qkv"):
+            return f"its blocks ({type(block).__name__}) are not plain pre-norm attention blocks"
+        if getattr(block.attn, "rel_pos", None) is not None or hasattr(block.attn, "relative_position_bias_table"):
+            return "its attention has relative positions per patch"
+    if getattr(trunk, "shared_rel_pos", None) is not None:
+        return "its attention has relative positions per patch"
+    return None
+
+
+class TimmViT(Adapter):
+    """`timm.models.vision_transformer.VisionTransformer` alone."""
+
+    name = "timm"
+
+    def towers(self, model: nn.Module) -> list[Tower]:
+        if not type(model).__module__.startswith("timm.") and why_not(model) is not None:
+            return []
+        reason = why_not(model)
+        if reason is not None:
+            raise TypeError(f"{type(model).__name__} cannot be patched: {reason}")
+        return [self.tower(model)]
+
+    def tower(self, trunk: Any) -> Tower:
+        return Tower(
+            adapter=self,
+            module=trunk,
+            blocks=list(trunk.blocks),
+            num_prefix_tokens=trunk.num_prefix_tokens,
+            has_class_token=getattr(trunk, "cls_token", None) is not None,
+            width=trunk.embed_dim,
+            final_norm=trunk.fc_norm if isinstance(trunk.norm, nn.Identity) else trunk.norm,
+        )
+
+    def methods(self, model: nn.Module, towers: list[Tower]) -> list[tuple[nn.Module, Mapping[str, Wrapper]]]:
+        return [(tower.module, {"forward_intermediates": refuse_grid}) for tower in towers]
+
+    def attend(
+        self, tower: Tower, block: Any, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> Attended:
+        if attn_mask is not None or is_causal:
+            raise ValueError("patch selection does not support an attention mask over the image")
+        normed = block.norm1(x)
+        return Attended(x + block.drop_path1(block.ls1(block.attn(normed))), normed)
+
+    def finish(self, tower: Tower, block: Any, tokens: Tensor, rest: Any) -> Tensor:
+        return tokens + block.drop_path2(block.ls2(block.mlp(block.norm2(tokens))))
+
+    def projections(self, block: Any) -> Projections:
+        attention = block.attn
+        (query, key, value), (query_bias, key_bias, _) = split_qkv(attention.qkv.weight, attention.qkv.bias)
+        normalised = not isinstance(getattr(attention, "k_norm", nn.Identity()), nn.Identity)
+        nonlinear = None
+        if not isinstance(getattr(attention, "norm", nn.Identity()), nn.Identity):
+            nonlinear = "its attention output is normalised"
+        elif getattr(attention, "gate", None) is not None:
+            nonlinear = "its attention output is gated"
+        return Projections(
+            query=query,
+            query_bias=query_bias,
+            key=key,
+            key_bias=key_bias,
+            value=value,
+            output=attention.proj.weight,
+            num_heads=attention.num_heads,
+            scale=attention.scale,
+            norm=block.norm1,
+            output_scale=getattr(block.ls1, "gamma", None),
+            query_norm=attention.q_norm if normalised else None,
+            key_norm=attention.k_norm if normalised else None,
+            nonlinear_values=nonlinear,
+        )
+
+    def read_back(self, tower: Tower, text: Tensor) -> Tensor:
+        pool: Any = getattr(tower.module, "attn_pool", None)
+        if pool is None:
+            return through_norm(text, tower.final_norm)
+        if not hasattr(pool, "kv") or not isinstance(pool.proj, nn.Linear):
+            raise ValueError(f'relevance="values" cannot read {type(pool).__name__} backwards; use relevance="keys"')
+        value = pool.kv.weight.chunk(2)[1]
+        return through_norm(text.to(value.dtype) @ pool.proj.weight @ value, tower.final_norm)
+
+    def project(self, tower: Tower, patches: Tensor) -> Tensor:
+        trunk: Any = tower.module
+        normed = tower.final_norm(patches)  # type: ignore[misc]
+        if trunk.attn_pool is None:
+            return normed
+        return trunk.attn_pool(normed.flatten(0, 1).unsqueeze(1)).unflatten(0, normed.shape[:2])
+
+    def grid(self, tower: Tower, x: Tensor, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        embed: Any = tower.module.patch_embed
+        if hasattr(embed, "dynamic_feat_size"):
+            height, width = embed.dynamic_feat_size(tuple(x.shape[-2:]))
+        else:
+            height, width = x.shape[-2] // embed.patch_size[0], x.shape[-1] // embed.patch_size[1]
+        return int(height), int(width)

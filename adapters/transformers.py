@@ -1,0 +1,218 @@
+"""Dual encoders of Hugging Face transformers: CLIP, its relatives, SigLIP and SigLIP 2; releases 4.5x and 5.x.
+
+Towers are found by their structure (`embeddings`, `encoder.layers` of pre-norm blocks, `post_layernorm`).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from patchselect.adapter import (
+    Adapter,
+    Attended,
+    Projections,
+    TextCall,
+    TextRun,
+    Tower,
+    Wrapper,
+    gathered,
+    through_norm,
+)
+from patchselect.blocks import call_with_text, recall_text
+
+BLOCK_PARTS = {"layer_norm1", "self_attn", "layer_norm2", "mlp"}
+ATTENTION_PARTS = ("q_proj", "k_proj", "v_proj", "out_proj")
+WHOLE_MODEL_PARTS = {"vision_model", "text_model", "visual_projection", "text_projection", "classifier"}
+DENSE_READERS = {"CLIPSeg": "its segmentation decoder", "OwlViT": "its box heads", "Owlv2": "its box heads"}
+TEXT_ARGUMENTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
+
+
+def is_tower(module: Any) -> bool:
+    layers = getattr(getattr(module, "encoder", None), "layers", None)
+    if not isinstance(layers, nn.ModuleList) or len(layers) == 0:
+        return False
+    if not hasattr(module, "post_layernorm") or not hasattr(getattr(module, "embeddings", None), "patch_embedding"):
+        return False
+    return all(
+        {name for name, _ in block.named_children()} == BLOCK_PARTS
+        and all(isinstance(getattr(block.self_attn, part, None), nn.Linear) for part in ATTENTION_PARTS)
+        for block in layers
+    )
+
+
+class TransformersClip(Adapter):
+    """`CLIPModel`, `CLIPVisionModel(WithProjection)`, `ChineseCLIPModel`, `AltCLIPModel`, `MetaClip2Model`, …"""
+
+    name = "transformers-clip"
+    default_relevance = "values"
+
+    def towers(self, model: nn.Module) -> list[Tower]:
+        core: Any = model
+        while isinstance(getattr(core, "vision_model", None), nn.Module):
+            core = core.vision_model
+        if not is_tower(core):
+            return self._refuse_readers(model)
+        if self._is_siglip(core) != isinstance(self, TransformersSiglip):
+            return []
+        name = type(model).__name__
+        for prefix, reader in DENSE_READERS.items():
+            if name.startswith(prefix) or type(core).__name__.startswith(prefix):
+                raise TypeError(f"{name} cannot be patched: {reader} reads a dense grid of patches from its tower")
+        strangers = {part for part, _ in model.named_children()} - WHOLE_MODEL_PARTS
+        if core is not model and strangers:
+            raise TypeError(
+                f"{name} cannot be patched as a whole: its {', '.join(sorted(strangers))} may read a fixed number of "
+                "patches. Patch the vision tower alone if its reader takes any number of tokens"
+            )
+        if getattr(core, "vision_rotary_embedding", None) is not None or hasattr(core, "rotary_pos_emb"):
+            raise TypeError(f"{type(core).__name__} uses rotary positions per patch, which are not supported")
+        block = core.encoder.layers[0]
+        signature = inspect.signature(getattr(type(block), "_patchselect_base", type(block)).forward)
+        parts = {
+            "call": tuple(inspect.signature(type(model).forward).parameters)[1:],
+            "returns_tuple": "output_attentions" in signature.parameters,
+        }
+        has_class_token = hasattr(core.embeddings, "class_embedding")
+        return [
+            Tower(
+                adapter=self,
+                module=core,
+                blocks=list(core.encoder.layers),
+                num_prefix_tokens=int(has_class_token),
+                has_class_token=has_class_token,
+                width=block.self_attn.q_proj.in_features,
+                head=model if isinstance(getattr(model, "visual_projection", None), nn.Linear) else None,
+                final_norm=core.post_layernorm,
+                parts=parts,
+            )
+        ]
+
+    def _is_siglip(self, core: Any) -> bool:
+        return not hasattr(core.embeddings, "class_embedding")
+
+    def _refuse_readers(self, model: nn.Module) -> list[Tower]:
+        for path, part in model.named_modules():
+            if is_tower(part):
+                raise TypeError(
+                    f"{type(model).__name__} cannot be patched as a whole: what reads the tokens of its vision tower "
+                    f"{path!r} may need a fixed number of patches. If it takes any number, apply to that tower alone"
+                )
+        return []
+
+    def methods(self, model: nn.Module, towers: list[Tower]) -> list[tuple[nn.Module, Mapping[str, Wrapper]]]:
+        text = getattr(model, "text_model", None)
+        if text is None or not isinstance(getattr(model, "vision_model", None), nn.Module):
+            return []
+        return [(model, {"forward": call_with_text}), (text, {"forward": recall_text})]
+
+    def attend(
+        self, tower: Tower, block: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, *args: Any,
+        **kwargs: Any,
+    ) -> Attended:  # fmt: skip
+        if attention_mask is not None:
+            raise ValueError(
+                f"{type(tower.module).__name__} got padded patches (an attention mask over the image), which selection "
+                "does not support: batch images of one size, so that no patch is padding"
+            )
+        normed = block.layer_norm1(hidden_states)
+        if tower.parts["returns_tuple"]:
+            names = ("causal_attention_mask", "output_attentions")
+            kwargs |= dict(zip(names[-len(args) :] if len(args) == 1 else names, args, strict=False))
+        attended, weights = block.self_attn(hidden_states=normed, attention_mask=attention_mask, **kwargs)[:2]
+        shown = weights if tower.parts["returns_tuple"] and kwargs.get("output_attentions") else None
+        return Attended(hidden_states + attended, normed, shown)
+
+    def finish(self, tower: Tower, block: Any, tokens: Tensor, rest: Any) -> Any:
+        tokens = tokens + block.mlp(block.layer_norm2(tokens))
+        if not tower.parts["returns_tuple"]:
+            return tokens
+        return (tokens,) if rest is None else (tokens, rest)
+
+    def projections(self, block: Any) -> Projections:
+        attention = block.self_attn
+        return Projections(
+            query=attention.q_proj.weight,
+            query_bias=attention.q_proj.bias,
+            key=attention.k_proj.weight,
+            key_bias=attention.k_proj.bias,
+            value=attention.v_proj.weight,
+            output=attention.out_proj.weight,
+            num_heads=attention.num_heads,
+            scale=attention.scale,
+            norm=block.layer_norm1,
+        )
+
+    def text_width(self, tower: Tower) -> int:
+        return tower.width if tower.head is None else tower.head.visual_projection.out_features  # type: ignore
+
+    def lift(self, tower: Tower, text: Tensor) -> Tensor:
+        if tower.head is None:
+            return text
+        weight = gathered(tower.head.visual_projection.weight)  # type: ignore[union-attr, arg-type]
+        return text.to(weight.dtype) @ weight
+
+    def project(self, tower: Tower, patches: Tensor) -> Tensor:
+        normed = tower.final_norm(patches)  # type: ignore[misc]
+        return normed if tower.head is None else tower.head.visual_projection(normed)  # type: ignore
+
+    def text_of_call(
+        self, model: Any, tower: Tower, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> TextCall | None:
+        given = dict(zip(tower.parts["call"], args, strict=False)) | kwargs
+        if given.get("input_ids") is None or given.get("pixel_values") is None:
+            return None
+        known = set(tower.parts["call"])
+        shared = {
+            k: v for k, v in given.items() if k not in known or k in ("output_attentions", "output_hidden_states")
+        }
+        run = {name: given.get(name) for name in TEXT_ARGUMENTS if name in known} | shared
+        run.pop("return_dict", None)
+        result = model.text_model(**run, return_dict=True)
+        pooled = getattr(result, "pooler_output", None)
+        features = result.last_hidden_state[:, 0] if pooled is None else pooled
+        if isinstance(getattr(model, "text_projection", None), nn.Module):
+            features = model.text_projection(features)
+        return TextCall(features, (TextRun(model.text_model, "forward", (), run, result),))
+
+    def grid(self, tower: Tower, pixel_values: Tensor, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        size = tower.module.embeddings.patch_embedding.stride  # type: ignore[union-attr]
+        return pixel_values.shape[-2] // size[0], pixel_values.shape[-1] // size[1]  # type: ignore
+
+
+class TransformersSiglip(TransformersClip):
+    """`SiglipModel`, `Siglip2Model` and their vision towers: no [CLS], an attention-pooling head after the tower.
+
+    The text has the width of the tower already. For `values` it is read backwards through the value-output path of
+    the pooling head's attention, which is one more attention over the patches; for `joint` each patch goes through
+    the head alone.
+    """
+
+    name = "transformers-siglip"
+
+    def read_back(self, tower: Tower, text: Tensor) -> Tensor:
+        head = getattr(tower.module, "head", None)
+        if head is None:
+            return through_norm(text, tower.final_norm)
+        weight = gathered(head.attention.in_proj_weight)
+        output = gathered(head.attention.out_proj.weight)
+        return through_norm(text.to(weight.dtype) @ output @ weight.chunk(3)[2], tower.final_norm)
+
+    def project(self, tower: Tower, patches: Tensor) -> Tensor:
+        normed = tower.final_norm(patches)  # type: ignore[misc]
+        head = getattr(tower.module, "head", None)
+        if head is None:
+            return normed
+        return head(normed.flatten(0, 1).unsqueeze(1)).unflatten(0, normed.shape[:2])
+
+    def grid(self, tower: Tower, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        shapes = kwargs.get("spatial_shapes", args[2] if len(args) > 2 else None)
+        if shapes is None:
+            return super().grid(tower, *args, **kwargs)
+        first, *others = shapes.tolist()
+        if any(other != first for other in others):
+            raise ValueError("record() needs images of one grid in a batch, got " + str(shapes.tolist()))
+        return int(first[0]), int(first[1])

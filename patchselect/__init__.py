@@ -1,0 +1,30 @@
+"""Text-relevant patch selection for vision transformers: `apply`, `guide`, `remove`."""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from .adapter import Adapter
+from .functional import keep_and_fuse, num_kept
+from .guidance import guide
+from .patching import Handle, apply, handle_of, remove
+from .recording import Selected, Trace, restore
+from .selection import PatchSelection
+
+try:
+    __version__ = version("patchselect")
+except PackageNotFoundError:  # pragma: no cover - a source tree that is not installed
+    __version__ = "0"
+
+__all__ = [
+    "Adapter",
+    "Handle",
+    "PatchSelection",
+    "Selected",
+    "Trace",
+    "apply",
+    "guide",
+    "handle_of",
+    "keep_and_fuse",
+    "num_kept",
+    "remove",
+    "restore",
+]

@@ -1,0 +1,181 @@
+"""What a patched model does differently: its selecting blocks, and the calls that bring a text along."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from . import functional as op
+from .adapter import Tower
+from .guidance import Guidance, current, in_backward, note_for_recomputation, recalled, scope
+from .recording import active_recorder, note_grid, note_selection
+from .relevance import combine, relevance_of, separate
+
+if TYPE_CHECKING:
+    from .patching import Handle
+
+Original = Callable[..., Any]
+
+
+@dataclass(eq=False)
+class Layer:
+    """One selection layer of one tower."""
+
+    handle: Handle
+    tower: Tower
+    index: int
+    """0-based index of the block."""
+    first: bool
+    ratio: tuple[int, int]
+
+    @property
+    def guidance(self) -> str:
+        return self.handle.guidance
+
+    @property
+    def relevance(self) -> str:
+        return self.handle.relevance
+
+    def guided_by(self, hidden: Tensor) -> Guidance:
+        """The text of this call; if this is a recomputation, that of the first run."""
+        if in_backward():
+            found = recalled(hidden, self)
+        else:
+            found = current(self.handle)
+            if found is not None:
+                note_for_recomputation(hidden, self, found)
+        if found is None:
+            raise ValueError(
+                f"no text guides this call of {type(self.tower.module).__name__}: give it with `with "
+                "patchselect.guide(model, text_features):`, call the whole model with image and text together, or "
+                'choose a guidance that needs no text: patchselect.apply(model, guidance="image")'
+            )
+        return found
+
+    def select(self, block: nn.Module, normed: Tensor, tokens: Tensor, guidance: Guidance | None) -> Tensor:
+        """Tokens `(B, N, D)` after attention to the shorter `(B, N', D)`, or `(B * T, N', D)` for `pairing="all"`."""
+        prefix = self.tower.num_prefix_tokens
+        patches = tokens.shape[1] - prefix
+        if patches < 1:
+            raise ValueError(f"block {self.index} got {tokens.shape[1]} tokens, which leaves no patch to select from")
+        keep = op.num_kept(patches, self.ratio)
+        text = None if guidance is None else self.texts(guidance, tokens)
+        spread = guidance is not None and guidance.pairing == "all" and self.first
+        copies = text.shape[1] if spread and text is not None else 1
+        recorder = None if in_backward() else active_recorder(self.handle)
+        if keep == patches and recorder is None:
+            return tokens if copies == 1 else tokens.repeat_interleave(copies, dim=0)
+        scores = relevance_of(self, block, normed, tokens, text)
+        relevance = separate(self, scores) if spread else combine(self, scores)
+        if keep == patches:
+            after = tokens if copies == 1 else tokens.repeat_interleave(copies, dim=0)
+            chosen = torch.arange(patches, device=tokens.device).expand(after.shape[0], -1)
+        else:
+            after, chosen = op.keep_and_fuse(tokens, relevance, keep, prefix, self.handle.fusion)
+        if recorder is not None:
+            flat = relevance.flatten(0, 1) if spread else relevance
+            note_selection(recorder, self.tower, self.index, self.first, chosen, flat, after, tokens[:, prefix:])
+        return after
+
+    def texts(self, guidance: Guidance, tokens: Tensor) -> Tensor:
+        """The text of each row: `(B, 1, D_text)`, or `(1, T, D_text)` where every row has all texts."""
+        text, rows = guidance.text, tokens.shape[0]
+        if text.device != tokens.device:
+            raise ValueError(f"text_features are on {text.device}, the images on {tokens.device}: move one of them")
+        if guidance.pairing == "shared" or (guidance.pairing == "all" and self.first):
+            return text.unsqueeze(0)
+        if rows % text.shape[0] or (guidance.exact and rows != text.shape[0]):
+            raise ValueError(
+                f"{text.shape[0]} texts for {rows} images: text i guides image i, so there must be as many (or, in "
+                "guide(), a whole multiple of images). For one selection that serves all texts, or every image with "
+                'every text, call the image side under guide(model, text_features, pairing="shared") or "all"'
+            )
+        return text.repeat(rows // text.shape[0], 1).unsqueeze(1)
+
+
+def run_block(block: nn.Module, name: str, original: Original, *args: Any, **kwargs: Any) -> Any:
+    """A selecting block: its attention, the selection, and its MLP on what is left (TRIPS §3.2)."""
+    layer: Layer = block._patchselect  # type: ignore[assignment]
+    if getattr(block, "_is_replica", False):
+        raise ValueError("nn.DataParallel is not supported: use DistributedDataParallel, or call its .module")
+    carried: Guidance | None = kwargs.pop("_patchselect_guidance", None)
+    if carried is not None:
+        carried = Guidance(carried.owner, args[-1], carried.pairing, exact=carried.exact)
+        args = args[:-1]
+    guidance = None
+    if layer.guidance == "text":
+        guidance = carried or layer.guided_by(args[0] if args else next(iter(kwargs.values())))
+    tower = layer.tower
+    attended = tower.adapter.attend(tower, block, *args, **kwargs)
+    tokens, normed = attended.tokens, attended.normed
+    if not tower.batch_first:
+        tokens, normed = tokens.transpose(0, 1), normed.transpose(0, 1)
+    tokens = layer.select(block, normed, tokens, guidance)
+    return tower.adapter.finish(tower, block, tokens if tower.batch_first else tokens.transpose(0, 1), attended.rest)
+
+
+def call_block(block: nn.Module, name: str, original: Original, *args: Any, **kwargs: Any) -> Any:
+    """Hand the text to a block that checkpoints itself as one of its arguments.
+
+    Reentrant checkpointing passes gradients to tensor arguments alone, so a text that needs one goes in as such.
+    """
+    layer: Layer = block._patchselect  # type: ignore[assignment]
+    if getattr(block, "gradient_checkpointing", False) and block.training and layer.guidance == "text":
+        guidance = current(layer.handle)
+        if guidance is not None:
+            return original(*args, guidance.text, _patchselect_guidance=guidance, **kwargs)
+    return original(*args, **kwargs)
+
+
+def call_tower(module: nn.Module, name: str, original: Original, *args: Any, **kwargs: Any) -> Any:
+    """While recording, remember the grid of what the tower is called with."""
+    handle: Handle = module._patchselect  # type: ignore[assignment]
+    recorder = active_recorder(handle)
+    if recorder is not None:
+        for tower in handle.towers:
+            if tower.module is module:
+                note_grid(recorder, tower, tower.adapter.grid(tower, *args, **kwargs))
+    return original(*args, **kwargs)
+
+
+def call_with_text(model: nn.Module, name: str, original: Original, *args: Any, **kwargs: Any) -> Any:
+    """A method of the whole model that gets image and text together: the text guides the image.
+
+    The text is encoded first; when the host comes to its own text encoder with the same arguments, `recall_text`
+    answers from memory. A text given by `guide` wins over the one of the call.
+    """
+    handle: Handle = model._patchselect  # type: ignore[assignment]
+    if handle.guidance != "text" or current(handle) is not None:
+        return original(*args, **kwargs)
+    call = handle.towers[0].adapter.text_of_call(model, handle.towers[0], name, args, kwargs)
+    if call is None:
+        return original(*args, **kwargs)
+    handle.check_text(call.features)
+    with scope(handle, call.features, "paired", exact=True, memo=call.remembered):
+        return original(*args, **kwargs)
+
+
+def recall_text(module: nn.Module, name: str, original: Original, *args: Any, **kwargs: Any) -> Any:
+    """A text encoder that `call_with_text` has run already answers the same call from memory."""
+    guidance = current(module._patchselect)  # type: ignore[arg-type]
+    for run in () if guidance is None else guidance.memo:
+        if run.module is module and run.method == name and run.matches(args, kwargs):
+            # Hosts write into the outputs that they get: each gets its own container.
+            return type(run.result)(**run.result) if isinstance(run.result, dict) else run.result
+    return original(*args, **kwargs)
+
+
+def refuse_grid(module: nn.Module, name: str, original: Original, *args: Any, **kwargs: Any) -> Any:
+    """`forward_intermediates` reshapes tokens to a dense grid, which a shortened sequence would corrupt silently."""
+    position = 5 if "return_prefix_tokens" in kwargs or hasattr(module, "num_prefix_tokens") else 6
+    wanted = kwargs.get("output_fmt", args[position] if len(args) > position else "NCHW")
+    if wanted != "NLC":
+        raise ValueError(
+            f"{type(module).__name__}.{name}(output_fmt={wanted!r}) reshapes the tokens to a dense grid, but selection "
+            'removed some: use output_fmt="NLC", or handle.record() and patchselect.restore(tokens, trace)'
+        )
+    return original(*args, **kwargs)

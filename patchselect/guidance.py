@@ -1,0 +1,157 @@
+"""Which text guides which call: scoped, nested, one per thread or task, and found again by recomputation."""
+
+from __future__ import annotations
+
+import weakref
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .checks import PAIRINGS, check_choice
+
+if TYPE_CHECKING:
+    from .patching import Handle
+
+
+class Guidance:
+    """The text of one call or `with` block, for the towers of one handle."""
+
+    __slots__ = ("exact", "memo", "outer", "owner", "pairing", "text")
+
+    def __init__(
+        self,
+        owner: Handle,
+        text: Tensor,
+        pairing: str,
+        outer: Guidance | None = None,
+        exact: bool = False,
+        memo: tuple[Any, ...] = (),
+    ) -> None:
+        self.owner, self.text, self.pairing, self.outer = owner, text, pairing, outer
+        self.exact, self.memo = exact, memo
+
+
+_current: ContextVar[Guidance | None] = ContextVar("patchselect_guidance", default=None)
+
+
+def current(owner: Handle) -> Guidance | None:
+    """The innermost guidance of this thread (or task) for the towers of `owner`."""
+    if torch.compiler.is_dynamo_compiling() and owner.traced is not None:
+        return owner.traced
+    found = _current.get()
+    while found is not None and found.owner is not owner:
+        found = found.outer
+    return found
+
+
+class scope:
+    """Make a text current until the end of the `with` block, whatever ends it.
+
+    A context variable cannot be set inside of a graph that dynamo traces; there the guidance is an attribute for the
+    time of the trace, which exists in the tracer alone and never on the real handle. Nothing is kept on this object,
+    so several threads may enter one.
+    """
+
+    def __init__(
+        self, owner: Handle, text: Tensor, pairing: str, exact: bool = False, memo: tuple[Any, ...] = ()
+    ) -> None:
+        self.owner, self.text, self.pairing, self.exact, self.memo = owner, text, pairing, exact, memo
+
+    def __enter__(self) -> None:
+        if torch.compiler.is_dynamo_compiling():
+            outer = self.owner.traced
+            self.owner.traced = Guidance(self.owner, self.text, self.pairing, outer, self.exact, self.memo)
+        else:
+            outer = _current.get()
+            _current.set(Guidance(self.owner, self.text, self.pairing, outer, self.exact, self.memo))
+
+    def __exit__(self, *exception: object) -> None:
+        if torch.compiler.is_dynamo_compiling():
+            inner = self.owner.traced
+            self.owner.traced = None if inner is None else inner.outer
+        else:
+            guidance = _current.get()
+            _current.set(None if guidance is None else guidance.outer)
+
+
+class guide(scope):
+    """Give the text that guides the vision towers of `model` until the end of the `with` block.
+
+        with patchselect.guide(model, text_features):
+            image_features = model.get_image_features(pixel_values)
+
+    Blocks nest: the innermost wins, and it wins over the text that comes with a call. Threads and asyncio tasks do
+    not see each other's text.
+
+    Args:
+        model: a model that `patchselect.apply` patched, or one of its towers.
+        text_features: what the model's own text side gives (CLIP: text embeddings in the joint space), or vectors of
+            the vision width for a bare tower. `(B, D)` for `"paired"`, `(T, D)` for `"shared"` and `"all"`; floating
+            point, on the device of the images, normalised or not.
+        pairing: `"paired"`: text i guides image i; a batch that is a whole multiple of the texts is paired in tiles
+            (`torch.cat([image0, image1])`). `"shared"`: all texts guide every image in one pass, a patch counts by
+            the text that needs it most. `"all"`: every image with every text, the encoder returns `B * T` rows,
+            image-major.
+
+    Raises:
+        ValueError: the model is not patched or not guided by text, a wrong shape, width or pairing.
+        TypeError: `text_features` is not a floating-point tensor.
+    """
+
+    def __init__(self, model: nn.Module, text_features: Tensor, pairing: str = "paired") -> None:
+        from .patching import handle_of
+
+        owner = handle_of(model)
+        check_choice("pairing", pairing, PAIRINGS)
+        owner.check_text(text_features)
+        super().__init__(owner, text_features, pairing)
+
+
+# Gradient checkpointing runs a block a second time, in the backward pass, when its text is long out of scope (and, on
+# an accelerator, in another thread). What both runs share is the memory of the block's input: the checkpoint keeps
+# it alive for exactly as long as it may be recomputed. So the text is noted under that memory, and dies with it.
+
+_Key = tuple[int, int, int]
+_noted: dict[_Key, tuple[Guidance, bool]] = {}
+
+
+def in_backward() -> bool:
+    """Whether this thread is inside of a backward pass: a block that runs there is being recomputed."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def note_for_recomputation(hidden: Tensor, reader: object, guidance: Guidance) -> None:
+    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+        return
+    if not (hidden.requires_grad or guidance.text.requires_grad):
+        return
+    storage = hidden.untyped_storage()
+    key = (storage._cdata, hidden.storage_offset(), id(reader))
+    if key not in _noted:
+        weakref.finalize(storage, _noted.pop, key, None)
+    kept = Guidance(guidance.owner, guidance.text, guidance.pairing, exact=guidance.exact)
+    earlier = _noted.get(key)
+    if earlier is not None and earlier[0].text is not guidance.text:
+        kept.pairing = "ambiguous"
+    _noted[key] = (kept, torch.is_grad_enabled())
+
+
+def recalled(hidden: Tensor, reader: object) -> Guidance | None:
+    """The guidance that was current when this block first ran on this input."""
+    found = _noted.get((hidden.untyped_storage()._cdata, hidden.storage_offset(), id(reader)))
+    if found is None:
+        return None
+    guidance, had_grad = found
+    if guidance.pairing == "ambiguous":
+        raise RuntimeError(
+            "one block input was guided by two texts under gradient checkpointing, so its recomputation cannot tell "
+            "them apart: clone the tokens before each guided run, or turn checkpointing off for them"
+        )
+    if not had_grad and guidance.text.requires_grad:
+        raise RuntimeError(
+            "reentrant gradient checkpointing cannot carry a gradient to the text that guides the selection: call "
+            "checkpoint(..., use_reentrant=False), or give guide() detached text features"
+        )
+    return guidance

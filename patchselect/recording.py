@@ -1,0 +1,155 @@
+"""What was kept: `handle.record()`, and `restore`, which puts surviving tokens back on the grid."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .adapter import Tower
+    from .patching import Handle
+
+
+@dataclass
+class Selected:
+    """What one selection layer did in one call."""
+
+    kept: Tensor
+    """`(B, k)`: kept patches as indices into the ORIGINAL grid, in the order of the tokens; -1 is a fused token."""
+    relevance: Tensor
+    """`(B, n)`: weights over the tokens that this layer chose from; >= 0, each row sums to 1."""
+    num_tokens: int
+    """Length of the sequence after the selection, prefix and fused token included."""
+    pooled: Tensor
+    """`(B, D)`: relevance-weighted mean of the patches after attention; differentiable."""
+    layer: int
+    """0-based index of the block."""
+    num_prefix_tokens: int
+    grid: tuple[int, int] | None
+    """Height and width of the original grid, in patches; `None` where the tower was not called as a whole."""
+    fused: bool
+    """Whether the last token is a fused one."""
+
+
+class Trace(list[Selected]):
+    """One entry per selection layer and call, in order."""
+
+
+@dataclass
+class _Recorder:
+    owner: Handle
+    trace: Trace
+    outer: _Recorder | None
+    grids: dict[int, tuple[int, int]] = field(default_factory=dict)
+    sources: dict[int, Tensor] = field(default_factory=dict)
+
+
+_recorder: ContextVar[_Recorder | None] = ContextVar("patchselect_recorder", default=None)
+
+
+def active_recorder(owner: Handle) -> _Recorder | None:
+    found = _recorder.get()
+    while found is not None and found.owner is not owner:
+        found = found.outer
+    return found
+
+
+@contextmanager
+def recording(owner: Handle) -> Iterator[Trace]:
+    recorder = _Recorder(owner, Trace(), _recorder.get())
+    token = _recorder.set(recorder)
+    try:
+        yield recorder.trace
+    finally:
+        _recorder.reset(token)
+
+
+def note_grid(recorder: _Recorder, tower: Tower, grid: tuple[int, int]) -> None:
+    recorder.grids[id(tower)] = grid
+
+
+def note_selection(
+    recorder: _Recorder, tower: Tower, layer: int, first: bool, chosen: Tensor, relevance: Tensor, after: Tensor,
+    patches: Tensor,
+) -> None:  # fmt: skip
+    """Add an entry; `chosen` `(B, k)` counts the n tokens of `relevance` `(B, n)`, `patches` is `(B, n, D)`."""
+    rows, num_patches = relevance.shape
+    grid = recorder.grids.get(id(tower))
+    if first:
+        if grid is not None and grid[0] * grid[1] != num_patches:
+            raise ValueError(
+                f"record() names patches by their place in the {grid[0]} x {grid[1]} grid, but {num_patches} patches "
+                "reach the selection: patch dropout is on (call model.eval(), or turn it off while recording)"
+            )
+        sources = torch.arange(num_patches, device=chosen.device).expand(rows, -1)
+    else:
+        sources = recorder.sources[id(tower)]
+        if sources.shape[0] != rows:
+            sources = sources.repeat_interleave(rows // sources.shape[0], dim=0)
+    kept = sources.gather(1, chosen)
+    fused = after.shape[1] > tower.num_prefix_tokens + chosen.shape[1]
+    lost = torch.full((rows, 1), -1, device=kept.device, dtype=kept.dtype)
+    recorder.sources[id(tower)] = torch.cat([kept, lost], dim=1) if fused else kept
+    texts = rows // patches.shape[0]
+    weights = relevance.view(patches.shape[0], texts, num_patches).to(patches.dtype)
+    entry = Selected(
+        kept=kept,
+        relevance=relevance,
+        num_tokens=after.shape[1],
+        pooled=(weights @ patches).flatten(0, 1),
+        layer=layer,
+        num_prefix_tokens=tower.num_prefix_tokens,
+        grid=grid,
+        fused=fused,
+    )
+    recorder.trace.append(entry)
+
+
+def restore(tokens: Tensor, trace: list[Selected] | Selected, fill: float | Tensor | str = 0.0) -> Tensor:
+    """Put the surviving patches back on the grid, for heads that read a dense map.
+
+    Args:
+        tokens: `(B, N', D)`: what the tower returned for the call that `trace` recorded (all tokens, or without the
+            prefix).
+        trace: the `record()` of that call (its last entry counts), or one entry.
+        fill: what stands where a patch was removed: a number, a tensor that broadcasts to `(B, H, W, D)`, or
+            `"fused"` for the fused token.
+
+    Returns:
+        `(B, H, W, D)`.
+
+    Raises:
+        ValueError: the trace is empty or of another call, or `fill="fused"` and there is no fused token.
+    """
+    entry = trace if isinstance(trace, Selected) else (trace[-1] if trace else None)
+    if entry is None:
+        raise ValueError("the trace is empty: run the model inside of `with handle.record() as trace:`")
+    if entry.grid is None:
+        raise ValueError("the trace does not know its grid: record a call of the whole tower, not of its blocks")
+    rows, width = tokens.shape[0], tokens.shape[-1]
+    patches = entry.num_tokens - entry.num_prefix_tokens
+    if tokens.dim() != 3 or rows != entry.kept.shape[0] or tokens.shape[1] not in (patches, entry.num_tokens):
+        raise ValueError(
+            f"tokens must be the ({entry.kept.shape[0]}, {entry.num_tokens}, D) that this call returned, or without "
+            f"its {entry.num_prefix_tokens} prefix tokens; got {tuple(tokens.shape)}"
+        )
+    tokens = tokens[:, tokens.shape[1] - patches :]
+    height, breadth = entry.grid
+    if isinstance(fill, str):
+        if fill != "fused" or not entry.fused:
+            raise ValueError(f'fill must be a number, a tensor or "fused" where a fused token exists, got {fill!r}')
+        base = tokens[:, -1:].expand(-1, height * breadth, -1)
+    else:
+        value = torch.as_tensor(fill, dtype=tokens.dtype, device=tokens.device)
+        base = value.expand(rows, height, breadth, width).reshape(rows, height * breadth, width)
+    survived = entry.kept.shape[1]
+    # One place more than the grid has, for tokens that fused patches: it is cut off again.
+    place = torch.where(entry.kept < 0, height * breadth, entry.kept).unsqueeze(-1).expand(-1, -1, width)
+    board = torch.cat([base, base[:, :1]], dim=1).scatter(1, place, tokens[:, :survived])
+    return board[:, :-1].unflatten(1, (height, breadth))

@@ -1,0 +1,133 @@
+"""From a block, its tokens and a text to one weight per patch."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from . import functional as op
+from .adapter import Adapter, Projections, Tower, gathered, norm_eps
+
+if TYPE_CHECKING:
+    from .patching import Layer
+
+
+def relevance_of(layer: Layer, block: nn.Module, normed: Tensor, tokens: Tensor, text: Tensor | None) -> Tensor:
+    """Relevance `(B, T, n)` of the patches for each text, or `(B, n)` for one selection per image.
+
+    Args:
+        layer: the selection layer.
+        block: the block it sits in, as it runs.
+        normed: `(B, P + n, D)`, the block's input after its pre-attention norm.
+        tokens: `(B, P + n, D)`, after attention.
+        text: `(B, T, D_text)` or `(1, T, D_text)`; `None` unless the guidance is `"text"`.
+    """
+    prefix = layer.tower.num_prefix_tokens
+    if layer.guidance == "random":
+        return op.random_relevance(tokens[:, prefix:])
+    adapter, tower = layer.tower.adapter, layer.tower
+    with torch.autocast(tokens.device.type, enabled=False):
+        if layer.relevance in ("keys", "features"):
+            weights = adapter.projections(block)
+            if text is None:
+                query = _image_token(tower, normed)
+            else:
+                query = _normalised(weights.norm, adapter.lift(tower, text))
+            return _attention(layer.relevance, weights, query, normed[:, prefix:], tokens[:, prefix:])
+        if text is None:
+            text = adapter.project(tower, _image_token(tower, tokens))
+        if layer.relevance == "joint":
+            return op.joint_scores(text, adapter.project(tower, tokens[:, prefix:]))
+        return _value_scores(layer, block, normed[:, prefix:], tokens[:, prefix:], text)
+
+
+def combine(layer: Layer, scores: Tensor) -> Tensor:
+    """`(B, T, n)` of `relevance_of` to one selection per image, `(B, n)`."""
+    if scores.dim() == 2:
+        return scores
+    attends = layer.relevance in ("keys", "features")
+    return op.combine_attention(scores) if attends else op.combine_scores(scores)
+
+
+def separate(layer: Layer, scores: Tensor) -> Tensor:
+    """`(B, T, n)` of `relevance_of` to one selection per image and text, `(B, T, n)`."""
+    return scores if layer.relevance in ("keys", "features") else op.standardise(scores).softmax(dim=-1)
+
+
+def _image_token(tower: Tower, tokens: Tensor) -> Tensor:
+    """The image [CLS] or, where a model has none, the mean patch. `(B, 1, D)`."""
+    if tower.has_class_token:
+        return tokens[:, :1]
+    return tokens[:, tower.num_prefix_tokens :].mean(dim=1, keepdim=True)
+
+
+def _attention(kind: str, weights: Projections, query: Tensor, normed: Tensor, patches: Tensor) -> Tensor:
+    """`keys` and `features`: `softmax(q . k / sqrt(d_h))` or `softmax(q . x / sqrt(d))`, `(B, T, n)`."""
+    dtype = weights.query.dtype
+    query = F.linear(query.to(dtype), weights.query, weights.query_bias)
+    if kind == "features":
+        return op.feature_relevance(query.to(patches.dtype), patches)
+    normed = normed.to(dtype)
+    if weights.key_norm is None:
+        return op.key_relevance(query, normed, weights.key, weights.num_heads, weights.scale)
+    keys = F.linear(normed, weights.key, weights.key_bias)
+    query, keys = (rearrange(x, "b n (h e) -> b n h e", h=weights.num_heads) for x in (query, keys))
+    query = query if weights.query_norm is None else weights.query_norm(query)
+    return op.real_key_relevance(query, weights.key_norm(keys), weights.scale)
+
+
+def _value_scores(layer: Layer, block: nn.Module, normed: Tensor, patches: Tensor, text: Tensor) -> Tensor:
+    """`values`: `s_i = sum over l >= j of LN_l(x_i) . w_l` with `w_l = g W_o^l W_v^l`, up to a constant; `(B, T, n)`.
+
+    The selection layer's own term reads its normed input, the later ones the tokens after its attention. Those all
+    normalise the same tokens, so their terms fold into one vector: `sum of gamma_l * w_l` against the plain
+    normalised tokens.
+    """
+    adapter, tower = layer.tower.adapter, layer.tower
+    wide = torch.promote_types(patches.dtype, torch.float32)
+    goal = adapter.read_back(tower, text)
+    own = _backwards(adapter.projections(block), goal)
+    scores = own.to(wide) @ normed.to(wide).transpose(-1, -2)
+    later = [adapter.projections(other) for other in tower.blocks[layer.index + 1 :]]
+    if not later:
+        return scores
+    folded = torch.stack([_scaled(_backwards(weights, goal), weights.norm) for weights in later]).sum(dim=0)
+    plain = F.layer_norm(patches.to(wide), patches.shape[-1:], eps=norm_eps(later[0].norm))
+    return scores + folded.to(wide) @ plain.transpose(-1, -2)
+
+
+def _backwards(weights: Projections, goal: Tensor) -> Tensor:
+    output, value = gathered(weights.output), gathered(weights.value)
+    if weights.output_scale is not None:
+        goal = goal * gathered(weights.output_scale)
+    return op.value_direction(goal.to(output.dtype), value, output)
+
+
+def _normalised(norm: nn.Module, x: Tensor) -> Tensor:
+    """The block's own norm, fed in the dtype of its weights: autocast is off here."""
+    weight = getattr(norm, "weight", None)
+    return norm(x if weight is None else x.to(weight.dtype))
+
+
+def _scaled(direction: Tensor, norm: nn.Module) -> Tensor:
+    weight = getattr(norm, "weight", None)
+    return direction if weight is None else direction * gathered(weight)
+
+
+def check_values(adapter: Adapter, tower: Tower) -> None:
+    """Refuse `relevance="values"` where the value-output path of a block cannot be read backwards."""
+    eps = set()
+    for index, block in enumerate(tower.blocks):
+        weights = adapter.projections(block)
+        reason = weights.nonlinear_values
+        if reason is None and not isinstance(weights.norm, (nn.LayerNorm, nn.Identity)):
+            reason = f"its pre-attention norm is {type(weights.norm).__name__}, not a LayerNorm"
+        if reason is not None:
+            raise ValueError(f'relevance="values" cannot read block {index} backwards: {reason}; use relevance="keys"')
+        eps.add(norm_eps(weights.norm))
+    if len(eps) > 1:
+        raise ValueError(f'relevance="values" needs one LayerNorm eps in all blocks, found {sorted(eps)}')

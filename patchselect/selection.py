@@ -1,0 +1,54 @@
+"""The op as a module, for people who write their own ViT."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .checks import check_fusion, check_rate
+from .functional import Fusion, as_ratio, keep_and_fuse, num_kept
+
+
+class PatchSelection(nn.Module):
+    """Text-relevant patch selection as a layer without parameters or buffers (TRIPS, EMNLP 2022, §3.2).
+
+    Put it between the attention and the MLP of a block:
+
+        x = x + attention(norm1(x))
+        x, kept = selection(x, relevance)
+        x = x + mlp(norm2(x))
+
+    Args:
+        keep_rate: share of the patches that stay, in (0, 1]; 1 returns the very tokens that came.
+        fusion: `"mean"`, `"sum"` or `"none"`: what becomes of the others.
+        num_prefix_tokens: tokens in front of the patches that take no part ([CLS], registers).
+
+    Raises:
+        ValueError: a rate, fusion or prefix outside of these ranges; tokens and relevance that do not fit.
+    """
+
+    def __init__(self, keep_rate: float = 0.7, fusion: Fusion = "mean", num_prefix_tokens: int = 1) -> None:
+        super().__init__()
+        self.keep_rate = check_rate(keep_rate)
+        self.ratio = as_ratio(self.keep_rate)
+        self.fusion = check_fusion(fusion)
+        if num_prefix_tokens < 0:
+            raise ValueError(f"num_prefix_tokens must be 0 or more, got {num_prefix_tokens}")
+        self.num_prefix_tokens = num_prefix_tokens
+
+    def forward(self, tokens: Tensor, relevance: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens `(B, P + n, D)` and relevance `(B, n)` to shorter tokens and the kept patches `(B, k)`."""
+        patches = tokens.shape[1] - self.num_prefix_tokens
+        if tokens.dim() != 3 or patches < 1 or relevance.shape != (tokens.shape[0], patches):
+            raise ValueError(
+                f"relevance must have one weight for each of the patches: tokens {tuple(tokens.shape)} with "
+                f"{self.num_prefix_tokens} prefix tokens need ({tokens.shape[0]}, {patches}), "
+                f"got {tuple(relevance.shape)}"
+            )
+        keep = num_kept(patches, self.ratio)
+        if keep == patches:
+            return tokens, torch.arange(patches, device=tokens.device).expand(tokens.shape[0], -1)
+        return keep_and_fuse(tokens, relevance, keep, self.num_prefix_tokens, self.fusion)
+
+    def extra_repr(self) -> str:
+        return f"keep_rate={self.keep_rate}, fusion={self.fusion!r}, num_prefix_tokens={self.num_prefix_tokens}"
