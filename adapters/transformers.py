@@ -44,6 +44,13 @@ def is_tower(module: Any) -> bool:
     )
 
 
+def takes_return_dict(encoder: nn.Module | None) -> dict[str, bool]:
+    """The flag that makes a text encoder return named outputs, where it takes one."""
+    parameters = {} if encoder is None else inspect.signature(encoder.forward).parameters
+    named = "return_dict" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    return {"return_dict": True} if named else {}
+
+
 class TransformersClip(Adapter):
     """`CLIPModel`, `CLIPVisionModel(WithProjection)`, `ChineseCLIPModel`, `AltCLIPModel`, `MetaClip2Model`, …"""
 
@@ -75,6 +82,7 @@ class TransformersClip(Adapter):
         parts = {
             "call": tuple(inspect.signature(type(model).forward).parameters)[1:],
             "returns_tuple": "output_attentions" in signature.parameters,
+            "text_flags": takes_return_dict(getattr(model, "text_model", None)),
         }
         has_class_token = hasattr(core.embeddings, "class_embedding")
         return [
@@ -171,7 +179,7 @@ class TransformersClip(Adapter):
         }
         run = {name: given.get(name) for name in TEXT_ARGUMENTS if name in known} | shared
         run.pop("return_dict", None)
-        result = model.text_model(**run, return_dict=True)
+        result = model.text_model(**run, **tower.parts["text_flags"])
         pooled = getattr(result, "pooler_output", None)
         features = result.last_hidden_state[:, 0] if pooled is None else pooled
         if isinstance(getattr(model, "text_projection", None), nn.Module):

@@ -148,7 +148,7 @@ def value_direction(direction: Tensor, value_weight: Tensor, output_weight: Tens
 
 
 def joint_scores(text: Tensor, patches: Tensor) -> Tensor:
-    """Cosine of text and patch in the joint space (`relevance="joint"`): `(B | 1, T, E)`, `(B, n, E)` to `(B, T, n)`."""
+    """Cosine of text and patch in the joint space (`joint`): `(B | 1, T, E)`, `(B, n, E)` to `(B, T, n)`."""
     return F.normalize(_wide(text), dim=-1) @ F.normalize(_wide(patches), dim=-1).transpose(-1, -2)
 
 
@@ -158,6 +158,13 @@ def random_relevance(like: Tensor) -> Tensor:
         like.shape[0], like.shape[1], device=like.device, dtype=torch.promote_types(like.dtype, torch.float32)
     )
     return noise / noise.sum(dim=-1, keepdim=True)
+
+
+def _most_relevant(weights: Tensor, num_keep: int) -> Tensor:
+    """Ascending indices of the `num_keep` largest weights of each row; the first of equals stay."""
+    if torch.compiler.is_exporting():  # exporters know topk, which ONNX defines with the same order of equals
+        return weights.topk(num_keep, dim=-1).indices.sort(dim=-1).values
+    return weights.sort(dim=-1, descending=True, stable=True).indices[..., :num_keep].sort(dim=-1).values
 
 
 def keep_and_fuse(
@@ -182,8 +189,7 @@ def keep_and_fuse(
     single = relevance.dim() == 2
     weights = relevance.unsqueeze(1) if single else relevance
     num_patches, width, texts = weights.shape[-1], tokens.shape[-1], weights.shape[1]
-    order = weights.sort(dim=-1, descending=True, stable=True).indices
-    kept = order[..., :num_keep].sort(dim=-1).values
+    kept = _most_relevant(weights, num_keep)
     prefix = torch.arange(num_prefix_tokens, device=tokens.device).expand(*kept.shape[:2], -1)
     index = torch.cat([prefix, kept + num_prefix_tokens], dim=-1)
     wide = tokens.unsqueeze(1).expand(-1, texts, -1, -1)

@@ -45,7 +45,7 @@ def _blank(base: type, overrides: Overrides) -> Any:
 
 
 def swapped_class(base: type, overrides: Overrides) -> type:
-    """The subclass of `base` whose named methods are the given wrappers; one class per pair, with the name of `base`."""
+    """The subclass of `base` whose named methods are the given wrappers, with the name of `base`; one per pair."""
     key = (base, overrides)
     if key not in _classes:
         namespace = {name: _override(base, name, wrapper) for name, wrapper in overrides}
