@@ -18,6 +18,7 @@ from patchselect.adapter import (
     Tower,
     Wrapper,
     gathered,
+    present,
     split_qkv,
     through_norm,
 )
@@ -114,17 +115,14 @@ class OpenClip(_Paired):
         num_heads = attention.num_heads
         scale: Any = (attention.out_proj.in_features // num_heads) ** -0.5
         query_norm = key_norm = nonlinear = None
-        if not isinstance(getattr(attention, "ln_k", nn.Identity()), nn.Identity):
+        if present(getattr(attention, "ln_k", None)):
             query_norm, key_norm = attention.ln_q, attention.ln_k
         if getattr(attention, "logit_scale", None) is not None:
             query_norm = key_norm = F.normalize
             scale = attention.logit_scale.clamp(max=attention.logit_scale_max).exp()
         if getattr(attention, "head_scale", None) is not None:
             nonlinear = "its heads are scaled"
-        elif not all(
-            isinstance(norm, nn.Identity)
-            for norm in (getattr(attention, "ln_inner", nn.Identity()), getattr(block, "ln_attn", nn.Identity()))
-        ):
+        elif present(getattr(attention, "ln_inner", None)) or present(getattr(block, "ln_attn", None)):
             nonlinear = "its attention output is normalised"
         return Projections(
             query=query,

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from patchselect.adapter import Adapter, Attended, Projections, Tower, Wrapper, split_qkv, through_norm
+from patchselect.adapter import Adapter, Attended, Projections, Tower, Wrapper, present, split_qkv, through_norm
 from patchselect.blocks import refuse_grid
 
 BLOCK_PARTS = {"norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2"}
@@ -78,9 +78,9 @@ class TimmViT(Adapter):
     def projections(self, block: Any) -> Projections:
         attention = block.attn
         (query, key, value), (query_bias, key_bias, _) = split_qkv(attention.qkv.weight, attention.qkv.bias)
-        normalised = not isinstance(getattr(attention, "k_norm", nn.Identity()), nn.Identity)
+        normalised = present(getattr(attention, "k_norm", None))
         nonlinear = None
-        if not isinstance(getattr(attention, "norm", nn.Identity()), nn.Identity):
+        if present(getattr(attention, "norm", None)):
             nonlinear = "its attention output is normalised"
         elif getattr(attention, "gate", None) is not None:
             nonlinear = "its attention output is gated"

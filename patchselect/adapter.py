@@ -135,6 +135,10 @@ class Adapter:
     def projections(self, block: nn.Module) -> Projections:
         raise NotImplementedError
 
+    def as_output(self, tower: Tower, tokens: Tensor) -> Any:
+        """Tokens as a block of this host returns them: what a block that is skipped returns of its input."""
+        return tokens
+
     # The way between text and image.
 
     def text_width(self, tower: Tower) -> int:
@@ -177,13 +181,18 @@ def split_qkv(weight: Tensor, bias: Tensor | None) -> tuple[tuple[Tensor, ...], 
     return weight.chunk(3, dim=0), (bias.chunk(3, dim=0) if bias is not None else (None, None, None))
 
 
+def present(module: nn.Module | None) -> bool:
+    """Whether an optional part of a host is there and does something."""
+    return module is not None and not isinstance(module, nn.Identity)
+
+
 def norm_eps(norm: nn.Module) -> float:
     return float(getattr(norm, "eps", 1e-5) or 1e-5)
 
 
 def through_norm(direction: Tensor, norm: nn.Module | None) -> Tensor:
     """A direction after a LayerNorm to the direction before it: times the norm's scale, minus its mean."""
-    if norm is None or isinstance(norm, nn.Identity):
+    if norm is None or not present(norm):
         return direction
     weight = getattr(norm, "weight", None)
     scaled = direction if weight is None else direction * gathered(weight)

@@ -69,7 +69,8 @@ class Layer:
         recorder = None if in_backward() else active_recorder(self.handle)
         if keep == patches and recorder is None:
             return tokens if copies == 1 else tokens.repeat_interleave(copies, dim=0)
-        scores = relevance_of(self, block, normed, tokens, text)
+        stash = None if guidance is None or self.handle.relevance != "values" else guidance.stash(self.tower)
+        scores = relevance_of(self, block, normed, tokens, text, stash)
         relevance = separate(self, scores) if spread else combine(self, scores)
         if keep == patches:
             after = tokens if copies == 1 else tokens.repeat_interleave(copies, dim=0)
@@ -94,7 +95,7 @@ class Layer:
                 "guide(), a whole multiple of images). For one selection that serves all texts, or every image with "
                 'every text, call the image side under guide(model, text_features, pairing="shared") or "all"'
             )
-        return text.repeat(rows // text.shape[0], 1).unsqueeze(1)
+        return (text if rows == text.shape[0] else text.repeat(rows // text.shape[0], 1)).unsqueeze(1)
 
 
 def run_block(block: nn.Module, name: str, original: Original, *args: Any, **kwargs: Any) -> Any:

@@ -147,6 +147,28 @@ def value_direction(direction: Tensor, value_weight: Tensor, output_weight: Tens
     return direction @ output_weight @ value_weight
 
 
+def normalised_scores(direction: Tensor, patches: Tensor, eps: float) -> Tensor:
+    """`LN(x) . v` for a LayerNorm without scale and shift, without normalising the patches.
+
+    `LN(x) . v = x . (v - mean(v)) / std(x)`: two matrix products and a norm instead of a pass that writes `(n, D)`.
+
+    Args:
+        direction: `v`, `(B, T, D)` or `(1, T, D)`.
+        patches: `x`, `(B, n, D)`.
+        eps: of the norm.
+
+    Returns:
+        `(B, T, n)`, in at least float32.
+    """
+    patches, direction = _wide(patches), _wide(direction)
+    width = patches.shape[-1]
+    centred = direction - direction.mean(dim=-1, keepdim=True)
+    probes = torch.cat([centred, torch.full_like(centred[:, :1], 1 / width)], dim=1)
+    scores, mean = (probes @ patches.transpose(-1, -2)).split([direction.shape[1], 1], dim=1)
+    square = torch.linalg.vector_norm(patches, dim=-1).square().unsqueeze(1) / width
+    return scores * (square - mean.square() + eps).rsqrt()
+
+
 def joint_scores(text: Tensor, patches: Tensor) -> Tensor:
     """Cosine of text and patch in the joint space (`joint`): `(B | 1, T, E)`, `(B, n, E)` to `(B, T, n)`."""
     return F.normalize(_wide(text), dim=-1) @ F.normalize(_wide(patches), dim=-1).transpose(-1, -2)
@@ -188,12 +210,13 @@ def keep_and_fuse(
     """
     single = relevance.dim() == 2
     weights = relevance.unsqueeze(1) if single else relevance
-    num_patches, width, texts = weights.shape[-1], tokens.shape[-1], weights.shape[1]
+    num_patches, width = weights.shape[-1], tokens.shape[-1]
     kept = _most_relevant(weights, num_keep)
     prefix = torch.arange(num_prefix_tokens, device=tokens.device).expand(*kept.shape[:2], -1)
-    index = torch.cat([prefix, kept + num_prefix_tokens], dim=-1)
-    wide = tokens.unsqueeze(1).expand(-1, texts, -1, -1)
-    out = wide.gather(2, index.unsqueeze(-1).expand(-1, -1, -1, width))
+    start = torch.arange(tokens.shape[0], device=tokens.device).view(-1, 1, 1) * tokens.shape[1]
+    index = torch.cat([prefix, kept + num_prefix_tokens], dim=-1) + start
+    # Rows of a flat matrix: several times faster than gather() with an expanded index.
+    out = tokens.flatten(0, 1).index_select(0, index.flatten()).view(*index.shape, width)
     if fusion != "none" and num_keep < num_patches:
         rest = weights.scatter(-1, kept, 0.0)
         if fusion == "mean":

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 class Guidance:
     """The text of one call or `with` block, for the towers of one handle."""
 
-    __slots__ = ("exact", "memo", "outer", "owner", "pairing", "text")
+    __slots__ = ("exact", "memo", "outer", "owner", "pairing", "stashes", "text")
 
     def __init__(
         self,
@@ -31,6 +31,16 @@ class Guidance:
     ) -> None:
         self.owner, self.text, self.pairing, self.outer = owner, text, pairing, outer
         self.exact, self.memo = exact, memo
+        self.stashes: dict[int, dict[int, Any]] = {}
+
+    def stash(self, tower: object) -> dict[int, Any] | None:
+        """Where an inference pass of `tower` leaves what its later layers need again; `None` while training.
+
+        With gradients, checkpointing may run a layer without the one before it, and must find the same graph.
+        """
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return None
+        return self.stashes.setdefault(id(tower), {})
 
 
 _current: ContextVar[Guidance | None] = ContextVar("patchselect_guidance", default=None)

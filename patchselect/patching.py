@@ -124,14 +124,14 @@ def apply(
             overrides: dict[str, Wrapper] = {"forward": run_block}
             if hasattr(block, "gradient_checkpointing"):
                 overrides["__call__"] = call_block
-            _patch(handle, block, overrides, Layer(handle, tower, index, position == 0, as_ratio(rate)))
+            patch(handle, block, overrides, Layer(handle, tower, index, position == 0, as_ratio(rate)))
     methods: dict[nn.Module, dict[str, Wrapper]] = {tower.module: {"forward": call_tower} for tower in towers}
     for module, wrappers in kind.methods(host, towers):
         methods.setdefault(module, {}).update(wrappers)
     for module, wrappers in methods.items():
-        _patch(handle, module, wrappers, handle)
+        patch(handle, module, wrappers, handle)
     if _STATE not in vars(host):
-        _patch(handle, host, {}, handle)
+        patch(handle, host, {}, handle)
     return handle
 
 
@@ -167,7 +167,7 @@ def handles_in(model: nn.Module) -> list[Handle]:
     return list(dict.fromkeys(handles))
 
 
-def _patch(handle: Handle, module: nn.Module, overrides: dict[str, Wrapper], state: Layer | Handle) -> None:
+def patch(handle: Handle, module: nn.Module, overrides: dict[str, Wrapper], state: Layer | Handle) -> None:
     if overrides:
         swap(module, overrides)
     setattr(module, _STATE, state)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,7 +17,18 @@ if TYPE_CHECKING:
     from .patching import Layer
 
 
-def relevance_of(layer: Layer, block: nn.Module, normed: Tensor, tokens: Tensor, text: Tensor | None) -> Tensor:
+Directions = tuple[Tensor, Tensor | None]
+"""One selection layer's own direction and the folded one of all later layers, each `(B, T, D)` or `(1, T, D)`."""
+
+
+def relevance_of(
+    layer: Layer,
+    block: nn.Module,
+    normed: Tensor,
+    tokens: Tensor,
+    text: Tensor | None,
+    stash: dict[int, Directions] | None = None,
+) -> Tensor:
     """Relevance `(B, T, n)` of the patches for each text, or `(B, n)` for one selection per image.
 
     Args:
@@ -25,6 +37,7 @@ def relevance_of(layer: Layer, block: nn.Module, normed: Tensor, tokens: Tensor,
         normed: `(B, P + n, D)`, the block's input after its pre-attention norm.
         tokens: `(B, P + n, D)`, after attention.
         text: `(B, T, D_text)` or `(1, T, D_text)`; `None` unless the guidance is `"text"`.
+        stash: where the first selection layer of an inference pass leaves what later ones would compute again.
     """
     prefix = layer.tower.num_prefix_tokens
     if layer.guidance == "random":
@@ -42,7 +55,7 @@ def relevance_of(layer: Layer, block: nn.Module, normed: Tensor, tokens: Tensor,
             text = adapter.project(tower, _image_token(tower, tokens))
         if layer.relevance == "joint":
             return op.joint_scores(text, adapter.project(tower, tokens[:, prefix:]))
-        return _value_scores(layer, block, normed[:, prefix:], tokens[:, prefix:], text)
+        return _value_scores(layer, normed[:, prefix:], tokens[:, prefix:], text, stash)
 
 
 def combine(layer: Layer, scores: Tensor) -> Tensor:
@@ -80,7 +93,9 @@ def _attention(kind: str, weights: Projections, query: Tensor, normed: Tensor, p
     return op.real_key_relevance(query, weights.key_norm(keys), weights.scale)
 
 
-def _value_scores(layer: Layer, block: nn.Module, normed: Tensor, patches: Tensor, text: Tensor) -> Tensor:
+def _value_scores(
+    layer: Layer, normed: Tensor, patches: Tensor, text: Tensor, stash: dict[int, Directions] | None
+) -> Tensor:
     """`values`: `s_i = sum over l >= j of LN_l(x_i) . w_l` with `w_l = g W_o^l W_v^l`, up to a constant; `(B, T, n)`.
 
     The selection layer's own term reads its normed input, the later ones the tokens after its attention. Those all
@@ -88,34 +103,42 @@ def _value_scores(layer: Layer, block: nn.Module, normed: Tensor, patches: Tenso
     normalised tokens.
     """
     adapter, tower = layer.tower.adapter, layer.tower
+    found = None if stash is None else stash.pop(layer.index, None)
+    if found is None:
+        indices = (layer.index,) if stash is None else tuple(i for i in layer.handle.layers if i >= layer.index)
+        directions = _value_directions(adapter, tower, indices, adapter.read_back(tower, text))
+        found = directions.pop(layer.index)
+        if stash is not None:
+            stash.update(directions)
+    own, folded = found
     wide = torch.promote_types(patches.dtype, torch.float32)
-    goal = adapter.read_back(tower, text)
-    own = _backwards(adapter.projections(block), goal)
     scores = own.to(wide) @ normed.to(wide).transpose(-1, -2)
-    later = [adapter.projections(other) for other in tower.blocks[layer.index + 1 :]]
-    if not later:
+    if folded is None:
         return scores
-    folded = torch.stack([_scaled(_backwards(weights, goal), weights.norm) for weights in later]).sum(dim=0)
-    plain = F.layer_norm(patches.to(wide), patches.shape[-1:], eps=norm_eps(later[0].norm))
-    return scores + folded.to(wide) @ plain.transpose(-1, -2)
+    return scores + op.normalised_scores(folded, patches, norm_eps(adapter.projections(tower.blocks[-1]).norm))
 
 
-def _backwards(weights: Projections, goal: Tensor) -> Tensor:
-    output, value = gathered(weights.output), gathered(weights.value)
-    if weights.output_scale is not None:
-        goal = goal * gathered(weights.output_scale)
-    return op.value_direction(goal.to(output.dtype), value, output)
+def _value_directions(adapter: Adapter, tower: Tower, indices: Sequence[int], goal: Tensor) -> dict[int, Directions]:
+    """For each selection layer j of `indices` (ascending): `w_j`, and `sum over l > j of gamma_l * w_l` (if any)."""
+    folded: Tensor | None = None
+    directions: dict[int, Directions] = {}
+    for index in reversed(range(indices[0], len(tower.blocks))):
+        weights = adapter.projections(tower.blocks[index])
+        output = gathered(weights.output)
+        scaled = goal if weights.output_scale is None else goal * gathered(weights.output_scale)
+        own = op.value_direction(scaled.to(output.dtype), gathered(weights.value), output)
+        if index in indices:
+            directions[index] = (own, folded)
+        gamma = getattr(weights.norm, "weight", None)
+        later = own if gamma is None else own * gathered(gamma)
+        folded = later if folded is None else folded + later
+    return directions
 
 
 def _normalised(norm: nn.Module, x: Tensor) -> Tensor:
     """The block's own norm, fed in the dtype of its weights: autocast is off here."""
     weight = getattr(norm, "weight", None)
     return norm(x if weight is None else x.to(weight.dtype))
-
-
-def _scaled(direction: Tensor, norm: nn.Module) -> Tensor:
-    weight = getattr(norm, "weight", None)
-    return direction if weight is None else direction * gathered(weight)
 
 
 def check_values(adapter: Adapter, tower: Tower) -> None:
