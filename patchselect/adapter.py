@@ -72,6 +72,8 @@ class TextCall(NamedTuple):
     features: Tensor
     """`(B, D_text)`, what `guide` would be given."""
     remembered: tuple[TextRun, ...]
+    images_per_text: int = 1
+    """How many images come with each text (NLVR2: 2, all first images before all second ones)."""
 
 
 @dataclass

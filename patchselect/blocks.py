@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from . import functional as op
-from .adapter import Tower
+from .adapter import TextRun, Tower
 from .guidance import Guidance, current, in_backward, note_for_recomputation, recalled, scope
 from .recording import active_recorder, note_grid, note_selection
 from .relevance import combine, relevance_of, separate
@@ -89,7 +89,7 @@ class Layer:
             raise ValueError(f"text_features are on {text.device}, the images on {tokens.device}: move one of them")
         if guidance.pairing == "shared" or (guidance.pairing == "all" and self.first):
             return text.unsqueeze(0)
-        if rows % text.shape[0] or (guidance.exact and rows != text.shape[0]):
+        if rows % text.shape[0] or (guidance.exact and rows != guidance.exact * text.shape[0]):
             raise ValueError(
                 f"{text.shape[0]} texts for {rows} images: text i guides image i, so there must be as many (or, in "
                 "guide(), a whole multiple of images). For one selection that serves all texts, or every image with "
@@ -156,18 +156,26 @@ def call_with_text(model: nn.Module, name: str, original: Original, *args: Any, 
     if call is None:
         return original(*args, **kwargs)
     handle.check_text(call.features)
-    with scope(handle, call.features, "paired", exact=True, memo=call.remembered):
+    with scope(handle, call.features, "paired", exact=call.images_per_text, memo=call.remembered):
         return original(*args, **kwargs)
+
+
+def remembered(module: nn.Module, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TextRun | None:
+    """The run of this text encoder that `call_with_text` has made already, if this call would repeat it."""
+    guidance = current(module._patchselect)  # type: ignore[arg-type]
+    for run in () if guidance is None else guidance.memo:
+        if run.module is module and run.method == name and run.matches(args, kwargs):
+            return run
+    return None
 
 
 def recall_text(module: nn.Module, name: str, original: Original, *args: Any, **kwargs: Any) -> Any:
     """A text encoder that `call_with_text` has run already answers the same call from memory."""
-    guidance = current(module._patchselect)  # type: ignore[arg-type]
-    for run in () if guidance is None else guidance.memo:
-        if run.module is module and run.method == name and run.matches(args, kwargs):
-            # Hosts write into the outputs that they get: each gets its own container.
-            return type(run.result)(**run.result) if isinstance(run.result, dict) else run.result
-    return original(*args, **kwargs)
+    run = remembered(module, name, args, kwargs)
+    if run is None:
+        return original(*args, **kwargs)
+    # Hosts write into the outputs that they get: each gets its own container.
+    return type(run.result)(**run.result) if isinstance(run.result, dict) else run.result
 
 
 def refuse_grid(module: nn.Module, name: str, original: Original, *args: Any, **kwargs: Any) -> Any:

@@ -26,7 +26,7 @@ class Guidance:
         text: Tensor,
         pairing: str,
         outer: Guidance | None = None,
-        exact: bool = False,
+        exact: int = 0,
         memo: tuple[Any, ...] = (),
     ) -> None:
         self.owner, self.text, self.pairing, self.outer = owner, text, pairing, outer
