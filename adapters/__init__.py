@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from patchselect.adapter import Adapter
 
+from .albef import Albef
 from .open_clip import OpenClip, OpenClipTimm
 from .timm import TimmViT
 from .transformers import TransformersClip, TransformersSiglip
@@ -14,4 +15,5 @@ ADAPTERS: tuple[Adapter, ...] = (
     OpenClip(),
     OpenClipTimm(),
     TimmViT(),
+    Albef(),
 )
