@@ -1,0 +1,125 @@
+"""mPLUG (X-PLUG/mPLUG, alibaba/AliceMind): retrieval, VQA, grounding, captioning, video captioning.
+
+Its vision tower is OpenAI CLIP's ViT with sequence-first blocks. Every block is checkpointed, with
+`use_checkpoint=True` as the default in training and in inference, so the text of a selecting block goes into its
+checkpoint as an explicit argument: reentrant checkpointing passes gradients to tensor arguments alone.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch.utils.checkpoint
+from torch import Tensor, nn
+
+from patchselect.adapter import Tower, Wrapper, gathered
+from patchselect.guidance import current, scope
+
+from .albef import Heads
+from .openai_clip import SequenceFirst, is_tower
+
+TRANSFORMER_ARGUMENTS = {"self", "x", "text_mask", "use_checkpoint"}
+
+
+def run_transformer(
+    module: Any, name: str, original: Any, x: Tensor, text_mask: Tensor | None = None, use_checkpoint: bool = True
+) -> Tensor:
+    """mPLUG's loop over its blocks; where they are checkpointed, selecting blocks get the text as an argument."""
+    guidance = current(module._patchselect)
+    if not use_checkpoint or guidance is None:
+        return original(x, text_mask, use_checkpoint)
+    for block in module.resblocks:
+        run: Any = block
+        text = ()
+        if "_patchselect" in vars(block):
+            run, text = functools.partial(block, _patchselect_guidance=guidance), (guidance.text,)
+        x = torch.utils.checkpoint.checkpoint(run, x, text_mask, *text)
+    return x
+
+
+def call_with_frames(model: nn.Module, name: str, original: Any, *args: Any, **kwargs: Any) -> Any:
+    """A captioning head: it runs no text encoder, and a video `(B, frames, 3, H, W)` becomes `B * frames` images.
+
+    A text given for each video guides all of its frames.
+    """
+    handle: Any = model._patchselect
+    guidance = current(handle)
+    if handle.guidance == "text" and guidance is None:
+        raise ValueError(
+            f"{type(model).__name__} runs no text encoder (its answers are labels and guide nothing): give the "
+            "features of a prompt with `with patchselect.guide(model, text_features):`, or choose "
+            'patchselect.apply(model, guidance="image")'
+        )
+    frames = kwargs[handle.towers[0].parts["call"][0]] if not args else args[0]
+    if guidance is None or guidance.pairing != "paired" or frames.dim() != 5 or len(guidance.text) != len(frames):
+        return original(*args, **kwargs)
+    with scope(handle, guidance.text.repeat_interleave(frames.shape[1], dim=0), "paired", exact=1):
+        return original(*args, **kwargs)
+
+
+class Mplug(SequenceFirst, Heads):
+    """Heads with `visual_encoder.visual` and, where they read text, `text_encoder`; and the tower alone.
+
+    Text features are the text encoder's [CLS]. Where the tower is wider than the text (ViT-L/14), the text goes back
+    through the head's `visn_fc`, transposed; the momentum tower has its own.
+    """
+
+    name = "mplug"
+
+    def towers(self, model: nn.Module) -> list[Tower]:
+        found: list[Any] = [
+            module
+            for module in model.modules()
+            if is_tower(module) and "skip_last_layer" in inspect.signature(type(module).forward).parameters
+        ]
+        if not found:
+            return []
+        alone = found == [model] or found == [getattr(model, "visual", None)]
+        parts = {} if alone else self.head_parts(model, found, "mPLUG")
+        towers = [self.sequence_first_tower(tower, dict(parts)) for tower in found]
+        if parts:
+            self._find_bridges(parts, towers)
+        return towers
+
+    def _find_bridges(self, parts: dict[str, Any], towers: list[Tower]) -> None:
+        head, encoder = parts["head"], parts["text_encoder"]
+        texts = {encoder.embeddings.word_embeddings.embedding_dim} if encoder is not None else set()
+        bridges = [
+            layer
+            for layer in head.children()
+            if isinstance(layer, nn.Linear)
+            and layer.in_features == towers[0].width != layer.out_features
+            and (not texts or layer.out_features in texts)
+        ]
+        if texts and texts != {towers[0].width} and not bridges:
+            raise TypeError(
+                f"text of width {texts} has no way to the vision width {towers[0].width} in {type(head).__name__}: no "
+                "linear layer leads from the one to the other. Apply to the vision tower alone"
+            )
+        for index, tower in enumerate(towers):
+            tower.parts["bridge"] = bridges[min(index, len(bridges) - 1)] if bridges else None
+
+    def methods(self, model: nn.Module, towers: list[Tower]) -> list[tuple[nn.Module, Mapping[str, Wrapper]]]:
+        parts = towers[0].parts
+        methods = super().methods(model, towers)
+        if parts and parts["text_encoder"] is None:
+            methods.append((parts["head"], {"forward": call_with_frames}))
+        for tower in towers:
+            transformer: Any = tower.module.transformer
+            if set(inspect.signature(type(transformer).forward).parameters) == TRANSFORMER_ARGUMENTS:
+                methods.append((transformer, {"forward": run_transformer}))
+        return methods
+
+    def text_width(self, tower: Tower) -> int:
+        bridge = tower.parts.get("bridge")
+        return tower.width if bridge is None else bridge.out_features
+
+    def lift(self, tower: Tower, text: Tensor) -> Tensor:
+        bridge = tower.parts.get("bridge")
+        if bridge is None:
+            return text
+        weight = gathered(bridge.weight)
+        return text.to(weight.dtype) @ weight

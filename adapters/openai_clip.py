@@ -1,0 +1,116 @@
+"""OpenAI CLIP (`clip.model.CLIP`) with a ViT, and its vision tower alone; blocks take sequence-first tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from patchselect.adapter import Adapter, Attended, Projections, TextCall, TextRun, Tower, Wrapper, gathered, split_qkv
+from patchselect.blocks import call_with_text, recall_text
+
+BLOCK_PARTS = {"attn", "ln_1", "mlp", "ln_2"}
+TOWER_PARTS = ("conv1", "class_embedding", "positional_embedding", "ln_pre", "ln_post")
+
+
+def is_tower(module: Any) -> bool:
+    """The ViT of OpenAI CLIP: `transformer.resblocks` of four parts around an `nn.MultiheadAttention`."""
+    blocks = getattr(getattr(module, "transformer", None), "resblocks", None)
+    if not isinstance(blocks, nn.Sequential) or not all(hasattr(module, part) for part in TOWER_PARTS):
+        return False
+    return len(blocks) > 0 and all(
+        {name for name, _ in block.named_children()} == BLOCK_PARTS
+        and isinstance(block.attn, nn.MultiheadAttention)
+        and block.attn.in_proj_weight is not None
+        for block in blocks
+    )
+
+
+class SequenceFirst(Adapter):
+    """Blocks of OpenAI's code, in CLIP itself and in mPLUG: tokens are `(N, B, D)` inside of `transformer`."""
+
+    def sequence_first_tower(self, module: Any, parts: dict[str, Any]) -> Tower:
+        return Tower(
+            adapter=self,
+            module=module,
+            blocks=list(module.transformer.resblocks),
+            num_prefix_tokens=1,
+            has_class_token=True,
+            width=module.ln_post.normalized_shape[0],
+            batch_first=False,
+            final_norm=module.ln_post,
+            parts=parts,
+        )
+
+    def attend(self, tower: Tower, block: Any, x: Tensor, text_mask: Tensor | None = None) -> Attended:
+        if text_mask is not None:
+            raise ValueError("patch selection does not support an attention mask over the image")
+        normed = block.ln_1(x)
+        return Attended(x + block.attention(normed), normed)
+
+    def finish(self, tower: Tower, block: Any, tokens: Tensor, rest: Any) -> Tensor:
+        return tokens + block.mlp(block.ln_2(tokens))
+
+    def projections(self, block: Any) -> Projections:
+        attention = block.attn
+        (query, key, value), (query_bias, key_bias, _) = split_qkv(attention.in_proj_weight, attention.in_proj_bias)
+        return Projections(
+            query=query,
+            query_bias=query_bias,
+            key=key,
+            key_bias=key_bias,
+            value=value,
+            output=attention.out_proj.weight,
+            num_heads=attention.num_heads,
+            scale=attention.head_dim**-0.5,
+            norm=block.ln_1,
+        )
+
+    def grid(self, tower: Tower, x: Tensor, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        size: Any = tower.module.conv1.stride  # type: ignore[union-attr]
+        return x.shape[-2] // size[0], x.shape[-1] // size[1]
+
+
+class OpenAiClip(SequenceFirst):
+    """`model(image, text)`, `model.encode_image(image)` under `guide`, or the bare `VisionTransformer`.
+
+    Text features are what `encode_text` gives, in the joint space; a tower without `proj` takes its own width.
+    """
+
+    name = "openai-clip"
+    default_relevance = "values"
+
+    def towers(self, model: nn.Module) -> list[Tower]:
+        visual: Any = getattr(model, "visual", model)
+        if hasattr(visual, "attnpool") and hasattr(visual, "layer4") and hasattr(model, "token_embedding"):
+            raise TypeError(f"{type(visual).__name__} cannot be patched: it has no sequence of patches")
+        return [self.sequence_first_tower(visual, {})] if is_tower(visual) else []
+
+    def methods(self, model: nn.Module, towers: list[Tower]) -> list[tuple[nn.Module, Mapping[str, Wrapper]]]:
+        if not hasattr(model, "encode_text"):
+            return []
+        return [(model, {"forward": call_with_text, "encode_text": recall_text})]
+
+    def text_of_call(
+        self, model: Any, tower: Tower, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> TextCall | None:
+        text = (dict(zip(("image", "text"), args, strict=False)) | kwargs).get("text")
+        if text is None:
+            return None
+        result = model.encode_text(text)
+        return TextCall(result, (TextRun(model, "encode_text", (text,), {}, result),))
+
+    def text_width(self, tower: Tower) -> int:
+        proj: Any = tower.module.proj
+        return tower.width if proj is None else proj.shape[1]
+
+    def lift(self, tower: Tower, text: Tensor) -> Tensor:
+        if tower.module.proj is None:
+            return text
+        proj = gathered(tower.module.proj)  # type: ignore[arg-type]
+        return text.to(proj.dtype) @ proj.T
+
+    def project(self, tower: Tower, patches: Tensor) -> Tensor:
+        normed = tower.final_norm(patches)  # type: ignore[misc]
+        return normed if tower.module.proj is None else normed @ gathered(tower.module.proj)  # type: ignore[arg-type]
