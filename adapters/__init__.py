@@ -5,7 +5,9 @@ from __future__ import annotations
 from patchselect.adapter import Adapter
 
 from .albef import Albef
+from .mplug import Mplug
 from .open_clip import OpenClip, OpenClipTimm
+from .openai_clip import OpenAiClip
 from .timm import TimmViT
 from .transformers import TransformersClip, TransformersSiglip
 
@@ -16,4 +18,6 @@ ADAPTERS: tuple[Adapter, ...] = (
     OpenClipTimm(),
     TimmViT(),
     Albef(),
+    Mplug(),
+    OpenAiClip(),
 )
