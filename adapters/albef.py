@@ -81,7 +81,9 @@ def names_in_forward(model: nn.Module) -> set[str]:
             codes.extend(code.co_consts)
             fresh = set(code.co_names) - names
             names |= fresh
-            todo += [name for name in fresh if callable(getattr(type(model), name, None)) and not hasattr(nn.Module, name)]
+            todo += [
+                name for name in fresh if callable(getattr(type(model), name, None)) and not hasattr(nn.Module, name)
+            ]
     return names
 
 
@@ -124,21 +126,28 @@ class Heads(Adapter):
         if towers == [model]:
             return {}
         encoder = text_encoder_of(model)
-        if encoder is None and not any(is_bert(module) for module in model.modules()):
+        bert: Any = encoder or next((module for module in model.modules() if is_bert(module)), None)
+        if bert is None:
             raise TypeError(
-                f"{type(model).__name__} cannot be patched as a whole: it holds a vision tower of {family}, but no text "
-                "encoder of that family, and what reads its tokens may need a fixed number. If it takes any number, "
-                "apply to that tower alone"
+                f"{type(model).__name__} cannot be patched as a whole: it holds a vision tower of {family}, but no "
+                "BERT of that family, and what reads its tokens may need a fixed number. If it takes any number, apply "
+                "to that tower alone"
             )
-        head = owner_of(model, *towers[:1], *([encoder] if encoder is not None else []))
+        if any(len(tower.state_dict()) != len(towers[0].state_dict()) for tower in towers):
+            raise TypeError(f"the vision towers of {type(model).__name__} are no twins: apply to each of them alone")
+        head = owner_of(model, towers[0], bert)
         spoken = names_in_forward(head)
         path = next((path for path, part in head.named_modules() if part is encoder), "")
         return {
             "head": head,
             "text_encoder": encoder if path.split(".")[0] in spoken else None,
+            "text_width": bert.embeddings.word_embeddings.embedding_dim,
             "call": tuple(inspect.signature(type(head).forward).parameters)[1:],
             "image_pairs": "split" in spoken,
         }
+
+    def text_width(self, tower: Tower) -> int:
+        return tower.parts.get("text_width", tower.width)
 
     def methods(self, model: nn.Module, towers: list[Tower]) -> list[tuple[nn.Module, Mapping[str, Wrapper]]]:
         parts = towers[0].parts
@@ -175,10 +184,7 @@ class Albef(Heads):
             return []
         parts = self.head_parts(model, found, "ALBEF")
         width = found[0].norm.normalized_shape[0]
-        if any(tower.norm.normalized_shape[0] != width or len(tower.blocks) != len(found[0].blocks) for tower in found):
-            raise TypeError(f"the vision towers of {type(model).__name__} are no twins: apply to each of them alone")
-        if parts and parts["text_encoder"] is not None:
-            parts["text_width"] = parts["text_encoder"].embeddings.word_embeddings.embedding_dim
+        if parts:
             parts["bridge"] = self._bridge(parts, width)
         return [
             Tower(
@@ -229,9 +235,6 @@ class Albef(Heads):
             scale=attention.scale,
             norm=block.norm1,
         )
-
-    def text_width(self, tower: Tower) -> int:
-        return tower.parts.get("text_width", tower.width)
 
     def lift(self, tower: Tower, text: Tensor) -> Tensor:
         for projection, back in zip(tower.parts.get("bridge", ()), (False, True), strict=False):

@@ -85,22 +85,22 @@ class Mplug(SequenceFirst, Heads):
         return towers
 
     def _find_bridges(self, parts: dict[str, Any], towers: list[Tower]) -> None:
-        head, encoder = parts["head"], parts["text_encoder"]
-        texts = {encoder.embeddings.word_embeddings.embedding_dim} if encoder is not None else set()
+        """Give each tower the layer that leads from its width to that of the text, if it needs one."""
+        ways = (towers[0].width, parts["text_width"])
+        if ways[0] == ways[1]:
+            return
         bridges = [
             layer
-            for layer in head.children()
-            if isinstance(layer, nn.Linear)
-            and layer.in_features == towers[0].width != layer.out_features
-            and (not texts or layer.out_features in texts)
+            for layer in parts["head"].children()
+            if isinstance(layer, nn.Linear) and (layer.in_features, layer.out_features) == ways
         ]
-        if texts and texts != {towers[0].width} and not bridges:
+        if not bridges:
             raise TypeError(
-                f"text of width {texts} has no way to the vision width {towers[0].width} in {type(head).__name__}: no "
-                "linear layer leads from the one to the other. Apply to the vision tower alone"
+                f"text of width {ways[1]} has no way to the vision width {ways[0]} in {type(parts['head']).__name__}: "
+                "no linear layer leads from the one to the other. Apply to the vision tower alone"
             )
         for index, tower in enumerate(towers):
-            tower.parts["bridge"] = bridges[min(index, len(bridges) - 1)] if bridges else None
+            tower.parts["bridge"] = bridges[min(index, len(bridges) - 1)]
 
     def methods(self, model: nn.Module, towers: list[Tower]) -> list[tuple[nn.Module, Mapping[str, Wrapper]]]:
         parts = towers[0].parts
@@ -112,10 +112,6 @@ class Mplug(SequenceFirst, Heads):
             if set(inspect.signature(type(transformer).forward).parameters) == TRANSFORMER_ARGUMENTS:
                 methods.append((transformer, {"forward": run_transformer}))
         return methods
-
-    def text_width(self, tower: Tower) -> int:
-        bridge = tower.parts.get("bridge")
-        return tower.width if bridge is None else bridge.out_features
 
     def lift(self, tower: Tower, text: Tensor) -> Tensor:
         bridge = tower.parts.get("bridge")
