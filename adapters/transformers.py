@@ -140,6 +140,9 @@ class TransformersClip(Adapter):
             return tokens
         return (tokens,) if rest is None else (tokens, rest)
 
+    def as_output(self, tower: Tower, tokens: Tensor) -> Any:
+        return (tokens,) if tower.parts["returns_tuple"] else tokens
+
     def projections(self, block: Any) -> Projections:
         attention = block.self_attn
         return Projections(

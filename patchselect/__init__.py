@@ -6,6 +6,7 @@ from .adapter import Adapter
 from .functional import keep_and_fuse, num_kept
 from .guidance import guide
 from .patching import Handle, apply, handle_of, remove
+from .prefix import Prefix, encode_prefix
 from .recording import Selected, Trace, restore
 from .selection import PatchSelection
 
@@ -18,9 +19,11 @@ __all__ = [
     "Adapter",
     "Handle",
     "PatchSelection",
+    "Prefix",
     "Selected",
     "Trace",
     "apply",
+    "encode_prefix",
     "guide",
     "handle_of",
     "keep_and_fuse",

@@ -87,6 +87,15 @@ class Layer:
         text, rows = guidance.text, tokens.shape[0]
         if text.device != tokens.device:
             raise ValueError(f"text_features are on {text.device}, the images on {tokens.device}: move one of them")
+        if text.dim() == 3:
+            if self.first and rows != text.shape[0]:
+                raise ValueError(
+                    f"text_features are (images, texts, width) = {tuple(text.shape)}, but {rows} images came: give "
+                    "each image its texts, or all images the same ones as (texts, width)"
+                )
+            if self.first:
+                return text
+            text = text.flatten(0, 1)
         if guidance.pairing == "shared" or (guidance.pairing == "all" and self.first):
             return text.unsqueeze(0)
         if rows % text.shape[0] or (guidance.exact and rows != guidance.exact * text.shape[0]):
@@ -105,13 +114,21 @@ def run_block(block: nn.Module, name: str, original: Original, *args: Any, **kwa
         raise ValueError("nn.DataParallel is not supported: use DistributedDataParallel, or call its .module")
     carried: Guidance | None = kwargs.pop("_patchselect_guidance", None)
     if carried is not None:
-        carried = Guidance(carried.owner, args[-1], carried.pairing, exact=carried.exact)
+        carried = Guidance(carried.owner, args[-1], carried.pairing, exact=carried.exact, prefix=carried.prefix)
         args = args[:-1]
+    hidden = args[0] if args else next(iter(kwargs.values()))
     guidance = None
     if layer.guidance == "text":
-        guidance = carried or layer.guided_by(args[0] if args else next(iter(kwargs.values())))
+        guidance = carried or layer.guided_by(hidden)
     tower = layer.tower
-    attended = tower.adapter.attend(tower, block, *args, **kwargs)
+    held = None if guidance is None else guidance.prefix
+    if held is not None and held.skips(layer):
+        return tower.adapter.as_output(tower, hidden)
+    attended = held.recall(layer, hidden) if held is not None else None
+    if attended is None:
+        attended = tower.adapter.attend(tower, block, *args, **kwargs)
+        if held is not None and held.take(layer, attended):
+            return tower.adapter.as_output(tower, hidden)
     tokens, normed = attended.tokens, attended.normed
     if not tower.batch_first:
         tokens, normed = tokens.transpose(0, 1), normed.transpose(0, 1)

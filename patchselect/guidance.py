@@ -13,12 +13,13 @@ from .checks import PAIRINGS, check_choice
 
 if TYPE_CHECKING:
     from .patching import Handle
+    from .prefix import Held, Prefix
 
 
 class Guidance:
     """The text of one call or `with` block, for the towers of one handle."""
 
-    __slots__ = ("exact", "memo", "outer", "owner", "pairing", "stashes", "text")
+    __slots__ = ("exact", "memo", "outer", "owner", "pairing", "prefix", "stashes", "text")
 
     def __init__(
         self,
@@ -28,9 +29,10 @@ class Guidance:
         outer: Guidance | None = None,
         exact: int = 0,
         memo: tuple[Any, ...] = (),
+        prefix: Held | None = None,
     ) -> None:
         self.owner, self.text, self.pairing, self.outer = owner, text, pairing, outer
-        self.exact, self.memo = exact, memo
+        self.exact, self.memo, self.prefix = exact, memo, prefix
         self.stashes: dict[int, dict[int, Any]] = {}
 
     def stash(self, tower: object) -> dict[int, Any] | None:
@@ -65,17 +67,19 @@ class scope:
     """
 
     def __init__(
-        self, owner: Handle, text: Tensor, pairing: str, exact: bool = False, memo: tuple[Any, ...] = ()
-    ) -> None:
+        self, owner: Handle, text: Tensor, pairing: str, exact: bool = False, memo: tuple[Any, ...] = (),
+        prefix: Held | None = None,
+    ) -> None:  # fmt: skip
         self.owner, self.text, self.pairing, self.exact, self.memo = owner, text, pairing, exact, memo
+        self.prefix = prefix
 
     def __enter__(self) -> None:
         if torch.compiler.is_dynamo_compiling():
             outer = self.owner.traced
-            self.owner.traced = Guidance(self.owner, self.text, self.pairing, outer, self.exact, self.memo)
+            self.owner.traced = Guidance(self.owner, self.text, self.pairing, outer, self.exact, self.memo, self.prefix)
         else:
             outer = _current.get()
-            _current.set(Guidance(self.owner, self.text, self.pairing, outer, self.exact, self.memo))
+            _current.set(Guidance(self.owner, self.text, self.pairing, outer, self.exact, self.memo, self.prefix))
 
     def __exit__(self, *exception: object) -> None:
         if torch.compiler.is_dynamo_compiling():
@@ -103,20 +107,27 @@ class guide(scope):
         pairing: `"paired"`: text i guides image i; a batch that is a whole multiple of the texts is paired in tiles
             (`torch.cat([image0, image1])`). `"shared"`: all texts guide every image in one pass, a patch counts by
             the text that needs it most. `"all"`: every image with every text, the encoder returns `B * T` rows,
-            image-major.
+            image-major; with texts `(B, T, D)`, every image with its own T texts.
+        prefix: what `patchselect.encode_prefix` kept of some images: the blocks before the first selection are
+            skipped, and what the encoder is called with counts by its shape alone (`prefix.images` is a stand-in).
 
     Raises:
-        ValueError: the model is not patched or not guided by text, a wrong shape, width or pairing.
+        ValueError: the model is not patched or not guided by text, a wrong shape, width or pairing; the model, its
+            selection layers or its weights are not those that the prefix was made with.
         TypeError: `text_features` is not a floating-point tensor.
     """
 
-    def __init__(self, model: nn.Module, text_features: Tensor, pairing: str = "paired") -> None:
+    def __init__(
+        self, model: nn.Module, text_features: Tensor, pairing: str = "paired", prefix: Prefix | None = None
+    ) -> None:
         from .patching import handle_of
 
         owner = handle_of(model)
         check_choice("pairing", pairing, PAIRINGS)
-        owner.check_text(text_features)
-        super().__init__(owner, text_features, pairing)
+        owner.check_text(text_features, per_image=pairing == "all")
+        if prefix is not None:
+            prefix.check(owner)
+        super().__init__(owner, text_features, pairing, prefix=prefix)
 
 
 # Gradient checkpointing runs a block a second time, in the backward pass, when its text is long out of scope (and, on
@@ -141,7 +152,7 @@ def note_for_recomputation(hidden: Tensor, reader: object, guidance: Guidance) -
     key = (storage._cdata, hidden.storage_offset(), id(reader))
     if key not in _noted:
         weakref.finalize(storage, _noted.pop, key, None)
-    kept = Guidance(guidance.owner, guidance.text, guidance.pairing, exact=guidance.exact)
+    kept = Guidance(guidance.owner, guidance.text, guidance.pairing, exact=guidance.exact, prefix=guidance.prefix)
     earlier = _noted.get(key)
     if earlier is not None and earlier[0].text is not guidance.text:
         kept.pairing = "ambiguous"

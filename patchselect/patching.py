@@ -56,7 +56,7 @@ class Handle:
             raise ValueError("the selection was removed from this model: call patchselect.apply again to record it")
         return recording(self)
 
-    def check_text(self, text: Any) -> None:
+    def check_text(self, text: Any, per_image: bool = False) -> None:
         """Raise what `guide` promises for a text that cannot guide these towers."""
         if self.guidance != "text":
             raise ValueError(
@@ -66,8 +66,9 @@ class Handle:
             found = text.dtype if isinstance(text, Tensor) else type(text).__name__
             raise TypeError(f"text_features must be a floating-point tensor (features, not token ids), got {found}")
         width = self.towers[0].adapter.text_width(self.towers[0])
-        if text.dim() != 2 or text.shape[0] < 1 or text.shape[1] != width:
-            raise ValueError(f"text_features must be (texts, {width}) for this model, got {tuple(text.shape)}")
+        if text.dim() not in ((2, 3) if per_image else (2,)) or 0 in text.shape or text.shape[-1] != width:
+            wanted = f"(texts, {width})" + (f" or (images, texts, {width})" if per_image else "")
+            raise ValueError(f"text_features must be {wanted} for this model, got {tuple(text.shape)}")
 
 
 def apply(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +14,6 @@ from .adapter import Attended, Tower
 from .blocks import Layer, Original
 from .guidance import current, scope
 from .patching import Handle, handle_of, patch
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 _patching = threading.Lock()
 
@@ -81,7 +78,7 @@ class Prefix:
             images = [range(len(self))[images]]
         return replace(self, tokens=self.tokens[images], normed=self.normed[images])
 
-    def to(self, device: torch.device | str) -> Self:
+    def to(self, device: torch.device | str) -> Prefix:
         return replace(self, tokens=self.tokens.to(device), normed=self.normed.to(device))
 
     def check(self, handle: Handle) -> None:
@@ -92,12 +89,11 @@ class Prefix:
         """
         now = Origin.of(handle)
         again = "call patchselect.encode_prefix(model, images) again"
-        if (now.model, now.width, len(now.weights)) != (self.origin.model, self.origin.width, len(self.origin.weights)):
-            if now.layers == self.origin.layers:
-                raise ValueError(
-                    f"this prefix is of another model, {self.origin.model} of width {self.origin.width}; this one is "
-                    f"{now.model} of width {now.width}: {again}"
-                )
+        if (now.model, now.width) != (self.origin.model, self.origin.width):
+            raise ValueError(
+                f"this prefix is of another model, {self.origin.model} of width {self.origin.width}; this one is "
+                f"{now.model} of width {now.width}: {again}"
+            )
         if now.layers != self.origin.layers:
             raise ValueError(
                 f"this prefix was made for selection in layers {list(self.origin.layers)}, this model selects in "
@@ -187,7 +183,7 @@ def encode_prefix(model: nn.Module, images: Tensor, **kwargs: Any) -> Prefix:
     prepare(handle)
     tower = handle.towers[0]
     taking = _Taking()
-    with scope(handle, None, "prefix", prefix=taking):  # type: ignore[arg-type]
+    with scope(handle, torch.zeros(0), "prefix", prefix=taking):
         tower.module(images, **kwargs)
     if taking.attended is None:
         raise ValueError(f"{type(tower.module).__name__} did not come to its first selection layer")
