@@ -19,6 +19,8 @@ class Attended(NamedTuple):
     """The block's input after its pre-attention norm, in the host's own layout."""
     rest: Any = None
     """Whatever the adapter needs to finish the block the host's way (attention maps, flags)."""
+    num_prefix_tokens: int | None = None
+    """Where it differs from call to call (single stream: the text tokens and the image [CLS])."""
 
 
 @dataclass
@@ -90,6 +92,8 @@ class Tower:
     """Whether token 0 is an image [CLS]."""
     width: int
     batch_first: bool = True
+    single_stream: bool = False
+    """Whether text and image share one sequence: token 0 is the text [CLS], the last prefix token the image [CLS]."""
     head: nn.Module | None = None
     """What holds the way into the joint space, if anything does."""
     final_norm: nn.Module | None = None
@@ -170,8 +174,8 @@ class Adapter:
         """The text that came with this call of `model.method`, encoded by the model's own text encoder."""
         return None
 
-    def grid(self, tower: Tower, *args: Any, **kwargs: Any) -> tuple[int, int]:
-        """Height and width, in patches, of what the tower is called with."""
+    def grid(self, tower: Tower, *args: Any, **kwargs: Any) -> tuple[int, int] | None:
+        """Height and width, in patches, of what the tower is called with; `None` where only the host's code knows."""
         raise NotImplementedError
 
     def __reduce__(self) -> tuple[type[Adapter], tuple[()]]:

@@ -56,9 +56,10 @@ class Layer:
             )
         return found
 
-    def select(self, block: nn.Module, normed: Tensor, tokens: Tensor, guidance: Guidance | None) -> Tensor:
+    def select(
+        self, block: nn.Module, normed: Tensor, tokens: Tensor, prefix: int, guidance: Guidance | None
+    ) -> Tensor:
         """Tokens `(B, N, D)` after attention to the shorter `(B, N', D)`, or `(B * T, N', D)` for `pairing="all"`."""
-        prefix = self.tower.num_prefix_tokens
         patches = tokens.shape[1] - prefix
         if patches < 1:
             raise ValueError(f"block {self.index} got {tokens.shape[1]} tokens, which leaves no patch to select from")
@@ -70,7 +71,7 @@ class Layer:
         if keep == patches and recorder is None:
             return tokens if copies == 1 else tokens.repeat_interleave(copies, dim=0)
         stash = None if guidance is None or self.handle.relevance != "values" else guidance.stash(self.tower)
-        scores = relevance_of(self, block, normed, tokens, text, stash)
+        scores = relevance_of(self, block, normed, tokens, prefix, text, stash)
         relevance = separate(self, scores) if spread else combine(self, scores)
         if keep == patches:
             after = tokens if copies == 1 else tokens.repeat_interleave(copies, dim=0)
@@ -79,7 +80,9 @@ class Layer:
             after, chosen = op.keep_and_fuse(tokens, relevance, keep, prefix, self.handle.fusion)
         if recorder is not None:
             flat = relevance.flatten(0, 1) if spread else relevance
-            note_selection(recorder, self.tower, self.index, self.first, chosen, flat, after, tokens[:, prefix:])
+            note_selection(
+                recorder, self.tower, self.index, self.first, chosen, flat, after, tokens[:, prefix:], prefix
+            )
         return after
 
     def texts(self, guidance: Guidance, tokens: Tensor) -> Tensor:
@@ -118,9 +121,9 @@ def run_block(block: nn.Module, name: str, original: Original, *args: Any, **kwa
         args = args[:-1]
     hidden = args[0] if args else next(iter(kwargs.values()))
     guidance = None
-    if layer.guidance == "text":
-        guidance = carried or layer.guided_by(hidden)
     tower = layer.tower
+    if layer.guidance == "text" and not tower.single_stream:
+        guidance = carried or layer.guided_by(hidden)
     held = None if guidance is None else guidance.prefix
     if held is not None and held.skips(layer):
         return tower.adapter.as_output(tower, hidden)
@@ -132,7 +135,8 @@ def run_block(block: nn.Module, name: str, original: Original, *args: Any, **kwa
     tokens, normed = attended.tokens, attended.normed
     if not tower.batch_first:
         tokens, normed = tokens.transpose(0, 1), normed.transpose(0, 1)
-    tokens = layer.select(block, normed, tokens, guidance)
+    prefix = tower.num_prefix_tokens if attended.num_prefix_tokens is None else attended.num_prefix_tokens
+    tokens = layer.select(block, normed, tokens, prefix, guidance)
     return tower.adapter.finish(tower, block, tokens if tower.batch_first else tokens.transpose(0, 1), attended.rest)
 
 

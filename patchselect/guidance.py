@@ -67,7 +67,7 @@ class scope:
     """
 
     def __init__(
-        self, owner: Handle, text: Tensor, pairing: str, exact: bool = False, memo: tuple[Any, ...] = (),
+        self, owner: Handle, text: Tensor, pairing: str, exact: int = 0, memo: tuple[Any, ...] = (),
         prefix: Held | None = None,
     ) -> None:  # fmt: skip
         self.owner, self.text, self.pairing, self.exact, self.memo = owner, text, pairing, exact, memo

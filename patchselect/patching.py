@@ -180,13 +180,15 @@ def _check_relevance(handle: Handle, tower: Tower) -> None:
     kind = tower.adapter
     for index in handle.layers:
         kind.projections(tower.blocks[index])
-    if handle.guidance == "random" or handle.relevance not in ("values", "joint"):
+    if handle.guidance == "random" or (tower.single_stream and handle.relevance in ("keys", "features")):
         return
     if handle.relevance == "values":
         check_values(kind, tower)
     weight = next(tower.blocks[0].parameters())
     with torch.no_grad():
         probe = torch.zeros(1, kind.text_width(tower), device=weight.device, dtype=weight.dtype)
+        if handle.guidance == "text":
+            kind.lift(tower, probe)
         if handle.relevance == "values":
             kind.read_back(tower, probe)
         if handle.relevance == "joint" or handle.guidance == "image":

@@ -46,8 +46,9 @@ class _Recorder:
     owner: Handle
     trace: Trace
     outer: _Recorder | None
-    grids: dict[int, tuple[int, int]] = field(default_factory=dict)
+    grids: dict[int, tuple[int, int] | None] = field(default_factory=dict)
     sources: dict[int, Tensor] = field(default_factory=dict)
+    orders: dict[int, Tensor] = field(default_factory=dict)
 
 
 _recorder: ContextVar[_Recorder | None] = ContextVar("patchselect_recorder", default=None)
@@ -70,18 +71,26 @@ def recording(owner: Handle) -> Iterator[Trace]:
         _recorder.reset(token)
 
 
-def note_grid(recorder: _Recorder, tower: Tower, grid: tuple[int, int]) -> None:
+def note_grid(recorder: _Recorder, tower: Tower, grid: tuple[int, int] | None) -> None:
     recorder.grids[id(tower)] = grid
+
+
+def note_order(recorder: _Recorder, tower: Tower, order: Tensor) -> None:
+    """For hosts that shuffle or drop patches: the place `(B, n)` of each patch token in the grid."""
+    recorder.orders[id(tower)] = order
 
 
 def note_selection(
     recorder: _Recorder, tower: Tower, layer: int, first: bool, chosen: Tensor, relevance: Tensor, after: Tensor,
-    patches: Tensor,
+    patches: Tensor, num_prefix_tokens: int,
 ) -> None:  # fmt: skip
     """Add an entry; `chosen` `(B, k)` counts the n tokens of `relevance` `(B, n)`, `patches` is `(B, n, D)`."""
     rows, num_patches = relevance.shape
     grid = recorder.grids.get(id(tower))
-    if first:
+    order = recorder.orders.pop(id(tower), None)
+    if first and order is not None:
+        sources = order
+    elif first:
         if grid is not None and grid[0] * grid[1] != num_patches:
             raise ValueError(
                 f"record() names patches by their place in the {grid[0]} x {grid[1]} grid, but {num_patches} patches "
@@ -93,7 +102,7 @@ def note_selection(
         if sources.shape[0] != rows:
             sources = sources.repeat_interleave(rows // sources.shape[0], dim=0)
     kept = sources.gather(1, chosen)
-    fused = after.shape[1] > tower.num_prefix_tokens + chosen.shape[1]
+    fused = after.shape[1] > num_prefix_tokens + chosen.shape[1]
     lost = torch.full((rows, 1), -1, device=kept.device, dtype=kept.dtype)
     recorder.sources[id(tower)] = torch.cat([kept, lost], dim=1) if fused else kept
     texts = rows // patches.shape[0]
@@ -104,7 +113,7 @@ def note_selection(
         num_tokens=after.shape[1],
         pooled=(weights @ patches).flatten(0, 1),
         layer=layer,
-        num_prefix_tokens=tower.num_prefix_tokens,
+        num_prefix_tokens=num_prefix_tokens,
         grid=grid,
         fused=fused,
     )

@@ -26,6 +26,7 @@ def relevance_of(
     block: nn.Module,
     normed: Tensor,
     tokens: Tensor,
+    prefix: int,
     text: Tensor | None,
     stash: dict[int, Directions] | None = None,
 ) -> Tensor:
@@ -36,10 +37,10 @@ def relevance_of(
         block: the block it sits in, as it runs.
         normed: `(B, P + n, D)`, the block's input after its pre-attention norm.
         tokens: `(B, P + n, D)`, after attention.
+        prefix: `P`.
         text: `(B, T, D_text)` or `(1, T, D_text)`; `None` unless the guidance is `"text"`.
         stash: where the first selection layer of an inference pass leaves what later ones would compute again.
     """
-    prefix = layer.tower.num_prefix_tokens
     if layer.guidance == "random":
         return op.random_relevance(tokens[:, prefix:])
     adapter, tower = layer.tower.adapter, layer.tower
@@ -47,12 +48,12 @@ def relevance_of(
         if layer.relevance in ("keys", "features"):
             weights = adapter.projections(block)
             if text is None:
-                query = _image_token(tower, normed)
+                query = _guiding_token(layer, normed, prefix)
             else:
                 query = _normalised(weights.norm, adapter.lift(tower, text))
             return _attention(layer.relevance, weights, query, normed[:, prefix:], tokens[:, prefix:])
         if text is None:
-            text = adapter.project(tower, _image_token(tower, tokens))
+            text = adapter.project(tower, _guiding_token(layer, tokens, prefix))
         if layer.relevance == "joint":
             return op.joint_scores(text, adapter.project(tower, tokens[:, prefix:]))
         return _value_scores(layer, normed[:, prefix:], tokens[:, prefix:], text, stash)
@@ -71,11 +72,16 @@ def separate(layer: Layer, scores: Tensor) -> Tensor:
     return scores if layer.relevance in ("keys", "features") else op.standardise(scores).softmax(dim=-1)
 
 
-def _image_token(tower: Tower, tokens: Tensor) -> Tensor:
-    """The image [CLS] or, where a model has none, the mean patch. `(B, 1, D)`."""
-    if tower.has_class_token:
+def _guiding_token(layer: Layer, tokens: Tensor, prefix: int) -> Tensor:
+    """What guides without a text of its own, `(B, 1, D)`: the image [CLS] or, where a model has none, the mean patch.
+
+    In a single stream the text is one of the tokens, and guidance by text means its [CLS].
+    """
+    if layer.tower.single_stream and layer.guidance != "text":
+        return tokens[:, prefix - 1 : prefix]
+    if layer.tower.has_class_token:
         return tokens[:, :1]
-    return tokens[:, tower.num_prefix_tokens :].mean(dim=1, keepdim=True)
+    return tokens[:, prefix:].mean(dim=1, keepdim=True)
 
 
 def _attention(kind: str, weights: Projections, query: Tensor, normed: Tensor, patches: Tensor) -> Tensor:
