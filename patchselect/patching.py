@@ -180,7 +180,8 @@ def _check_relevance(handle: Handle, tower: Tower) -> None:
     kind = tower.adapter
     for index in handle.layers:
         kind.projections(tower.blocks[index])
-    if handle.guidance == "random" or (tower.single_stream and handle.relevance in ("keys", "features")):
+    attends = handle.relevance in ("keys", "features")
+    if handle.guidance == "random" or (attends and (tower.single_stream or handle.guidance == "image")):
         return
     if handle.relevance == "values":
         check_values(kind, tower)
