@@ -138,6 +138,10 @@ class Adapter:
         """The MLP branch on `tokens`, returned as the host's block returns it."""
         raise NotImplementedError
 
+    def carry(self, tower: Tower) -> dict[str, Any]:
+        """Keyword arguments for `attend` that a block which checkpoints itself must find again when it runs anew."""
+        return {}
+
     def projections(self, block: nn.Module) -> Projections:
         raise NotImplementedError
 

@@ -146,6 +146,7 @@ def call_block(block: nn.Module, name: str, original: Original, *args: Any, **kw
     Reentrant checkpointing passes gradients to tensor arguments alone, so a text that needs one goes in as such.
     """
     layer: Layer = block._patchselect  # type: ignore[assignment]
+    kwargs |= layer.tower.adapter.carry(layer.tower)
     if getattr(block, "gradient_checkpointing", False) and block.training and layer.guidance == "text":
         guidance = current(layer.handle)
         if guidance is not None:
