@@ -5,6 +5,7 @@ from importlib.metadata import PackageNotFoundError, version
 from .adapter import Adapter
 from .functional import keep_and_fuse, num_kept
 from .guidance import guide
+from .pairs import score_pairs
 from .patching import Handle, apply, handle_of, remove
 from .prefix import Prefix, encode_prefix
 from .recording import Selected, Trace, restore
@@ -30,4 +31,5 @@ __all__ = [
     "num_kept",
     "remove",
     "restore",
+    "score_pairs",
 ]

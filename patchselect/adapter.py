@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .scoring import Scoring
+
 
 class Attended(NamedTuple):
     """A block half done: between its attention and its MLP."""
@@ -105,7 +107,7 @@ Wrapper = Callable[..., Any]
 """`wrapper(module, name, original, *args, **kwargs)`: a module-level function that stands in for method `name`."""
 
 
-class Adapter:
+class Adapter(Scoring):
     """One family of hosts. Subclass it in one file of `adapters/` and name it in the registry there.
 
     Adapters hold no state, so that models stay picklable: two instances of one class are the same adapter.

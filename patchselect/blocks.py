@@ -86,7 +86,7 @@ class Layer:
         return after
 
     def texts(self, guidance: Guidance, tokens: Tensor) -> Tensor:
-        """The text of each row: `(B, 1, D_text)`, or `(1, T, D_text)` where every row has all texts."""
+        """The texts `(B', 1, D_text)` of the rows, in tiles, or `(1, T, D_text)` where every row has all texts."""
         text, rows = guidance.text, tokens.shape[0]
         if text.device != tokens.device:
             raise ValueError(f"text_features are on {text.device}, the images on {tokens.device}: move one of them")
@@ -107,7 +107,7 @@ class Layer:
                 "guide(), a whole multiple of images). For one selection that serves all texts, or every image with "
                 'every text, call the image side under guide(model, text_features, pairing="shared") or "all"'
             )
-        return (text if rows == text.shape[0] else text.repeat(rows // text.shape[0], 1)).unsqueeze(1)
+        return text.unsqueeze(1)
 
 
 def run_block(block: nn.Module, name: str, original: Original, *args: Any, **kwargs: Any) -> Any:

@@ -45,6 +45,11 @@ def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def _for_rows(per_text: Tensor, rows: int) -> Tensor:
+    """`(B', T, D)` for `rows` images: as it is if `B'` is 1 or `rows`, in tiles if `rows` is a multiple of `B'`."""
+    return per_text if per_text.shape[0] in (1, rows) else per_text.repeat(rows // per_text.shape[0], 1, 1)
+
+
 def key_relevance(
     query: Tensor, patches: Tensor, key_weight: Tensor, num_heads: int, scale: float | None = None
 ) -> Tensor:
@@ -54,7 +59,7 @@ def key_relevance(
     `D`-vector a head, so the scores are a `(n, D) x (D, H)` product and no attention kernel is touched.
 
     Args:
-        query: `(B, T, D)` or `(1, T, D)`, already projected by `W_q` (with its bias).
+        query: `(B', T, D)`, already projected by `W_q` (with its bias); `B` is a multiple of `B'`.
         patches: `(B, n, D)`, after the block's pre-attention norm.
         key_weight: `(D, D)`, `W_k` as in `torch.nn.Linear`.
         num_heads: `H`.
@@ -67,21 +72,22 @@ def key_relevance(
     q = rearrange(query, "b t (h e) -> h (b t) e", h=num_heads)
     u = q @ rearrange(key_weight, "(h e) d -> h e d", h=num_heads)
     u = rearrange(u, "h (b t) d -> b (t h) d", b=query.shape[0]) * (head_width**-0.5 if scale is None else scale)
-    return _head_attention(_wide(u) @ _wide(patches).transpose(-1, -2), num_heads)
+    return _head_attention(_wide(_for_rows(u, patches.shape[0])) @ _wide(patches).transpose(-1, -2), num_heads)
 
 
 def real_key_relevance(query: Tensor, keys: Tensor, scale: float) -> Tensor:
     """The same attention against keys that exist, for layers whose keys are normalised per head.
 
     Args:
-        query: `(B, T, H, E)` or `(1, T, H, E)`, projected and normalised.
+        query: `(B', T, H, E)`, projected and normalised; `B` is a multiple of `B'`.
         keys: `(B, n, H, E)`, projected and normalised.
         scale: what the logits are multiplied with.
 
     Returns:
         `(B, T, n)`, as `key_relevance`.
     """
-    scores = rearrange(query, "b t h e -> b h t e") @ rearrange(keys, "b n h e -> b h e n") * scale
+    query = rearrange(_for_rows(query.flatten(2), keys.shape[0]), "b t (h e) -> b h t e", h=keys.shape[2])
+    scores = query @ rearrange(keys, "b n h e -> b h e n") * scale
     return _head_attention(rearrange(scores, "b h t n -> b (t h) n"), keys.shape[2])
 
 
@@ -95,12 +101,13 @@ def feature_relevance(query: Tensor, patches: Tensor) -> Tensor:
     """The paper's literal text: `a = softmax(q . x / sqrt(D))` (TRIPS §3.2; `relevance="features"`).
 
     Args:
-        query: `(B, T, D)` or `(1, T, D)`, projected by `W_q`.
+        query: `(B', T, D)`, projected by `W_q`; `B` is a multiple of `B'`.
         patches: `(B, n, D)`, after the block's self-attention and its residual.
 
     Returns:
         `(B, T, n)`, each row >= 0 with sum 1.
     """
+    query = _for_rows(query, patches.shape[0])
     return (_wide(query) @ _wide(patches).transpose(-1, -2) * query.shape[-1] ** -0.5).softmax(dim=-1)
 
 
@@ -153,14 +160,14 @@ def normalised_scores(direction: Tensor, patches: Tensor, eps: float) -> Tensor:
     `LN(x) . v = x . (v - mean(v)) / std(x)`: two matrix products and a norm instead of a pass that writes `(n, D)`.
 
     Args:
-        direction: `v`, `(B, T, D)` or `(1, T, D)`.
+        direction: `v`, `(B', T, D)`; `B` is a multiple of `B'`.
         patches: `x`, `(B, n, D)`.
         eps: of the norm.
 
     Returns:
         `(B, T, n)`, in at least float32.
     """
-    patches, direction = _wide(patches), _wide(direction)
+    patches, direction = _wide(patches), _wide(_for_rows(direction, patches.shape[0]))
     width = patches.shape[-1]
     centred = direction - direction.mean(dim=-1, keepdim=True)
     probes = torch.cat([centred, torch.full_like(centred[:, :1], 1 / width)], dim=1)
@@ -169,8 +176,14 @@ def normalised_scores(direction: Tensor, patches: Tensor, eps: float) -> Tensor:
     return scores * (square - mean.square() + eps).rsqrt()
 
 
+def linear_scores(direction: Tensor, patches: Tensor) -> Tensor:
+    """`x . v`: `(B', T, D)` and `(B, n, D)` to `(B, T, n)`, in at least float32."""
+    return _wide(_for_rows(direction, patches.shape[0])) @ _wide(patches).transpose(-1, -2)
+
+
 def joint_scores(text: Tensor, patches: Tensor) -> Tensor:
-    """Cosine of text and patch in the joint space (`joint`): `(B | 1, T, E)`, `(B, n, E)` to `(B, T, n)`."""
+    """Cosine of text and patch in the joint space (`joint`): `(B', T, E)`, `(B, n, E)` to `(B, T, n)`."""
+    text = _for_rows(text, patches.shape[0])
     return F.normalize(_wide(text), dim=-1) @ F.normalize(_wide(patches), dim=-1).transpose(-1, -2)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .adapter import Attended, Tower
 from .blocks import Layer, Original
-from .guidance import current, scope
+from .guidance import Guidance, current, scope
 from .patching import Handle, handle_of, patch
 
 _patching = threading.Lock()
@@ -180,14 +180,19 @@ def encode_prefix(model: nn.Module, images: Tensor, **kwargs: Any) -> Prefix:
             f"this model is guided by {handle.guidance!r}: each image is encoded once whatever the texts, so there is "
             'no prefix to keep; apply(model, guidance="text") first'
         )
-    prepare(handle)
     tower = handle.towers[0]
+    if tower.single_stream:
+        raise ValueError(
+            f"in {type(tower.module).__name__} image and text share one sequence from the first block on: no part of "
+            "the image side is independent of the text, so there is no prefix to keep"
+        )
+    prepare(handle)
     taking = _Taking()
     with scope(handle, torch.zeros(0), "prefix", prefix=taking):
         tower.module(images, **kwargs)
     if taking.attended is None:
         raise ValueError(f"{type(tower.module).__name__} did not come to its first selection layer")
-    tokens, normed, rest = taking.attended
+    tokens, normed, rest, _ = taking.attended
     if not tower.batch_first:
         tokens, normed = tokens.transpose(0, 1), normed.transpose(0, 1)
     rest = None if isinstance(rest, Tensor) else rest
@@ -206,7 +211,11 @@ def prepare(handle: Handle) -> None:
 def pass_block(block: nn.Module, name: str, original: Original, *args: Any, **kwargs: Any) -> Any:
     """A block that selects nothing: it runs, unless a prefix makes it needless."""
     layer: Layer = block._patchselect  # type: ignore[assignment]
-    guidance = current(layer.handle)
+    guidance: Guidance | None = kwargs.pop("_patchselect_guidance", None)
+    if guidance is not None:
+        args = args[:-1]
+    else:
+        guidance = current(layer.handle)
     if guidance is None or guidance.prefix is None or not guidance.prefix.skips(layer):
         return original(*args, **kwargs)
     return layer.tower.adapter.as_output(layer.tower, args[0] if args else next(iter(kwargs.values())))

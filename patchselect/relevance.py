@@ -38,7 +38,7 @@ def relevance_of(
         normed: `(B, P + n, D)`, the block's input after its pre-attention norm.
         tokens: `(B, P + n, D)`, after attention.
         prefix: `P`.
-        text: `(B, T, D_text)` or `(1, T, D_text)`; `None` unless the guidance is `"text"`.
+        text: `(B', T, D_text)`, where B is a multiple of B'; `None` unless the guidance is `"text"`.
         stash: where the first selection layer of an inference pass leaves what later ones would compute again.
     """
     if layer.guidance == "random":
@@ -116,9 +116,10 @@ def _value_scores(
         found = directions.pop(layer.index)
         if stash is not None:
             stash.update(directions)
-    own, folded = found
-    wide = torch.promote_types(patches.dtype, torch.float32)
-    scores = own.to(wide) @ normed.to(wide).transpose(-1, -2)
+    # What the first layer of pairing="all" left for (1, T) or (B, T) texts is for (T, 1) or (B * T, 1) texts here.
+    own, folded = (x if x is None or x.shape[:2] == text.shape[:2] else x.flatten(0, 1).unsqueeze(1) for x in found)
+    assert own is not None
+    scores = op.linear_scores(own, normed)
     if folded is None:
         return scores
     return scores + op.normalised_scores(folded, patches, norm_eps(adapter.projections(tower.blocks[-1]).norm))

@@ -1,0 +1,135 @@
+"""Images as they come (a tensor, a prefix, a loader) in batches of known place, shared out over processes."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, SequentialSampler
+
+from .adapter import Tower
+from .prefix import Prefix
+
+PIXELS = ("pixel_values", "images", "image", "pixels", "x")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some images that follow each other."""
+
+    start: int
+    """Place of the first one among all."""
+    images: Tensor | Prefix
+    options: dict[str, Tensor] = field(default_factory=dict)
+    """Further arguments of the vision tower, one row an image (SigLIP 2: `spatial_shapes`)."""
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def rows(self, low: int, high: int) -> Batch:
+        options = {name: value[low:high] for name, value in self.options.items()}
+        return Batch(self.start + low, self.images[low:high], options)
+
+    def split(self, size: int) -> Iterator[Batch]:
+        for low in range(0, len(self), size):
+            yield self.rows(low, min(low + size, len(self)))
+
+    def to(self, like: Tensor) -> Batch:
+        """On the device of the tower and, for pixels, in its dtype."""
+        if isinstance(self.images, Prefix):
+            return Batch(self.start, self.images.to(like.device), self.options)
+        dtype = like.dtype if self.images.is_floating_point() else self.images.dtype
+        options = {name: value.to(like.device) for name, value in self.options.items()}
+        return Batch(self.start, self.images.to(like.device, dtype), options)
+
+
+def batches(images: Any, tower: Tower, rank: int = 0, world: int = 1) -> Iterator[Batch]:
+    """The share of process `rank` of `world`: a run of rows of a tensor, or every `world`-th batch of a loader."""
+    if isinstance(images, (Tensor, Prefix, Mapping)):
+        whole = as_batch(images, 0, tower)
+        low, high = len(whole) * rank // world, len(whole) * (rank + 1) // world
+        if high > low:
+            yield whole.rows(low, high)
+        return
+    if isinstance(images, (str, bytes)) or not isinstance(images, Iterable):
+        raise TypeError(
+            f"images must be a tensor of pixels, a Prefix or a loader of batches of them, got {type(images).__name__}"
+        )
+    if isinstance(images, DataLoader):
+        yield from _loaded(images, tower, rank, world)
+        return
+    start = 0
+    for number, item in enumerate(images):
+        batch = as_batch(item, start, tower)
+        start += len(batch)
+        if number % world == rank:
+            yield batch
+
+
+def _loaded(loader: DataLoader, tower: Tower, rank: int, world: int) -> Iterator[Batch]:  # type: ignore[type-arg]
+    """Batches of a `DataLoader`; each process loads its own share alone."""
+    sampler, sizes = getattr(loader, "sampler", None), None
+    if loader.batch_sampler is not None and isinstance(sampler, SequentialSampler):
+        indices = list(loader.batch_sampler)
+        sizes = [len(batch) for batch in indices]
+        if world > 1:
+            loader = DataLoader(
+                loader.dataset,
+                batch_sampler=indices[rank::world],
+                num_workers=loader.num_workers,
+                collate_fn=loader.collate_fn,
+                pin_memory=loader.pin_memory,
+            )
+    elif type(sampler).__name__ in ("RandomSampler", "DistributedSampler"):
+        raise ValueError(
+            f"the loader of images has a {type(sampler).__name__}, but row i of the scores must be image i: use "
+            "shuffle=False and no DistributedSampler (score_pairs shares the batches out itself)"
+        )
+    start, mine = 0, rank
+    for number, item in enumerate(loader):
+        if sizes is not None:
+            yield as_batch(item, sum(sizes[:mine]), tower)
+            mine += world
+            continue
+        batch = as_batch(item, start, tower)
+        start += len(batch)
+        if number % world == rank:
+            yield batch
+
+
+def as_batch(item: Any, start: int, tower: Tower) -> Batch:
+    """Pixels, a tuple that begins with them, or a mapping that names them, as a batch."""
+    if isinstance(item, (tuple, list)) and item:
+        return as_batch(item[0], start, tower)
+    if isinstance(item, Mapping):
+        name = next((name for name in PIXELS if name in item), None)
+        if name is None:
+            raise TypeError(f"a batch of images must name its pixels as one of {PIXELS}, got {list(item)}")
+        known = set(inspect.signature(tower.module.forward).parameters) - {name}
+        return Batch(start, item[name], {key: item[key] for key in item if key in known and _is_tensor(item[key])})
+    if not isinstance(item, (Tensor, Prefix)):
+        raise TypeError(
+            f"a batch of images must be a tensor, a Prefix or a mapping with pixel_values, got {type(item).__name__}: "
+            "run the host's own image processor first"
+        )
+    return Batch(start, item)
+
+
+def count(images: Any) -> int | None:
+    """How many images there are, if that is known without reading them."""
+    if isinstance(images, Mapping):
+        images = next((images[name] for name in PIXELS if name in images), ())
+    if isinstance(images, (Tensor, Prefix)):
+        return len(images)
+    try:
+        return len(images.dataset)
+    except (AttributeError, TypeError):
+        return None
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, torch.Tensor)
