@@ -1,0 +1,242 @@
+"""BLIP of Hugging Face transformers: retrieval, question answering, captioning, `BlipModel`, and the tower alone.
+
+The text is encoded first, without the image. Only `BlipModel` and `BlipForImageTextRetrieval(use_itm_head=False)` make
+that very call themselves, and get it from memory. Every other head reads the image in all layers of its text model,
+so there the run is one more: 12 layers over the text alone, about 5 GFLOPs at 30 tokens.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from patchselect.adapter import (
+    Adapter,
+    Attended,
+    Projections,
+    TextCall,
+    TextRun,
+    Tower,
+    Wrapper,
+    gathered,
+    split_qkv,
+    through_norm,
+)
+from patchselect.blocks import call_with_text, recall_text
+
+BLOCK_PARTS = {"layer_norm1", "self_attn", "layer_norm2", "mlp"}
+TEXT_PARTS = ("text_encoder", "text_model", "text_decoder")
+HEAD_PARTS = {*TEXT_PARTS, "vision_model", "vision_proj", "text_proj", "itm_head"} | {
+    "visual_projection",
+    "text_projection",
+}
+METHODS = ("forward", "generate", "get_multimodal_features")
+
+
+def is_tower(module: Any) -> bool:
+    """A ViT with a fused `qkv`, an output layer `projection` and a class embedding."""
+    layers = getattr(getattr(module, "encoder", None), "layers", None)
+    if not isinstance(layers, nn.ModuleList) or len(layers) == 0 or not hasattr(module, "post_layernorm"):
+        return False
+    if not hasattr(getattr(module, "embeddings", None), "class_embedding"):
+        return False
+    return all(
+        {name for name, _ in block.named_children()} == BLOCK_PARTS
+        and isinstance(getattr(block.self_attn, "qkv", None), nn.Linear)
+        and isinstance(getattr(block.self_attn, "projection", None), nn.Linear)
+        for block in layers
+    )
+
+
+def joint_space_of(model: nn.Module) -> tuple[nn.Linear, nn.Linear] | None:
+    """The projections of text and image into one space, if the head has them."""
+    for names in (("text_proj", "vision_proj"), ("text_projection", "visual_projection")):
+        found = [getattr(model, name, None) for name in names]
+        if all(isinstance(projection, nn.Linear) for projection in found):
+            return found[0], found[1]  # type: ignore[return-value]
+    return None
+
+
+class TransformersBlip(Adapter):
+    """`BlipForImageTextRetrieval`, `BlipForQuestionAnswering`, `BlipForConditionalGeneration`, `BlipModel`.
+
+    Text features are the [CLS] of the text encoder, run without an image. Captioning has no text encoder: a prompt is
+    read by its decoder, and its last token, the only one that has seen all of it, is the feature. The labels of a
+    captioning step guide nothing.
+    """
+
+    name = "transformers-blip"
+    default_relevance = "keys"
+
+    def towers(self, model: nn.Module) -> list[Tower]:
+        core: Any = model if is_tower(model) else getattr(model, "vision_model", None)
+        if not is_tower(core):
+            return []
+        strangers = {name for name, _ in model.named_children()} - HEAD_PARTS
+        text = next((part for name in TEXT_PARTS if (part := getattr(model, name, None)) is not None), None)
+        if core is not model and (strangers or text is None):
+            raise TypeError(
+                f"{type(model).__name__} cannot be patched as a whole: its {', '.join(sorted(strangers))} may read a "
+                "fixed number of patches. Apply to its vision_model alone if its reader takes any number"
+            )
+        calls = {
+            method: tuple(inspect.signature(getattr(type(model), method)).parameters)[1:]
+            for method in METHODS
+            if core is not model and hasattr(model, method)
+        }
+        return [
+            Tower(
+                adapter=self,
+                module=core,
+                blocks=list(core.encoder.layers),
+                num_prefix_tokens=1,
+                has_class_token=True,
+                width=core.encoder.layers[0].layer_norm1.normalized_shape[0],
+                head=None if core is model else model,
+                final_norm=core.post_layernorm,
+                parts={"text": text, "calls": calls, "joint": joint_space_of(model)},
+            )
+        ]
+
+    def methods(self, model: Any, towers: list[Tower]) -> list[tuple[nn.Module, Mapping[str, Wrapper]]]:
+        text = towers[0].parts["text"]
+        if text is None:
+            return []
+        methods: list[tuple[nn.Module, Mapping[str, Wrapper]]] = [
+            (model, dict.fromkeys(towers[0].parts["calls"], call_with_text))
+        ]
+        return (
+            methods
+            if hasattr(model, "text_decoder") and text is model.text_decoder
+            else [
+                *methods,
+                (text, {"forward": recall_text}),
+            ]
+        )
+
+    def attend(self, tower: Tower, block: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Attended:
+        if any(mask is not None for mask in (*args, kwargs.pop("attention_mask", None))):
+            raise ValueError("patch selection does not support an attention mask over the image")
+        normed = block.layer_norm1(hidden_states)
+        return Attended(hidden_states + block.self_attn(hidden_states=normed, **kwargs)[0], normed)
+
+    def finish(self, tower: Tower, block: Any, tokens: Tensor, rest: Any) -> Tensor:
+        return tokens + block.mlp(block.layer_norm2(tokens))
+
+    def projections(self, block: Any) -> Projections:
+        attention = block.self_attn
+        (query, key, value), (query_bias, key_bias, _) = split_qkv(attention.qkv.weight, attention.qkv.bias)
+        return Projections(
+            query=query,
+            query_bias=query_bias,
+            key=key,
+            key_bias=key_bias,
+            value=value,
+            output=attention.projection.weight,
+            num_heads=attention.num_heads,
+            scale=attention.scale,
+            norm=block.layer_norm1,
+        )
+
+    # The way between text and image.
+
+    def text_width(self, tower: Tower) -> int:
+        if tower.head is None:
+            return tower.width
+        if hasattr(tower.head, "text_model"):
+            return tower.parts["joint"][0].out_features
+        return tower.parts["text"].config.hidden_size
+
+    def lift(self, tower: Tower, text: Tensor) -> Tensor:
+        """As it is where the widths are equal, else through the joint space."""
+        if tower.width == text.shape[-1] and not hasattr(tower.head, "text_model"):
+            return text
+        if tower.parts["joint"] is None:
+            raise ValueError(
+                f"text of width {text.shape[-1]} has no way to the vision width {tower.width} in "
+                f'{type(tower.head).__name__}, which has no joint space: use guidance="image"'
+            )
+        return self._out_of_joint(tower, self._into_joint(tower, text))
+
+    def _into_joint(self, tower: Tower, text: Tensor) -> Tensor:
+        if hasattr(tower.head, "text_model"):
+            return text
+        weight = gathered(tower.parts["joint"][0].weight)
+        return text.to(weight.dtype) @ weight.T
+
+    def _out_of_joint(self, tower: Tower, text: Tensor) -> Tensor:
+        weight = gathered(tower.parts["joint"][1].weight)
+        return text.to(weight.dtype) @ weight
+
+    def read_back(self, tower: Tower, text: Tensor) -> Tensor:
+        if tower.head is None:
+            return through_norm(text, tower.final_norm)
+        if tower.parts["joint"] is None:
+            name = type(tower.head).__name__
+            raise ValueError(f'relevance="values" needs a joint space, which {name} does not have: use "keys"')
+        return through_norm(self._out_of_joint(tower, self._into_joint(tower, text)), tower.final_norm)
+
+    # The text of a call.
+
+    def text_of_call(
+        self, model: Any, tower: Tower, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> TextCall | None:
+        given = dict(zip(tower.parts["calls"][method], args, strict=False)) | kwargs
+        if given.get("pixel_values") is None:
+            return None
+        ids, mask = given.get("input_ids"), given.get("attention_mask")
+        if tower.parts["text"] is getattr(model, "text_decoder", None):
+            return self._prompt(model, ids, mask, given.get("labels"))
+        if ids is None:
+            return None
+        encoder = tower.parts["text"]
+        run = {"input_ids": torch.as_tensor(ids), "attention_mask": mask}
+        if hasattr(model, "text_model"):
+            run["position_ids"] = given.get("position_ids")
+            result = encoder(**run, return_dict=True)
+            return TextCall(
+                model.text_projection(result.pooler_output), (TextRun(encoder, "forward", (), run, result),)
+            )
+        if not given.get("use_itm_head", True):
+            result = encoder(**run, return_dict=True)
+            return TextCall(result.last_hidden_state[:, 0], (TextRun(encoder, "forward", (), run, result),))
+        with _own_random_stream(encoder):
+            return TextCall(encoder(**run, return_dict=True).last_hidden_state[:, 0], ())
+
+    def _prompt(self, model: Any, ids: Any, mask: Tensor | None, labels: Tensor | None) -> TextCall:
+        if ids is None or labels is not None:
+            found = "has no prompt" if ids is None else "got labels: its input_ids are the caption that it must learn"
+            raise ValueError(
+                f"this call of {type(model).__name__} {found}, so no text guides it: give the features of a prompt with "
+                "`with patchselect.guide(model, text_features):`, or choose patchselect.apply(model, guidance="
+                '"image")'
+            )
+        ids = torch.as_tensor(ids)
+        decoder = model.text_decoder.bert
+        with _own_random_stream(decoder):
+            states = decoder(
+                input_ids=ids, attention_mask=mask, is_decoder=True, use_cache=False, return_dict=True
+            ).last_hidden_state
+        last = torch.full_like(ids[:, 0], ids.shape[1] - 1) if mask is None else mask.long().cumsum(1).argmax(1)
+        return TextCall(states[torch.arange(len(ids), device=states.device), last], ())
+
+    def grid(self, tower: Tower, pixel_values: Tensor, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        size: Any = tower.module.embeddings.patch_embedding.stride  # type: ignore[union-attr]
+        return pixel_values.shape[-2] // size[0], pixel_values.shape[-1] // size[1]
+
+
+def _own_random_stream(encoder: Any) -> Any:
+    """A run that the host does not make itself draws its dropout apart, so that the host's own draws stay the same."""
+    if not encoder.training or torch.compiler.is_compiling():
+        return nullcontext()
+    device = next(encoder.parameters()).device
+    return torch.random.fork_rng(devices=[] if device.type == "cpu" else [device], device_type=_kind(device))
+
+
+def _kind(device: torch.device) -> str:
+    return "cuda" if device.type == "cpu" else device.type
