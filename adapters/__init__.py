@@ -5,11 +5,13 @@ from __future__ import annotations
 from patchselect.adapter import Adapter
 
 from .albef import Albef
+from .blip import TransformersBlip
 from .mplug import Mplug
 from .open_clip import OpenClip, OpenClipTimm
 from .openai_clip import OpenAiClip
 from .timm import TimmViT
 from .transformers import TransformersClip, TransformersSiglip
+from .vilt import TransformersVilt
 
 ADAPTERS: tuple[Adapter, ...] = (
     TransformersClip(),
@@ -20,4 +22,6 @@ ADAPTERS: tuple[Adapter, ...] = (
     Albef(),
     Mplug(),
     OpenAiClip(),
+    TransformersBlip(),
+    TransformersVilt(),
 )
