@@ -279,6 +279,8 @@ def build(name: str, seed: int = 0) -> Case:
     generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
         for parameter in case.model.parameters():
+            if not parameter.abs().max() < 100:  # open_clip leaves some parameters uninitialised
+                parameter.normal_(generator=generator)
             if parameter.dim() == 1:
                 parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
     case.model.eval()

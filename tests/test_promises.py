@@ -51,7 +51,7 @@ def test_nothing_is_added_and_nothing_is_lost(name):
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert [(key, id(value)) for key, value in model.named_parameters()] == parameters
     assert [(key, id(value)) for key, value in model.named_buffers()] == buffers
-    assert {path: part for path, part in model.named_modules()} == {path: part for path, (part, _) in parts.items()}
+    assert dict(model.named_modules()) == {path: part for path, (part, _) in parts.items()}
     assert all(isinstance(part, parts[path][1]) for path, part in model.named_modules())
     assert all(type(part).__name__ == parts[path][1].__name__ for path, part in model.named_modules())
     model.load_state_dict(before)
