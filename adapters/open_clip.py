@@ -23,6 +23,7 @@ from patchselect.adapter import (
     through_norm,
 )
 from patchselect.blocks import call_with_text, recall_text, refuse_grid
+from patchselect.scoring import Texts, pooled
 
 from .timm import TimmViT, why_not
 
@@ -60,6 +61,14 @@ class _Paired(Adapter):
         flags = {} if captions else {"normalize": True}
         result = getattr(model, name)(given["text"], **flags)
         return TextCall(result[0] if captions else result, (TextRun(model, name, (given["text"],), flags, result),))
+
+    def encode_images(self, model: Any, tower: Tower, images: Any, **kwargs: Any) -> Tensor:
+        return pooled((model.encode_image if hasattr(model, "encode_image") else model)(images, **kwargs))
+
+    def encode_texts(self, model: Any, tower: Tower, texts: Any) -> Texts:
+        if not hasattr(model, "encode_text"):
+            return super().encode_texts(model, tower, texts)
+        return Texts(model.encode_text(texts))
 
 
 class OpenClip(_Paired):

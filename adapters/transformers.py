@@ -23,6 +23,7 @@ from patchselect.adapter import (
     through_norm,
 )
 from patchselect.blocks import call_with_text, recall_text
+from patchselect.scoring import Texts, named, pooled
 
 BLOCK_PARTS = {"layer_norm1", "self_attn", "layer_norm2", "mlp"}
 ATTENTION_PARTS = ("q_proj", "k_proj", "v_proj", "out_proj")
@@ -188,6 +189,14 @@ class TransformersClip(Adapter):
         if isinstance(getattr(model, "text_projection", None), nn.Module):
             features = model.text_projection(features)
         return TextCall(features, (TextRun(model.text_model, "forward", (), run, result),))
+
+    def encode_images(self, model: Any, tower: Tower, images: Any, **kwargs: Any) -> Tensor:
+        return pooled((model.get_image_features if hasattr(model, "get_image_features") else model)(images, **kwargs))
+
+    def encode_texts(self, model: Any, tower: Tower, texts: Any) -> Texts:
+        if not hasattr(model, "get_text_features"):
+            return super().encode_texts(model, tower, texts)
+        return Texts(pooled(model.get_text_features(**named(texts))))
 
     def grid(self, tower: Tower, pixel_values: Tensor, *args: Any, **kwargs: Any) -> tuple[int, int]:
         size = tower.module.embeddings.patch_embedding.stride  # type: ignore[union-attr]

@@ -16,7 +16,7 @@ from .gathering import gather, share
 from .guidance import scope
 from .memory import Plan, plan_chunks, texts_at_once
 from .patching import Handle, handle_of
-from .prefix import Prefix, encode_prefix
+from .prefix import Prefix, take_prefix
 from .progress import Bar
 from .resuming import Finished
 from .scoring import Texts
@@ -110,7 +110,7 @@ def _score_chunk(chunk: _Chunk, texts: Texts, candidates: Tensor | None) -> Tens
     elif isinstance(batch.images, Prefix):
         prefix = batch.images
     else:
-        prefix = encode_prefix(host, batch.images, **batch.options)
+        prefix = Prefix(*_taken(handle, batch))
     columns = []
     width = len(texts) if candidates is None else candidates.shape[1]
     for low in range(0, width, chunk.plan.texts):
@@ -129,6 +129,11 @@ def _score_chunk(chunk: _Chunk, texts: Texts, candidates: Tensor | None) -> Tens
         scores = tower.adapter.score(host, tower, rows, paired)
         columns.append(scores.view(size, high - low).float().cpu())
     return torch.cat(columns, dim=1)
+
+
+def _taken(handle: Handle, batch: Batch) -> tuple[Any, ...]:
+    tokens, normed, rest = take_prefix(handle, batch.images, batch.options)
+    return tokens, normed, tuple(batch.images.shape[1:]), None, rest
 
 
 def _encode_texts(handle: Handle, texts: Any, like: Tensor, limit: float) -> Texts:

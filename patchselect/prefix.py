@@ -62,7 +62,8 @@ class Prefix:
     """`(B, N, D)`: the block's input after its pre-attention norm."""
     shape: tuple[int, ...]
     """Shape of one image."""
-    origin: Origin
+    origin: Origin | None
+    """`None` in a prefix that does not outlive the call that made it."""
     rest: Any = None
 
     @property
@@ -87,6 +88,8 @@ class Prefix:
         Raises:
             ValueError: another model, other selection layers, or other weights up to the first of them.
         """
+        if self.origin is None:
+            return
         now = Origin.of(handle)
         again = "call patchselect.encode_prefix(model, images) again"
         if (now.model, now.width) != (self.origin.model, self.origin.width):
@@ -186,6 +189,13 @@ def encode_prefix(model: nn.Module, images: Tensor, **kwargs: Any) -> Prefix:
             f"in {type(tower.module).__name__} image and text share one sequence from the first block on: no part of "
             "the image side is independent of the text, so there is no prefix to keep"
         )
+    tokens, normed, rest = take_prefix(handle, images, kwargs)
+    return Prefix(tokens, normed, tuple(images.shape[1:]), Origin.of(handle), rest)
+
+
+def take_prefix(handle: Handle, images: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor, Any]:
+    """Tokens and normed tokens `(B, N, D)` after the attention of the first selection layer, and the adapter's rest."""
+    tower = handle.towers[0]
     prepare(handle)
     taking = _Taking()
     with scope(handle, torch.zeros(0), "prefix", prefix=taking):
@@ -195,8 +205,7 @@ def encode_prefix(model: nn.Module, images: Tensor, **kwargs: Any) -> Prefix:
     tokens, normed, rest, _ = taking.attended
     if not tower.batch_first:
         tokens, normed = tokens.transpose(0, 1), normed.transpose(0, 1)
-    rest = None if isinstance(rest, Tensor) else rest
-    return Prefix(tokens, normed, tuple(images.shape[1:]), Origin.of(handle), rest)
+    return tokens, normed, None if isinstance(rest, Tensor) else rest
 
 
 def prepare(handle: Handle) -> None:
