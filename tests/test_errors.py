@@ -1,0 +1,239 @@
+"""Bad input: a clear error each, and the model as it was."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hosts import build
+from torch import nn
+
+import patchselect
+
+
+@pytest.fixture
+def case():
+    return build("clip")
+
+
+def classes(model):
+    return {path: type(part) for path, part in model.named_modules()}
+
+
+BAD_ARGUMENTS = [
+    (dict(keep_rate=0.0), ValueError, r"keep_rate must be in \(0, 1\].*got 0.0"),
+    (dict(keep_rate=1.5), ValueError, "got 1.5"),
+    (dict(keep_rate=float("nan")), ValueError, "got nan"),
+    (dict(keep_rate="half"), TypeError, "keep_rate must be a number"),
+    (dict(keep_rate=True), TypeError, "keep_rate must be a number"),
+    (dict(keep_rate=[0.5]), ValueError, "1 values for 2 selection layers"),
+    (dict(keep_rate=[0.5, 2.0]), ValueError, "got 2.0"),
+    (dict(layers=[6]), ValueError, "layer 6 is outside of this model's 6 blocks: use 0 to 5"),
+    (dict(layers=[-1]), ValueError, "layer -1 is outside"),
+    (dict(layers=[2, 2]), ValueError, "ascending and without repeats"),
+    (dict(layers=[3, 1]), ValueError, "ascending"),
+    (dict(layers=[]), ValueError, "at least one index"),
+    (dict(layers=[1.0]), TypeError, "layers must be integers"),
+    (dict(layers=4), TypeError, "layers must be a sequence"),
+    (dict(guidance="txt"), ValueError, "guidance must be one of 'text', 'image', 'random'; got 'txt'"),
+    (dict(relevance="queries"), ValueError, "relevance must be one of 'keys'"),
+    (dict(fusion="max"), ValueError, "fusion must be one of 'mean', 'sum', 'none'"),
+    (dict(adapter="clip"), ValueError, "there is no adapter 'clip'; there are 'transformers-clip'"),
+    (dict(adapter="timm"), TypeError, "adapter 'timm' does not know .*CLIPModel"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "error", "message"), BAD_ARGUMENTS)
+def test_bad_arguments_of_apply(case, arguments, error, message):
+    before = classes(case.model)
+    with pytest.raises(error, match=message):
+        patchselect.apply(case.model, **arguments)
+    assert classes(case.model) == before
+    handle = patchselect.apply(case.model, 0.5)
+    with pytest.raises(error, match=message):
+        patchselect.apply(case.model, **arguments)
+    with handle.record() as trace, torch.no_grad(), patchselect.guide(case.model, torch.randn(1, 24)):
+        case.image_side(case.model, case.images(1))
+    assert len(trace) == 2, "a failed apply leaves the one before in place"
+
+
+BAD_TEXTS = [
+    (torch.randn(2, 25), ValueError, r"text_features must be \(texts, 24\) for this model, got \(2, 25\)"),
+    (torch.randn(24), ValueError, r"got \(24,\)"),
+    (torch.randn(0, 24), ValueError, r"got \(0, 24\)"),
+    (torch.ones(2, 24, dtype=torch.long), TypeError, "features, not token ids"),
+    ([[0.0] * 24], TypeError, "got list"),
+]
+
+
+@pytest.mark.parametrize(("text", "error", "message"), BAD_TEXTS)
+def test_bad_texts(case, text, error, message):
+    patchselect.apply(case.model, 0.5)
+    with pytest.raises(error, match=message):
+        patchselect.guide(case.model, text)
+
+
+def test_bad_guides(case):
+    with pytest.raises(ValueError, match="CLIPModel is not patched: call patchselect.apply"):
+        patchselect.guide(case.model, torch.randn(2, 24))
+    patchselect.apply(case.model, 0.5)
+    with pytest.raises(ValueError, match="pairing must be one of 'paired', 'shared', 'all'"):
+        patchselect.guide(case.model, torch.randn(2, 24), pairing="each")
+    with pytest.raises(ValueError, match="3 texts for 4 images"), patchselect.guide(case.model, torch.randn(3, 24)):
+        case.image_side(case.model, case.images(4))
+    with (
+        pytest.raises(ValueError, match="text_features are on meta, the images on cpu"),
+        patchselect.guide(case.model, torch.randn(2, 24, device="meta")),
+    ):
+        case.image_side(case.model, case.images(2))
+    patchselect.apply(case.model, 0.5, guidance="image")
+    with pytest.raises(ValueError, match="guided by 'image' and reads no text"):
+        patchselect.guide(case.model, torch.randn(2, 24))
+
+
+def test_missing_text_names_both_ways_out(case):
+    patchselect.apply(case.model, 0.5)
+    with pytest.raises(ValueError, match=r"patchselect\.guide\(model, text_features\)") as error:
+        case.image_side(case.model, case.images(1))
+    assert 'guidance="image"' in str(error.value)
+    patchselect.apply(case.model, 1.0)
+    with pytest.raises(ValueError, match="no text guides this call"):
+        case.image_side(case.model, case.images(1))
+
+
+def test_a_removed_handle_records_nothing(case):
+    handle = patchselect.apply(case.model, 0.5)
+    handle.remove()
+    handle.remove()
+    with pytest.raises(ValueError, match="was removed from this model"):
+        handle.record()
+
+
+def test_unsupported_models(case):
+    for model in (nn.Linear(3, 3), nn.Sequential(nn.Conv2d(3, 3, 1))):
+        with pytest.raises(TypeError, match=f"no adapter knows .*{type(model).__name__}"):
+            patchselect.apply(model)
+    with pytest.raises(TypeError, match="must be a torch.nn.Module, got str"):
+        patchselect.apply("ViT-B-16")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="already compiled: call patchselect.apply first"):
+        patchselect.apply(torch.compile(case.model))
+    compiled = build("clip").model
+    compiled.compile()
+    with pytest.raises(TypeError, match="already compiled"):
+        patchselect.apply(compiled)
+    with pytest.raises(TypeError, match="TorchScript"):
+        patchselect.apply(torch.jit.script(nn.Linear(2, 2)))
+    with pytest.raises(TypeError, match="DataParallel is not supported"):
+        patchselect.apply(nn.DataParallel(case.model))
+
+
+def test_data_parallel_around_a_patched_model_is_refused():
+    case = build("clip")
+    patchselect.apply(case.model, 0.5)
+    replica = case.model.vision_model.encoder.layers[1]._replicate_for_data_parallel()
+    with pytest.raises(ValueError, match="nn.DataParallel is not supported"):
+        replica(torch.randn(1, 17, 48), None)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("RN50", "ModifiedResNet of open_clip cannot be patched"),
+        ("convnext_base", "ConvNeXt of this CLIP cannot be patched"),
+        ("swin_base_patch4_window7_224", "SwinTransformer of this CLIP cannot be patched"),
+        ("EVA02-B-16", "Eva of this CustomTextCLIP cannot be patched: .*rotary"),
+        ("vit_relpos_medium_patch16_cls_224", "cannot be patched: .*relative positions"),
+        ("PE-Core-T-16-384", "Eva of this CustomTextCLIP cannot be patched: .*rotary"),
+    ],
+)
+def test_open_clip_towers_that_cannot_be_supported_are_refused_by_name(name, reason):
+    open_clip = pytest.importorskip("open_clip")
+    with torch.device("meta"):
+        model = open_clip.create_model(name, device="meta")
+    before = classes(model)
+    with pytest.raises(TypeError, match=reason):
+        patchselect.apply(model)
+    assert classes(model) == before
+
+
+def test_dense_readers_are_refused():
+    transformers = pytest.importorskip("transformers")
+    sizes = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2)
+    vision = dict(sizes, image_size=32, patch_size=16)
+    config = transformers.CLIPSegConfig(
+        text_config=dict(sizes, vocab_size=99), vision_config=vision, extract_layers=[0, 1, 2], reduce_dim=16
+    )
+    segmenter = transformers.CLIPSegForImageSegmentation(config)
+    with pytest.raises(TypeError, match="cannot be patched as a whole: what reads the tokens .*'clip.vision_model"):
+        patchselect.apply(segmenter)
+    with pytest.raises(TypeError, match="its segmentation decoder reads a dense grid"):
+        patchselect.apply(segmenter.clip)
+    language = transformers.LlamaConfig(
+        hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=99
+    )
+    llava = transformers.LlavaForConditionalGeneration(
+        transformers.LlavaConfig(vision_config=transformers.CLIPVisionConfig(**vision), text_config=language)
+    )
+    with pytest.raises(TypeError, match="may need a fixed number of patches"):
+        patchselect.apply(llava)
+
+
+@pytest.mark.parametrize("name", ["open_clip", "timm_class_token", "open_clip_siglip"])
+def test_grids_of_a_shortened_sequence_are_refused(name):
+    case = build(name)
+    patchselect.apply(case.model, 0.5, guidance="image")
+    tower, images = case.tower(case.model), case.images(2)
+    with pytest.raises(ValueError, match=r'use output_fmt="NLC", or handle.record\(\)'):
+        tower.forward_intermediates(images)
+    out = tower.forward_intermediates(images, output_fmt="NLC")
+    assert out is not None
+    patchselect.remove(case.model)
+    tower.forward_intermediates(images)
+
+
+def test_padded_images_are_refused():
+    case = build("siglip2")
+    patchselect.apply(case.model, 0.5, guidance="image")
+    images = case.images(2)
+    images["spatial_shapes"][1] = torch.tensor([3, 4])
+    images["pixel_attention_mask"][1, 12:] = 0
+    with pytest.raises(ValueError, match="padded patches"):
+        case.image_side(case.model, images)
+
+
+def test_patch_dropout_cannot_be_recorded():
+    open_clip = pytest.importorskip("open_clip")
+    case = build("open_clip")
+    case.model.visual.patch_dropout = open_clip.transformer.PatchDropout(0.5)
+    handle = patchselect.apply(case.model, 0.5, guidance="image")
+    case.model.train()
+    case.image_side(case.model, case.images(2))
+    with pytest.raises(ValueError, match="patch dropout is on"), handle.record():
+        case.image_side(case.model, case.images(2))
+
+
+def test_values_refuses_what_it_cannot_read_backwards():
+    case = build("open_clip_normalised_keys")
+    case.model.visual.transformer.resblocks[3].attn.head_scale = nn.Parameter(torch.ones(4, 1, 1))
+    before = classes(case.model)
+    with pytest.raises(ValueError, match='cannot read block 3 backwards: its heads are scaled; use relevance="keys"'):
+        patchselect.apply(case.model, 0.5)
+    assert classes(case.model) == before
+    patchselect.apply(case.model, 0.5, relevance="keys")
+
+
+def test_restore_refuses_what_does_not_fit():
+    case = build("clip_vision")
+    handle = patchselect.apply(case.model, 0.5, guidance="image")
+    with handle.record() as trace:
+        tokens = case.model(case.images(2)).last_hidden_state
+    with pytest.raises(ValueError, match="the trace is empty"):
+        patchselect.restore(tokens, [])
+    with pytest.raises(ValueError, match=r"tokens must be the \(2, 7, D\)"):
+        patchselect.restore(tokens[:, :5], trace)
+    with pytest.raises(ValueError, match="fill must be"):
+        patchselect.restore(tokens, trace, fill="nearest")
+    fused = patchselect.restore(tokens, trace, fill="fused")
+    gone = next(place for place in range(16) if place not in trace[1].kept[0].tolist())
+    assert torch.equal(fused[0].flatten(0, 1)[gone], tokens[0, -1])
+    without_prefix = patchselect.restore(tokens[:, 1:], trace, fill="fused")
+    assert torch.equal(without_prefix, fused)
