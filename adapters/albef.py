@@ -1,29 +1,21 @@
-"""ALBEF (salesforce/ALBEF): pretraining, retrieval, VQA, NLVR2, visual entailment, and its `VisionTransformer` alone.
-
-Everything is found by its structure, so a copied file with other class or attribute names is recognised too. All
-heads encode the image first; here the text half of the text encoder runs before it, from the arguments of the head's
-own forward, and the head's own run of that half is answered from memory: no layer of the text encoder runs twice.
-"""
+"""ALBEF (salesforce/ALBEF): pretraining, retrieval, VQA, NLVR2, visual entailment, and its ViT alone."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Mapping
-from types import CodeType
 from typing import Any
 
 from torch import Tensor, nn
 
-from patchselect.adapter import Adapter, Attended, Projections, TextCall, TextRun, Tower, Wrapper, gathered, split_qkv
-from patchselect.blocks import call_with_text, recall_text, remembered
+from patchselect.adapter import Attended, Projections, Tower, gathered, split_qkv, through_norm
+
+from .heads import Heads
 
 BLOCK_PARTS = {"norm1", "attn", "drop_path", "norm2", "mlp"}
-FUSION_ARGUMENTS = ("encoder_hidden_states", "encoder_attention_mask")
 
 
 def is_tower(module: Any) -> bool:
     """ALBEF's ViT: plain pre-norm blocks with a fused `qkv`, one [CLS] in front."""
-    blocks = getattr(module, "blocks", None)
+    blocks: Any = getattr(module, "blocks", None)
     embed, positions = getattr(module, "patch_embed", None), getattr(module, "pos_embed", None)
     if not isinstance(blocks, nn.ModuleList) or len(blocks) == 0 or not hasattr(module, "cls_token"):
         return False
@@ -38,141 +30,6 @@ def is_tower(module: Any) -> bool:
     )
 
 
-def is_bert(module: Any) -> bool:
-    """A BERT of these codebases: it can start from `encoder_embeds` and read an image through cross-attention."""
-    layers = getattr(getattr(module, "encoder", None), "layer", None)
-    if not isinstance(layers, nn.ModuleList) or len(layers) == 0 or not hasattr(module, "embeddings"):
-        return False
-    return {"input_ids", "encoder_embeds"} <= set(inspect.signature(type(module).forward).parameters)
-
-
-def reads_text_alone(module: Any) -> bool:
-    """A text encoder: its first layer has no cross-attention (fusion encoders and decoders have one there)."""
-    return is_bert(module) and not hasattr(module.encoder.layer[0], "crossattention")
-
-
-def text_encoder_of(model: nn.Module) -> nn.Module | None:
-    """The text encoder that is trained; a momentum twin is frozen."""
-    found = [module for module in model.modules() if reads_text_alone(module)]
-    trained = [module for module in found if any(weight.requires_grad for weight in module.parameters())]
-    return next(iter(trained or found), None)
-
-
-def owner_of(model: nn.Module, *parts: nn.Module) -> nn.Module:
-    """The smallest module inside `model` (or `model`) that holds all parts: the head, whoever wraps it."""
-    for child in model.children():
-        held = set(child.modules())
-        if all(part in held and part is not child for part in parts):
-            return owner_of(child, *parts)
-    return model
-
-
-def names_in_forward(model: nn.Module) -> set[str]:
-    """The names that the code of `forward`, and of the methods it calls, speaks of."""
-    names: set[str] = set()
-    todo = ["forward"]
-    while todo:
-        function = inspect.unwrap(getattr(type(model), todo.pop(), None) or (lambda: None))
-        codes: list[Any] = [getattr(function, "__code__", None)]
-        while codes:
-            code = codes.pop()
-            if not isinstance(code, CodeType):
-                continue
-            codes.extend(code.co_consts)
-            fresh = set(code.co_names) - names
-            names |= fresh
-            todo += [
-                name for name in fresh if callable(getattr(type(model), name, None)) and not hasattr(nn.Module, name)
-            ]
-    return names
-
-
-def tokens_of(value: Any) -> tuple[Tensor, Tensor] | None:
-    """Token ids and attention mask of a tokenizer's output, or of a nested tensor of integers (mPLUG's grounding)."""
-    if getattr(value, "input_ids", None) is not None:
-        return value.input_ids, value.attention_mask
-    tensors = getattr(value, "tensors", None)
-    if isinstance(tensors, Tensor) and not tensors.is_floating_point():
-        return tensors, value.mask
-    return None
-
-
-def resume_text(encoder: nn.Module, name: str, original: Any, *args: Any, **kwargs: Any) -> Any:
-    """A text encoder that has run its text half already.
-
-    A call for that half is answered from memory. A call for both halves (`mode="multi_modal"`: VQA, NLVR2, visual
-    entailment) goes on from there with the fusion layers, which is the same function.
-    """
-    if kwargs.get("mode", "multi_modal") == "multi_modal" and kwargs.get("encoder_hidden_states") is not None:
-        half = {key: value for key, value in kwargs.items() if key not in FUSION_ARGUMENTS} | {"mode": "text"}
-        run = remembered(encoder, name, args, half)
-        if run is not None:
-            both = {key: kwargs.get(key) for key in ("attention_mask", "return_dict", *FUSION_ARGUMENTS)}
-            return original(encoder_embeds=run.result.last_hidden_state, mode="fusion", **both)
-    return recall_text(encoder, name, original, *args, **kwargs)
-
-
-class Heads(Adapter):
-    """What the heads of ALBEF and mPLUG share: `head(image, text, ...)`, and who encodes that text."""
-
-    default_relevance = "keys"
-
-    def head_parts(self, model: nn.Module, towers: list[nn.Module], family: str) -> dict[str, Any]:
-        """The head around `towers` and its text encoder; `{}` for a tower alone.
-
-        Raises:
-            TypeError: what holds the towers is not a head of this family.
-        """
-        if towers == [model]:
-            return {}
-        encoder = text_encoder_of(model)
-        bert: Any = encoder or next((module for module in model.modules() if is_bert(module)), None)
-        if bert is None:
-            raise TypeError(
-                f"{type(model).__name__} cannot be patched as a whole: it holds a vision tower of {family}, but no "
-                "BERT of that family, and what reads its tokens may need a fixed number. If it takes any number, apply "
-                "to that tower alone"
-            )
-        if any(len(tower.state_dict()) != len(towers[0].state_dict()) for tower in towers):
-            raise TypeError(f"the vision towers of {type(model).__name__} are no twins: apply to each of them alone")
-        head = owner_of(model, towers[0], bert)
-        spoken = names_in_forward(head)
-        path = next((path for path, part in head.named_modules() if part is encoder), "")
-        return {
-            "head": head,
-            "text_encoder": encoder if path.split(".")[0] in spoken else None,
-            "text_width": bert.embeddings.word_embeddings.embedding_dim,
-            "call": tuple(inspect.signature(type(head).forward).parameters)[1:],
-            "image_pairs": "split" in spoken,
-        }
-
-    def text_width(self, tower: Tower) -> int:
-        return tower.parts.get("text_width", tower.width)
-
-    def methods(self, model: nn.Module, towers: list[Tower]) -> list[tuple[nn.Module, Mapping[str, Wrapper]]]:
-        parts = towers[0].parts
-        if parts.get("text_encoder") is None:
-            return []
-        return [(parts["head"], {"forward": call_with_text}), (parts["text_encoder"], {"forward": resume_text})]
-
-    def text_of_call(
-        self, model: nn.Module, tower: Tower, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> TextCall | None:
-        given = dict(zip(tower.parts["call"], args, strict=False)) | kwargs
-        values = [given.get(name) for name in tower.parts["call"]]
-        text = next((found for found in map(tokens_of, values) if found is not None), None)
-        if text is None:
-            return None
-        encoder = tower.parts["text_encoder"]
-        run = {"attention_mask": text[1], "return_dict": True}
-        if "mode" in inspect.signature(type(encoder).forward).parameters:
-            run["mode"] = "text"
-        result = encoder(text[0], **run)
-        images = 2 if tower.parts["image_pairs"] else 1
-        remembered_run = TextRun(encoder, "forward", (text[0],), run, result)
-        return TextCall(result.last_hidden_state[:, 0], (remembered_run,), images)
-
-
 class Albef(Heads):
     """Heads with `visual_encoder` and `text_encoder` (and their momentum twins), and the bare `VisionTransformer`."""
 
@@ -185,7 +42,7 @@ class Albef(Heads):
         parts = self.head_parts(model, found, "ALBEF")
         width = found[0].norm.normalized_shape[0]
         if parts:
-            parts["bridge"] = self._bridge(parts, width)
+            parts["joint"] = self._joint_space(parts, width)
         return [
             Tower(
                 adapter=self,
@@ -200,17 +57,17 @@ class Albef(Heads):
             for tower in found
         ]
 
-    def _bridge(self, parts: dict[str, Any], width: int) -> tuple[nn.Module, ...]:
-        """Nothing where text and image have one width; else the projections into the head's joint space."""
-        if parts["text_width"] == width:
-            return ()
-        bridge = tuple(getattr(parts["head"], name, None) for name in ("text_proj", "vision_proj"))
-        if not all(isinstance(projection, nn.Linear) for projection in bridge):
+    def _joint_space(self, parts: dict[str, Any], width: int) -> tuple[nn.Module, ...]:
+        """The projections of text and image into the head's joint space, if it has one."""
+        joint = tuple(getattr(parts["head"], name, None) for name in ("text_proj", "vision_proj"))
+        if all(isinstance(projection, nn.Linear) for projection in joint):
+            return joint  # type: ignore[return-value]
+        if parts["text_width"] != width:
             raise TypeError(
                 f"text of width {parts['text_width']} has no way to the vision width {width} in "
                 f"{type(parts['head']).__name__}: it has no text_proj and vision_proj. Apply to the vision tower alone"
             )
-        return bridge  # type: ignore[return-value]
+        return ()
 
     def attend(self, tower: Tower, block: Any, x: Tensor, *register_hook: Any, **kwargs: Any) -> Attended:
         normed = block.norm1(x)
@@ -237,10 +94,20 @@ class Albef(Heads):
         )
 
     def lift(self, tower: Tower, text: Tensor) -> Tensor:
-        for projection, back in zip(tower.parts.get("bridge", ()), (False, True), strict=False):
-            weight = gathered(projection.weight)
-            text = text.to(weight.dtype) @ (weight if back else weight.T)
-        return text
+        """As it is where text and image have one width (the published sizes), else through the joint space."""
+        return text if self.text_width(tower) == tower.width else self._through_joint(tower, text)
+
+    def read_back(self, tower: Tower, text: Tensor) -> Tensor:
+        if not tower.parts:
+            return through_norm(text, tower.final_norm)
+        if not tower.parts["joint"]:
+            name = type(tower.parts["head"]).__name__
+            raise ValueError(f'relevance="values" needs a joint space, which this {name} does not have: use "keys"')
+        return through_norm(self._through_joint(tower, text), tower.final_norm)
+
+    def _through_joint(self, tower: Tower, text: Tensor) -> Tensor:
+        into, out = (gathered(projection.weight) for projection in tower.parts["joint"])
+        return text.to(into.dtype) @ into.T @ out
 
     def grid(self, tower: Tower, x: Tensor, *args: Any, **kwargs: Any) -> tuple[int, int]:
         size: Any = tower.module.patch_embed.proj.stride  # type: ignore[union-attr]

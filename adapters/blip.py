@@ -31,10 +31,8 @@ from patchselect.blocks import call_with_text, recall_text
 
 BLOCK_PARTS = {"layer_norm1", "self_attn", "layer_norm2", "mlp"}
 TEXT_PARTS = ("text_encoder", "text_model", "text_decoder")
-HEAD_PARTS = {*TEXT_PARTS, "vision_model", "vision_proj", "text_proj", "itm_head"} | {
-    "visual_projection",
-    "text_projection",
-}
+PROJECTIONS = (("text_proj", "vision_proj"), ("text_projection", "visual_projection"))
+HEAD_PARTS = {"vision_model", "itm_head", *TEXT_PARTS, *PROJECTIONS[0], *PROJECTIONS[1]}
 METHODS = ("forward", "generate", "get_multimodal_features")
 
 
@@ -55,7 +53,7 @@ def is_tower(module: Any) -> bool:
 
 def joint_space_of(model: nn.Module) -> tuple[nn.Linear, nn.Linear] | None:
     """The projections of text and image into one space, if the head has them."""
-    for names in (("text_proj", "vision_proj"), ("text_projection", "visual_projection")):
+    for names in PROJECTIONS:
         found = [getattr(model, name, None) for name in names]
         if all(isinstance(projection, nn.Linear) for projection in found):
             return found[0], found[1]  # type: ignore[return-value]
@@ -107,17 +105,10 @@ class TransformersBlip(Adapter):
         text = towers[0].parts["text"]
         if text is None:
             return []
-        methods: list[tuple[nn.Module, Mapping[str, Wrapper]]] = [
-            (model, dict.fromkeys(towers[0].parts["calls"], call_with_text))
-        ]
-        return (
-            methods
-            if hasattr(model, "text_decoder") and text is model.text_decoder
-            else [
-                *methods,
-                (text, {"forward": recall_text}),
-            ]
-        )
+        calls: Mapping[str, Wrapper] = dict.fromkeys(towers[0].parts["calls"], call_with_text)
+        if text is getattr(model, "text_decoder", None):
+            return [(model, calls)]
+        return [(model, calls), (text, {"forward": recall_text})]
 
     def attend(self, tower: Tower, block: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Attended:
         if any(mask is not None for mask in (*args, kwargs.pop("attention_mask", None))):
@@ -210,11 +201,10 @@ class TransformersBlip(Adapter):
 
     def _prompt(self, model: Any, ids: Any, mask: Tensor | None, labels: Tensor | None) -> TextCall:
         if ids is None or labels is not None:
-            found = "has no prompt" if ids is None else "got labels: its input_ids are the caption that it must learn"
+            why = "got labels (its input_ids are the caption to learn)" if labels is not None else "got no prompt"
             raise ValueError(
-                f"this call of {type(model).__name__} {found}, so no text guides it: give the features of a prompt with "
-                "`with patchselect.guide(model, text_features):`, or choose patchselect.apply(model, guidance="
-                '"image")'
+                f"{type(model).__name__} {why}, so no text guides this call: give the features of a prompt with `with "
+                'patchselect.guide(model, text_features):`, or choose patchselect.apply(model, guidance="image")'
             )
         ids = torch.as_tensor(ids)
         decoder = model.text_decoder.bert

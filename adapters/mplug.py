@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from patchselect.adapter import Tower, Wrapper, gathered
 from patchselect.guidance import current, scope
 
-from .albef import Heads
+from .heads import Heads
 from .openai_clip import SequenceFirst, is_tower
 
 TRANSFORMER_ARGUMENTS = {"self", "x", "text_mask", "use_checkpoint"}
@@ -33,7 +33,7 @@ def run_transformer(
         return original(x, text_mask, use_checkpoint)
     for block in module.resblocks:
         run: Any = block
-        text = ()
+        text: tuple[Tensor, ...] = ()
         if "_patchselect" in vars(block):
             run, text = functools.partial(block, _patchselect_guidance=guidance), (guidance.text,)
         x = torch.utils.checkpoint.checkpoint(run, x, text_mask, *text)
@@ -112,6 +112,11 @@ class Mplug(SequenceFirst, Heads):
             if set(inspect.signature(type(transformer).forward).parameters) == TRANSFORMER_ARGUMENTS:
                 methods.append((transformer, {"forward": run_transformer}))
         return methods
+
+    def read_back(self, tower: Tower, text: Tensor) -> Tensor:
+        if not tower.parts:
+            return super().read_back(tower, text)
+        raise ValueError('relevance="values" is not offered for the heads of mPLUG: use "keys" or "features"')
 
     def lift(self, tower: Tower, text: Tensor) -> Tensor:
         bridge = tower.parts.get("bridge")

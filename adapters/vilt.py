@@ -130,7 +130,7 @@ class TransformersVilt(Adapter):
 
     def text_width(self, tower: Tower) -> NoReturn:
         raise ValueError(
-            f"{type(tower.module).__name__} reads its text in the same sequence as its image, so guide() has nothing to "
-            'add, and there is no joint space for relevance "values" or "joint": call the model with input_ids and '
+            f"{type(tower.module).__name__} reads its text in the same sequence as its image, so guide() has nothing "
+            'to add, and there is no joint space for relevance "values" or "joint": call the model with input_ids and '
             'pixel_values, and use relevance="keys" or "features"'
         )
