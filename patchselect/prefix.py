@@ -240,9 +240,10 @@ def _until(tower: Tower, first: int) -> list[Tensor]:
 @torch.no_grad()
 def checksums(tensors: Sequence[Tensor]) -> tuple[int, ...]:
     """The sum of the bits of each tensor, read as integers: exact, in any order of summation."""
-    whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.int64}
     sums = []
     for tensor in tensors:
         local = getattr(tensor, "to_local", lambda tensor=tensor: tensor)().detach().contiguous().reshape(-1)
-        sums.append(local.view(whole[local.element_size()]).sum(dtype=torch.int64))
+        size = local.element_size()
+        words = local.numel() * size % 8 == 0 and local.storage_offset() * size % 8 == 0
+        sums.append(local.view(torch.int64 if words else torch.uint8).sum(dtype=torch.int64))
     return tuple(torch.stack([total.to(sums[0].device) for total in sums]).tolist()) if sums else ()
