@@ -1,0 +1,155 @@
+"""The table of heads that fuse image and text: structural doubles always, the real ALBEF and mPLUG where they are.
+
+The real ones run with `ALBEF_DIR` and `MPLUG_DIR` set to checkouts and `PATCHSELECT_TARGETS` to the folder of the
+runners that build them (`albef_targets.py`, `mplug_targets.py`); without these they skip.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from doubles import albef, mplug
+from doubles.text import pictures, sentences
+from torch import Tensor, nn
+
+import patchselect
+
+
+@dataclass
+class Head:
+    """A model and how to call it."""
+
+    model: nn.Module
+    batch: Callable[[int], tuple[tuple[Any, ...], dict[str, Any]]]
+    """Arguments of a training call from a seed; the text is the second one."""
+    patches: int = 16
+    images: int = 3
+    captions: bool = False
+    """Whether the text must come from `guide`."""
+    same_stream: bool = True
+    """Whether the random stream in training is that of the unpatched model."""
+    active: Callable[[], AbstractContextManager[Any]] = nullcontext
+    """Inside, the head can be pickled."""
+
+    def towers(self) -> list[Any]:
+        return patchselect.hosts.find_towers(self.model)
+
+    def text_features(self, seed: int = 4) -> Tensor:
+        tower = self.towers()[0]
+        width = tower.adapter.text_width(tower)
+        return torch.randn(self.images, width, generator=torch.Generator().manual_seed(seed))
+
+    def call(self, batch: Any = None, model: nn.Module | None = None, seed: int = 7, text: Tensor | None = None) -> Any:
+        """The outputs of one call, its randomness fixed; a captioning head gets a text for each image."""
+        model = self.model if model is None else model
+        args, kwargs = self.batch(0) if batch is None else batch
+        torch.manual_seed(seed)
+        patched = any("_patchselect" in vars(part) for part in model.modules())
+        if not (self.captions and patched):
+            return model(*args, **kwargs)
+        with patchselect.guide(model, self.text_features() if text is None else text):
+            return model(*args, **kwargs)
+
+
+def floats(output: Any) -> list[Tensor]:
+    if isinstance(output, Tensor):
+        return [output] if output.is_floating_point() else []
+    parts = output.values() if isinstance(output, dict) else output
+    return [tensor for part in parts if isinstance(part, Tensor) for tensor in floats(part)]
+
+
+def loss_of(output: Any) -> Tensor:
+    return torch.stack([part.float().sum() for part in floats(output)]).sum()
+
+
+def changed(batch: Any, row: int) -> Any:
+    """The same batch with other words in one of its texts."""
+    args, kwargs = batch
+    text = args[1]
+    nested = hasattr(text, "tensors")
+    ids, mask = (text.tensors, text.mask) if nested else (text.input_ids, text.attention_mask)
+    ids = ids.clone()
+    ids[row, 1:3] = ids[row, 1:3] % 90 + 5
+    names = ("tensors", "mask") if nested else ("input_ids", "attention_mask")
+    other = SimpleNamespace(**dict(zip(names, (ids, mask), strict=True)))
+    return (args[0], other, *args[2:]), kwargs
+
+
+def _double(model: nn.Module, *more: Any, **extra: Any) -> Head:
+    images = extra.get("images", 3)
+    return Head(model, lambda seed: ((pictures(images, seed=seed), sentences(3, seed=seed), *more), {}), **extra)
+
+
+def _video(large: bool) -> Head:
+    labels = sentences(2, seed=1)
+    model = mplug.VideoCaptioning(large)
+    return Head(
+        model, lambda seed: ((pictures(6, seed=seed).unflatten(0, (2, 3)), None, labels), {}), images=6, captions=True
+    )
+
+
+def _grounding(large: bool) -> Head:
+    def batch(seed: int) -> Any:
+        text = sentences(3, seed=seed)
+        nested = SimpleNamespace(tensors=text.input_ids, mask=text.attention_mask)
+        return (SimpleNamespace(tensors=pictures(3, seed=seed), mask=None), nested), {}
+
+    return Head(mplug.Grounding(large), batch, same_stream=False)
+
+
+def _real(family: str, name: str, **options: Any) -> Head:
+    directory, runners = os.environ.get(f"{family.upper()}_DIR"), os.environ.get("PATCHSELECT_TARGETS")
+    if not directory or not runners:
+        pytest.skip(f"set {family.upper()}_DIR and PATCHSELECT_TARGETS to run the real {family}")
+    if runners not in sys.path:
+        sys.path.insert(0, runners)
+    targets = importlib.import_module(f"{family}_targets")
+    model, batch = targets.ALL[name](**options)
+    rows = len(batch()[0][0].tensors if name == "grounding" else batch()[0][0].flatten(0, -4))
+    return Head(
+        model,
+        lambda seed: batch(seed=seed),
+        images=rows,
+        captions="caption" in name,
+        same_stream=family == "albef" and name != "nlvr_pretrain",
+        active=targets.active,
+    )
+
+
+HEADS: dict[str, Callable[[], Head]] = {
+    "albef-retrieval": lambda: _double(albef.Retrieval()),
+    "albef-answering": lambda: _double(albef.Answering(), sentences(3, seed=1)),
+    "albef-pairs": lambda: _double(albef.Pairs(twins=False), torch.tensor([0, 1, 1]), images=6),
+    "albef-two-widths": lambda: _double(albef.Retrieval(width=48)),
+}
+for _large in (False, True):
+    _size = "large" if _large else "base"
+    HEADS |= {
+        f"mplug-answering-{_size}": lambda large=_large: _double(mplug.Answering(large), same_stream=False),
+        f"mplug-grounding-{_size}": lambda large=_large: _grounding(large),
+        f"mplug-captioning-{_size}": lambda large=_large: _double(
+            mplug.Captioning(large), sentences(3, seed=1), captions=True
+        ),
+        f"mplug-video-{_size}": lambda large=_large: _video(large),
+    }
+for _name in ("retrieval", "pretrain", "vqa", "nlvr", "nlvr_pretrain", "ve"):
+    HEADS[f"real-albef-{_name}"] = functools.partial(_real, "albef", _name)
+for _name in ("retrieval", "vqa", "grounding", "caption", "caption_vatex"):
+    for _large in (False, True):
+        _size = "large" if _large else "base"
+        HEADS[f"real-mplug-{_name}-{_size}"] = functools.partial(_real, "mplug", _name, large=_large)
+
+
+def build(name: str) -> Head:
+    torch.manual_seed(0)
+    return HEADS[name]()
