@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from patchselect.adapter import (
-    Adapter,
     Attended,
     Projections,
     TextCall,
@@ -28,6 +27,8 @@ from patchselect.adapter import (
     through_norm,
 )
 from patchselect.blocks import call_with_text, recall_text
+
+from .matching import BlipMatching
 
 BLOCK_PARTS = {"layer_norm1", "self_attn", "layer_norm2", "mlp"}
 TEXT_PARTS = ("text_encoder", "text_model", "text_decoder")
@@ -60,7 +61,7 @@ def joint_space_of(model: nn.Module) -> tuple[nn.Linear, nn.Linear] | None:
     return None
 
 
-class TransformersBlip(Adapter):
+class TransformersBlip(BlipMatching):
     """`BlipForImageTextRetrieval`, `BlipForQuestionAnswering`, `BlipForConditionalGeneration`, `BlipModel`.
 
     Text features are the [CLS] of the text encoder, run without an image. Captioning has no text encoder: a prompt is

@@ -14,8 +14,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from patchselect.adapter import Adapter, TextCall, TextRun, Tower, Wrapper
+from patchselect.adapter import TextCall, TextRun, Tower, Wrapper
 from patchselect.blocks import call_with_text, recall_text, remembered
+
+from .matching import BertMatching
 
 FUSION_ARGUMENTS = ("encoder_hidden_states", "encoder_attention_mask")
 
@@ -94,7 +96,7 @@ def resume_text(encoder: nn.Module, name: str, original: Any, *args: Any, **kwar
     return recall_text(encoder, name, original, *args, **kwargs)
 
 
-class Heads(Adapter):
+class Heads(BertMatching):
     """What the heads of ALBEF and mPLUG share: `head(image, text, ...)`, and who encodes that text."""
 
     default_relevance = "keys"

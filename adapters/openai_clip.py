@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from patchselect.adapter import Adapter, Attended, Projections, TextCall, TextRun, Tower, Wrapper, gathered, split_qkv
 from patchselect.blocks import call_with_text, recall_text
+from patchselect.scoring import Texts
 
 BLOCK_PARTS = {"attn", "ln_1", "mlp", "ln_2"}
 TOWER_PARTS = ("conv1", "class_embedding", "positional_embedding", "ln_pre", "ln_post")
@@ -80,6 +81,14 @@ class OpenAiClip(SequenceFirst):
 
     name = "openai-clip"
     default_relevance = "values"
+
+    def encode_images(self, model: Any, tower: Tower, images: Any, **kwargs: Any) -> Tensor:
+        return (model.encode_image if hasattr(model, "encode_image") else model)(images, **kwargs)
+
+    def encode_texts(self, model: Any, tower: Tower, texts: Any) -> Texts:
+        if not hasattr(model, "encode_text"):
+            return super().encode_texts(model, tower, texts)
+        return Texts(model.encode_text(texts))
 
     def towers(self, model: nn.Module) -> list[Tower]:
         visual: Any = getattr(model, "visual", model)

@@ -166,6 +166,9 @@ def _text_batches(texts: Any) -> Iterator[Any]:
     if isinstance(texts, Tensor) or (isinstance(texts, Mapping) and "input_ids" in texts):
         yield texts
         return
+    if hasattr(texts, "input_ids"):
+        yield {"input_ids": texts.input_ids, "attention_mask": texts.attention_mask}
+        return
     if isinstance(texts, (str, bytes, Mapping)) or not hasattr(texts, "__iter__"):
         raise TypeError(
             f"texts must be features, token ids, a tokenizer's output or a loader of these, got "

@@ -199,7 +199,7 @@ def take_prefix(handle: Handle, images: Tensor, kwargs: dict[str, Any]) -> tuple
     prepare(handle)
     taking = _Taking()
     with scope(handle, torch.zeros(0), "prefix", prefix=taking):
-        tower.module(images, **kwargs)
+        tower.adapter.encode_images(handle.model, tower, images, **kwargs)
     if taking.attended is None:
         raise ValueError(f"{type(tower.module).__name__} did not come to its first selection layer")
     tokens, normed, rest, _ = taking.attended

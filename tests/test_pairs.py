@@ -103,6 +103,40 @@ def test_raw_texts_go_through_the_text_encoder_of_the_host(name):
     torch.testing.assert_close(scored(case.model, images, loader), expected, rtol=0, atol=1e-4)
 
 
+def test_a_matching_head_scores_pairs_by_its_fusion_encoder():
+    transformers = pytest.importorskip("transformers")
+    sizes = dict(hidden_size=48, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4)
+    config = transformers.BlipConfig(
+        text_config=dict(sizes, vocab_size=99, encoder_hidden_size=48, projection_dim=24, bos_token_id=97),
+        vision_config=dict(sizes, image_size=64, patch_size=16),
+    )
+    torch.manual_seed(0)
+    model = transformers.BlipForImageTextRetrieval(config).eval()
+    images, tokens = torch.randn(3, 3, 64, 64), ids(4)
+    mask = torch.ones_like(tokens)
+    mask[1, 5:] = 0
+    handle = patchselect.apply(model, 0.5, layers=[1, 2])
+    expected = torch.empty(3, 4)
+    with torch.no_grad():
+        for i in range(3):
+            for j in range(4):
+                pair = dict(pixel_values=images[i : i + 1], input_ids=tokens[j : j + 1], attention_mask=mask[j : j + 1])
+                expected[i, j] = model(**pair).itm_score.softmax(dim=-1)[0, 1]
+    texts_of = {"input_ids": tokens, "attention_mask": mask}
+    torch.testing.assert_close(scored(model, images, texts_of), expected, rtol=0, atol=1e-5)
+    short = [{"input_ids": tokens[1:2, :5]}, {"input_ids": tokens[:1]}]
+    torch.testing.assert_close(scored(model, images, short), expected[:, [1, 0]], rtol=0, atol=1e-5)
+    torch.testing.assert_close(scored(model, images, texts_of, memory_limit=1e6), expected, rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match="give score_pairs token ids"):
+        scored(model, images, torch.randn(2, 48))
+    handle.remove()
+    patchselect.apply(model, 0.5, layers=[1, 2], guidance="image")
+    with torch.no_grad():
+        pair = dict(pixel_values=images, input_ids=tokens[:3], attention_mask=mask[:3])
+        expected = model(**pair).itm_score.softmax(dim=-1)[:, 1]
+    torch.testing.assert_close(scored(model, images, texts_of).diagonal(), expected, rtol=0, atol=1e-5)
+
+
 def test_images_and_texts_may_come_from_loaders():
     case = build("clip")
     patchselect.apply(case.model, 0.5, layers=[1, 3])

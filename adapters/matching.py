@@ -1,0 +1,101 @@
+"""Scores of image-text matching heads, for `score_pairs`: the fusion encoder reads the tokens that the text chose."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from patchselect.adapter import Adapter, Tower
+from patchselect.scoring import Texts, matching_probability, named
+
+
+def _tokens(texts: Any) -> tuple[Tensor, Tensor]:
+    given = named(texts)
+    ids = given["input_ids"]
+    mask = given.get("attention_mask")
+    return ids, torch.ones_like(ids) if mask is None else mask
+
+
+def _head(model: nn.Module) -> nn.Module:
+    pairs = [part for part in model.children() if isinstance(part, nn.Linear) and part.out_features == 2]
+    head = getattr(model, "itm_head", pairs[0] if len(pairs) == 1 else None)
+    if not isinstance(head, nn.Module):
+        raise ValueError(
+            f"{type(model).__name__} has no image-text matching head (itm_head, width to 2), so pairs have no score in "
+            "it: use a retrieval or pretraining head"
+        )
+    return head
+
+
+def _states(model: nn.Module, texts: Texts) -> tuple[Tensor, Tensor]:
+    if not texts.states:
+        raise ValueError(
+            f"the matching head of {type(model).__name__} reads the tokens of a text: give score_pairs token ids or "
+            "what the tokenizer returns, not features"
+        )
+    return texts.states["tokens"], texts.states["mask"]
+
+
+def _ones(rows: Tensor) -> Tensor:
+    return torch.ones(rows.shape[:2], dtype=torch.long, device=rows.device)
+
+
+class BertMatching(Adapter):
+    """ALBEF: the text encoder's upper half is the fusion encoder; mPLUG: a module of its own."""
+
+    def encode_images(self, model: Any, tower: Tower, images: Any, **kwargs: Any) -> Tensor:
+        wanted = inspect.signature(tower.module.forward).parameters
+        flags = {"skip_last_layer": True, "use_checkpoint": False}
+        return tower.module(images, **kwargs, **{name: flag for name, flag in flags.items() if name in wanted})
+
+    def encode_texts(self, model: Any, tower: Tower, texts: Any) -> Texts:
+        encoder = tower.parts.get("text_encoder")
+        if encoder is None:
+            return super().encode_texts(model, tower, texts)
+        ids, mask = _tokens(texts)
+        mode = {"mode": "text"} if "mode" in inspect.signature(type(encoder).forward).parameters else {}
+        states = encoder(ids, attention_mask=mask, return_dict=True, **mode).last_hidden_state
+        return Texts(states[:, 0], {"tokens": states, "mask": mask})
+
+    def score(self, model: Any, tower: Tower, rows: Tensor, texts: Texts) -> Tensor:
+        head = tower.parts.get("head", model)
+        matching = _head(head)
+        tokens, mask = _states(head, texts)
+        inputs = dict(
+            encoder_embeds=tokens, attention_mask=mask, encoder_hidden_states=rows, encoder_attention_mask=_ones(rows)
+        )
+        if hasattr(head, "fusion_encoder"):
+            if getattr(head, "large", False):
+                inputs["encoder_hidden_states"] = head.visn_layer_norm(head.visn_fc(rows))
+            _, fused = head.fusion_encoder(**inputs, return_dict=False)
+        else:
+            encoder = tower.parts["text_encoder"]
+            fused = encoder(**inputs, return_dict=True, mode="fusion").last_hidden_state
+        return matching_probability(matching(fused[:, 0]))
+
+
+class BlipMatching(Adapter):
+    """`BlipForImageTextRetrieval`: the text encoder reads the image in every layer, so it starts from the ids."""
+
+    def encode_texts(self, model: Any, tower: Tower, texts: Any) -> Texts:
+        encoder = getattr(model, "text_encoder", None)
+        if encoder is None or tower.head is None:
+            return super().encode_texts(model, tower, texts)
+        ids, mask = _tokens(texts)
+        states = encoder(input_ids=ids, attention_mask=mask, return_dict=True).last_hidden_state
+        return Texts(states[:, 0], {"tokens": ids, "mask": mask})
+
+    def score(self, model: Any, tower: Tower, rows: Tensor, texts: Texts) -> Tensor:
+        matching = _head(model)
+        ids, mask = _states(model, texts)
+        fused = model.text_encoder(
+            input_ids=ids,
+            attention_mask=mask,
+            encoder_hidden_states=rows,
+            encoder_attention_mask=_ones(rows),
+            return_dict=True,
+        ).last_hidden_state
+        return matching_probability(matching(fused[:, 0]))
