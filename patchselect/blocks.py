@@ -11,8 +11,17 @@ from torch import Tensor, nn
 
 from . import functional as op
 from .adapter import TextRun, Tower
-from .guidance import Guidance, current, in_backward, note_for_recomputation, recalled, scope
-from .recording import active_recorder, note_grid, note_selection
+from .guidance import (
+    Guidance,
+    current,
+    in_backward,
+    note_for_recomputation,
+    note_recording,
+    recalled,
+    scope,
+    was_recorded,
+)
+from .recording import active_recorder, note_grid, note_selection, pool
 from .relevance import combine, relevance_of, separate
 
 if TYPE_CHECKING:
@@ -57,7 +66,13 @@ class Layer:
         return found
 
     def select(
-        self, block: nn.Module, normed: Tensor, tokens: Tensor, prefix: int, guidance: Guidance | None
+        self,
+        block: nn.Module,
+        hidden: Tensor,
+        normed: Tensor,
+        tokens: Tensor,
+        prefix: int,
+        guidance: Guidance | None,
     ) -> Tensor:
         """Tokens `(B, N, D)` after attention to the shorter `(B, N', D)`, or `(B * T, N', D)` for `pairing="all"`."""
         patches = tokens.shape[1] - prefix
@@ -68,7 +83,8 @@ class Layer:
         spread = guidance is not None and guidance.pairing == "all" and self.first
         copies = text.shape[1] if spread and text is not None else 1
         recorder = None if in_backward() else active_recorder(self.handle)
-        if keep == patches and recorder is None:
+        again = in_backward() and was_recorded(hidden, self)
+        if keep == patches and recorder is None and not again:
             return tokens if copies == 1 else tokens.repeat_interleave(copies, dim=0)
         stash = None if guidance is None or self.handle.relevance != "values" else guidance.stash(self.tower)
         scores = relevance_of(self, block, normed, tokens, prefix, text, stash)
@@ -78,11 +94,14 @@ class Layer:
             chosen = torch.arange(patches, device=tokens.device).expand(after.shape[0], -1)
         else:
             after, chosen = op.keep_and_fuse(tokens, relevance, keep, prefix, self.handle.fusion)
+        flat = relevance.flatten(0, 1) if spread else relevance
         if recorder is not None:
-            flat = relevance.flatten(0, 1) if spread else relevance
+            note_recording(hidden, self)
             note_selection(
                 recorder, self.tower, self.index, self.first, chosen, flat, after, tokens[:, prefix:], prefix
             )
+        elif again:
+            pool(flat, tokens[:, prefix:])
         return after
 
     def texts(self, guidance: Guidance, tokens: Tensor) -> Tensor:
@@ -136,7 +155,7 @@ def run_block(block: nn.Module, name: str, original: Original, *args: Any, **kwa
     if not tower.batch_first:
         tokens, normed = tokens.transpose(0, 1), normed.transpose(0, 1)
     prefix = tower.num_prefix_tokens if attended.num_prefix_tokens is None else attended.num_prefix_tokens
-    tokens = layer.select(block, normed, tokens, prefix, guidance)
+    tokens = layer.select(block, hidden, normed, tokens, prefix, guidance)
     return tower.adapter.finish(tower, block, tokens if tower.batch_first else tokens.transpose(0, 1), attended.rest)
 
 

@@ -136,6 +136,19 @@ class guide(scope):
 
 _Key = tuple[int, int, int]
 _noted: dict[_Key, tuple[Guidance, bool]] = {}
+_recorded: dict[_Key, bool] = {}
+
+
+def _key(hidden: Tensor, reader: object) -> _Key:
+    return hidden.untyped_storage()._cdata, hidden.storage_offset(), id(reader)
+
+
+def _keep(table: dict[_Key, Any], hidden: Tensor, reader: object, value: Any) -> None:
+    """Note `value` for as long as the memory of `hidden` lives."""
+    key = _key(hidden, reader)
+    if key not in table:
+        weakref.finalize(hidden.untyped_storage(), table.pop, key, None)
+    table[key] = value
 
 
 def in_backward() -> bool:
@@ -143,25 +156,35 @@ def in_backward() -> bool:
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
-def note_for_recomputation(hidden: Tensor, reader: object, guidance: Guidance) -> None:
+def _may_be_recomputed(hidden: Tensor, *others: Tensor) -> bool:
     if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+        return False
+    return any(tensor.requires_grad for tensor in (hidden, *others))
+
+
+def note_for_recomputation(hidden: Tensor, reader: object, guidance: Guidance) -> None:
+    if not _may_be_recomputed(hidden, guidance.text):
         return
-    if not (hidden.requires_grad or guidance.text.requires_grad):
-        return
-    storage = hidden.untyped_storage()
-    key = (storage._cdata, hidden.storage_offset(), id(reader))
-    if key not in _noted:
-        weakref.finalize(storage, _noted.pop, key, None)
     kept = Guidance(guidance.owner, guidance.text, guidance.pairing, exact=guidance.exact, prefix=guidance.prefix)
-    earlier = _noted.get(key)
+    earlier = _noted.get(_key(hidden, reader))
     if earlier is not None and earlier[0].text is not guidance.text:
         kept.pairing = "ambiguous"
-    _noted[key] = (kept, torch.is_grad_enabled())
+    _keep(_noted, hidden, reader, (kept, torch.is_grad_enabled()))
+
+
+def note_recording(hidden: Tensor, reader: object) -> None:
+    """What is recorded is part of the graph: a recomputation has to compute it again."""
+    if _may_be_recomputed(hidden):
+        _keep(_recorded, hidden, reader, True)
+
+
+def was_recorded(hidden: Tensor, reader: object) -> bool:
+    return _key(hidden, reader) in _recorded
 
 
 def recalled(hidden: Tensor, reader: object) -> Guidance | None:
     """The guidance that was current when this block first ran on this input."""
-    found = _noted.get((hidden.untyped_storage()._cdata, hidden.storage_offset(), id(reader)))
+    found = _noted.get(_key(hidden, reader))
     if found is None:
         return None
     guidance, had_grad = found

@@ -80,6 +80,12 @@ def note_order(recorder: _Recorder, tower: Tower, order: Tensor) -> None:
     recorder.orders[id(tower)] = order
 
 
+def pool(relevance: Tensor, patches: Tensor) -> Tensor:
+    """Relevance-weighted mean of the patches: `(B * T, n)` and `(B, n, D)` to `(B * T, D)`."""
+    weights = relevance.view(patches.shape[0], -1, patches.shape[1]).to(patches.dtype)
+    return (weights @ patches).flatten(0, 1)
+
+
 def note_selection(
     recorder: _Recorder, tower: Tower, layer: int, first: bool, chosen: Tensor, relevance: Tensor, after: Tensor,
     patches: Tensor, num_prefix_tokens: int,
@@ -105,13 +111,11 @@ def note_selection(
     fused = after.shape[1] > num_prefix_tokens + chosen.shape[1]
     lost = torch.full((rows, 1), -1, device=kept.device, dtype=kept.dtype)
     recorder.sources[id(tower)] = torch.cat([kept, lost], dim=1) if fused else kept
-    texts = rows // patches.shape[0]
-    weights = relevance.view(patches.shape[0], texts, num_patches).to(patches.dtype)
     entry = Selected(
         kept=kept,
         relevance=relevance,
         num_tokens=after.shape[1],
-        pooled=(weights @ patches).flatten(0, 1),
+        pooled=pool(relevance, patches),
         layer=layer,
         num_prefix_tokens=num_prefix_tokens,
         grid=grid,

@@ -1,0 +1,281 @@
+"""The right text under nesting, exceptions, threads, tasks and recomputation; and nothing of it afterwards."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import threading
+
+import pytest
+import torch
+from hosts import build, ids
+from torch.utils.checkpoint import checkpoint
+
+import patchselect
+from patchselect import guidance as guidance_module
+
+CHECKPOINTED = ["clip", "siglip", "open_clip", "timm_class_token", "open_clip_siglip"]
+
+
+def run(case, text, images):
+    with torch.no_grad(), patchselect.guide(case.model, text):
+        return case.image_side(case.model, images)
+
+
+@pytest.fixture
+def case():
+    case = build("clip")
+    patchselect.apply(case.model, 0.5)
+    return case
+
+
+def test_nested_blocks_and_exceptions(case):
+    images = case.images(2)
+    outer, inner = torch.randn(2, 24), torch.randn(2, 24)
+    expected_outer, expected_inner = run(case, outer, images), run(case, inner, images)
+    with torch.no_grad(), patchselect.guide(case.model, outer):
+        with pytest.raises(RuntimeError, match="stop"), patchselect.guide(case.model, inner):
+            assert torch.equal(case.image_side(case.model, images), expected_inner)
+            raise RuntimeError("stop")
+        assert torch.equal(case.image_side(case.model, images), expected_outer)
+    with pytest.raises(ValueError, match="no text guides"):
+        case.image_side(case.model, images)
+    with pytest.raises(Exception, match="index out of range"):
+        case.pair(case.model, images, ids(2) + 10**6)
+    with pytest.raises(ValueError, match="no text guides"):
+        case.image_side(case.model, images)
+
+
+def test_a_text_given_by_guide_wins_over_that_of_the_call(case):
+    images, text = case.images(2), torch.randn(3, 24)
+    with torch.no_grad(), patchselect.guide(case.model, text, pairing="shared"):
+        guided = case.pair(case.model, images, ids(5))
+        alone = case.image_side(case.model, images)
+        texts = case.text_side(case.model, ids(5))
+    scale = case.model.logit_scale.exp()
+    cosine = torch.nn.functional.normalize(alone, dim=-1) @ torch.nn.functional.normalize(texts, dim=-1).T
+    torch.testing.assert_close(guided, scale * cosine)
+
+
+def test_a_guide_is_for_its_model_alone():
+    one, two = build("clip"), build("clip", seed=5)
+    patchselect.apply(one.model, 0.5)
+    patchselect.apply(two.model, 0.5)
+    images, text, other = one.images(2), torch.randn(2, 24), torch.randn(2, 24)
+    expected = run(one, text, images), run(two, other, images)
+    with torch.no_grad(), patchselect.guide(one.model, text):
+        with pytest.raises(ValueError, match="no text guides"):
+            two.image_side(two.model, images)
+        with patchselect.guide(two.model, other):
+            assert torch.equal(one.image_side(one.model, images), expected[0])
+            assert torch.equal(two.image_side(two.model, images), expected[1])
+
+
+def test_threads_never_see_each_others_text(case):
+    images = case.images(2)
+    texts = [torch.randn(2, 24) for _ in range(4)]
+    expected = [run(case, text, images) for text in texts]
+    failures: list[str] = []
+    start = threading.Barrier(len(texts))
+
+    def work(index: int) -> None:
+        start.wait()
+        for _ in range(15):
+            if not torch.equal(run(case, texts[index], images), expected[index]):
+                failures.append(f"thread {index} saw another text")
+        try:
+            case.image_side(case.model, images)
+            failures.append("text survived its block")
+        except ValueError:
+            pass
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(len(texts))]
+    with patchselect.guide(case.model, torch.randn(2, 24)):
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert not failures
+
+
+def test_one_guide_object_may_be_entered_by_several_threads(case):
+    images, text = case.images(2), torch.randn(2, 24)
+    expected, shared = run(case, text, images), patchselect.guide(case.model, text)
+    wrong: list[int] = []
+
+    def work() -> None:
+        for _ in range(10):
+            with torch.no_grad(), shared:
+                if not torch.equal(case.image_side(case.model, images), expected):
+                    wrong.append(1)
+
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_tasks_do_not_see_each_others_text(case):
+    images = case.images(2)
+    texts = [torch.randn(2, 24) for _ in range(3)]
+    expected = [run(case, text, images) for text in texts]
+
+    async def work(index: int) -> bool:
+        with patchselect.guide(case.model, texts[index]):
+            await asyncio.sleep(0.01)
+            return torch.equal(case.image_side(case.model, images), expected[index])
+
+    async def main() -> list[bool]:
+        return await asyncio.gather(*(work(index) for index in range(3)))
+
+    with torch.no_grad():
+        assert all(asyncio.run(main()))
+
+
+def gradients(name: str, switch, relevance: str):
+    """Two forward calls with different texts, then one backward of their sum, outside of any guide."""
+    torch.manual_seed(0)
+    case = build(name)
+    case.model.train()
+    patchselect.apply(case.model, 0.5, relevance=relevance)
+    switch(case.model)
+    images = case.images(2)
+    texts = [torch.randn(2, case.text_width, generator=torch.Generator().manual_seed(i)) for i in (1, 2)]
+    texts = [text.requires_grad_() for text in texts]
+    losses = []
+    for weight, text in zip((1.0, 3.0), texts, strict=True):
+        with patchselect.guide(case.model, text):
+            losses.append(weight * case.image_side(case.model, images).square().sum())
+    with patchselect.guide(case.model, torch.randn(2, case.text_width)):
+        sum(losses).backward()
+    found = {key: value.grad for key, value in case.model.named_parameters()}
+    return found | {f"text {index}": text.grad for index, text in enumerate(texts)}
+
+
+def checkpointing(model, **options):
+    if hasattr(model, "gradient_checkpointing_enable"):
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+    else:
+        model.set_grad_checkpointing(True)
+
+
+@pytest.mark.parametrize("relevance", ["keys", "values"])
+@pytest.mark.parametrize("name", CHECKPOINTED)
+def test_checkpointing_changes_no_gradient(name, relevance):
+    expected = gradients(name, lambda model: None, relevance)
+    ways = [dict(use_reentrant=False), dict(use_reentrant=True)] if name in ("clip", "siglip") else [{}]
+    for options in ways:
+        found = gradients(name, lambda model, options=options: checkpointing(model, **options), relevance)
+        assert found.keys() == expected.keys()
+        for key, value in expected.items():
+            assert (value is None) == (found[key] is None), key
+            if value is not None:
+                torch.testing.assert_close(
+                    found[key], value, rtol=1e-4, atol=1e-5, msg=lambda m, key=key: f"{key}: {m}"
+                )
+    assert not guidance_module._noted or not any(
+        kept.owner.model.training is None for kept, _ in guidance_module._noted.values()
+    )
+
+
+def test_nothing_is_kept_for_recomputation_once_it_cannot_happen():
+    gc.collect()
+    before = len(guidance_module._noted)
+    case = build("open_clip")
+    patchselect.apply(case.model, 0.5)
+    with patchselect.guide(case.model, torch.randn(2, 24, requires_grad=True)):
+        loss = case.image_side(case.model.train(), case.images(2)).sum()
+    assert len(guidance_module._noted) > before
+    loss.backward()
+    del loss
+    gc.collect()
+    assert len(guidance_module._noted) == before
+
+
+def test_reentrant_checkpointing_that_would_lose_the_gradient_of_the_text_is_refused():
+    case = build("open_clip")
+    case.model.train()
+    patchselect.apply(case.model, 0.5)
+    block = case.model.visual.transformer.resblocks[1]
+    x = torch.randn(2, 17, 64, requires_grad=True)
+    text = torch.randn(2, 24, requires_grad=True)
+    with patchselect.guide(case.model, text):
+        out = checkpoint(block, x, use_reentrant=True)
+    with pytest.raises(RuntimeError, match="use_reentrant=False"):
+        out.sum().backward()
+    other = x.detach().clone().requires_grad_()
+    with patchselect.guide(case.model, text.detach()):
+        out = checkpoint(block, other, use_reentrant=True)
+    out.sum().backward()
+    assert other.grad is not None
+
+
+def test_one_input_guided_by_two_texts_is_never_recomputed_with_the_wrong_one():
+    case = build("open_clip")
+    case.model.train()
+    patchselect.apply(case.model, 0.5)
+    block = case.model.visual.transformer.resblocks[1]
+    x = torch.randn(2, 17, 64, requires_grad=True)
+    outs = []
+    for _ in range(2):
+        with patchselect.guide(case.model, torch.randn(2, 24)):
+            outs.append(checkpoint(block, x, use_reentrant=False))
+    with pytest.raises(RuntimeError, match="guided by two texts"):
+        sum(outs).sum().backward()
+
+
+def test_recording_counts_each_call_once_under_checkpointing():
+    case = build("open_clip")
+    handle = patchselect.apply(case.model.train(), 0.5)
+    checkpointing(case.model)
+    with handle.record() as trace:
+        for _ in range(2):
+            with patchselect.guide(case.model, torch.randn(2, 24)):
+                case.image_side(case.model, case.images(2)).sum().backward()
+    assert [entry.layer for entry in trace] == [1, 4, 1, 4]
+
+
+@pytest.mark.parametrize("guidance", ["text", "image"])
+def test_pooled_patches_train_under_checkpointing(guidance):
+    found = []
+    for switch in (lambda model: None, checkpointing):
+        case = build("open_clip")
+        handle = patchselect.apply(case.model.train(), 0.5, guidance=guidance)
+        switch(case.model)
+        text = torch.randn(2, 24, generator=torch.Generator().manual_seed(0))
+        with handle.record() as trace:
+            if guidance == "text":
+                with patchselect.guide(case.model, text):
+                    out = case.image_side(case.model, case.images(2))
+            else:
+                out = case.image_side(case.model, case.images(2))
+        (out.sum() + sum(entry.pooled.square().sum() for entry in trace)).backward()
+        found.append([p.grad for p in case.model.visual.parameters()])
+    for plain, recomputed in zip(*found, strict=True):
+        torch.testing.assert_close(recomputed, plain, rtol=1e-4, atol=1e-5)
+
+
+def test_nested_records_and_other_threads(case):
+    handle = patchselect.handle_of(case.model)
+    images, text = case.images(1), torch.randn(1, 24)
+    with handle.record() as outer:
+        run(case, text, images)
+        with handle.record() as inner:
+            run(case, text, images)
+        thread = threading.Thread(target=run, args=(case, text, images))
+        thread.start()
+        thread.join()
+    run(case, text, images)
+    assert len(outer) == 2 and len(inner) == 2
+
+
+def test_pooled_patches_are_differentiable(case):
+    text = torch.randn(2, 24, requires_grad=True)
+    handle = patchselect.apply(case.model, 0.5, relevance="keys")
+    with handle.record() as trace, patchselect.guide(case.model, text):
+        case.image_side(case.model, case.images(2))
+    assert trace[0].pooled.shape == (2, 48)
+    trace[0].pooled.sum().backward()
+    assert text.grad is not None and text.grad.abs().sum() > 0

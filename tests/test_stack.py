@@ -1,0 +1,236 @@
+"""torch.compile, export, ONNX, DDP, FSDP2, hidden states, packaging: the stack around a patched model."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from hosts import build, ids
+from torch import nn
+from torch._dynamo.utils import counters
+
+import patchselect
+
+COMPILED = ["clip", "siglip", "open_clip", "timm_registers", "open_clip_siglip"]
+
+
+class Guided(nn.Module):
+    """A whole program: pixels and text features in, image features out."""
+
+    def __init__(self, case):
+        super().__init__()
+        self.model, self.image_side = case.model, case.image_side
+
+    def forward(self, images, text):
+        with patchselect.guide(self.model, text):
+            return self.image_side(self.model, images)
+
+
+def ready(name, **options):
+    case = build(name)
+    case.model.requires_grad_(False)
+    patchselect.apply(case.model, 0.5, **options)
+    return case
+
+
+@pytest.mark.parametrize("relevance", ["keys", "values"])
+@pytest.mark.parametrize("name", COMPILED)
+def test_compile_without_graph_breaks_or_recompiles(name, relevance):
+    case = ready(name, relevance=relevance)
+    torch._dynamo.reset()
+    counters.clear()
+    program = Guided(case)
+    inside = torch.compile(program, fullgraph=True, backend="aot_eager")
+    outside = torch.compile(lambda images: case.image_side(case.model, images), fullgraph=True, backend="aot_eager")
+    images = case.images(3)
+    graphs = []
+    for seed in range(3):
+        text = torch.randn(3, case.text_width, generator=torch.Generator().manual_seed(seed))
+        expected = program(images, text)
+        torch.testing.assert_close(inside(images, text), expected)
+        with patchselect.guide(case.model, text):
+            torch.testing.assert_close(outside(images), expected)
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs == [2, 2, 2], "a new text must not compile anything anew"
+
+
+@pytest.mark.parametrize("name", ["clip", "open_clip"])
+def test_compiled_paired_calls_take_their_text_from_the_call(name):
+    case = ready(name)
+    torch._dynamo.reset()
+    counters.clear()
+    compiled = torch.compile(lambda images, tokens: case.pair(case.model, images, tokens), fullgraph=True,
+                             backend="aot_eager")  # fmt: skip
+    for seed in range(3):
+        tokens = ids(3, seed)
+        torch.testing.assert_close(compiled(case.images(3), tokens), case.pair(case.model, case.images(3), tokens))
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+def test_applying_and_removing_reaches_a_model_that_was_compiled_from_it():
+    case = build("clip_vision")
+    torch._dynamo.reset()
+    compiled = torch.compile(case.model, backend="aot_eager")
+    images = case.images(2)
+    with torch.no_grad():
+        plain = compiled(images).pooler_output
+        handle = patchselect.apply(case.model, 0.5, guidance="image")
+        assert not torch.allclose(compiled(images).pooler_output, plain)
+        torch.testing.assert_close(compiled(images).pooler_output, case.model(images).pooler_output)
+        handle.remove()
+        torch.testing.assert_close(compiled(images).pooler_output, plain)
+
+
+@pytest.mark.skipif("PATCHSELECT_SLOW" not in os.environ, reason="inductor takes minutes: set PATCHSELECT_SLOW=1")
+def test_inductor_gives_the_same_numbers():
+    case = ready("open_clip")
+    torch._dynamo.reset()
+    program, images, text = Guided(case), case.images(2), torch.randn(2, 24)
+    torch.testing.assert_close(torch.compile(program)(images, text), program(images, text), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("relevance", ["keys", "values"])
+@pytest.mark.parametrize("name", ["clip", "open_clip", "timm_class_token"])
+def test_export_with_a_dynamic_batch(name, relevance):
+    case = ready(name, relevance=relevance)
+    program, batch = Guided(case), torch.export.Dim("batch", min=2, max=64)
+    example = case.images(3), torch.randn(3, case.text_width)
+    exported = torch.export.export(program, example, dynamic_shapes=({0: batch}, {0: batch}))
+    other = torch.randn(7, *example[0].shape[1:]), torch.randn(7, case.text_width)
+    torch.testing.assert_close(exported.module()(*other), program(*other))
+
+
+def test_onnx_with_a_dynamic_batch(tmp_path):
+    runtime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    case = ready("clip")
+    program, batch = Guided(case), torch.export.Dim("batch", min=2, max=64)
+    example = case.images(3), torch.randn(3, 24)
+    path = tmp_path / "guided.onnx"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            program, example, str(path), dynamo=True, input_names=["images", "text"], verbose=False,
+            dynamic_shapes=({0: batch}, {0: batch}),
+        )  # fmt: skip
+    other = torch.randn(5, 3, 64, 64), torch.randn(5, 24)
+    session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    found = session.run(None, {"images": other[0].numpy(), "text": other[1].numpy()})[0]
+    torch.testing.assert_close(torch.from_numpy(found), program(*other), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["clip", "siglip"])
+@pytest.mark.parametrize("used_before", [True, False])
+def test_hidden_states_have_their_true_lengths(name, used_before):
+    case = build(name)
+    tower, images, prefix = case.tower(case.model), case.images(2), case.prefix
+    if used_before:
+        tower(images, output_hidden_states=True)
+    patchselect.apply(case.model, 0.5, layers=[1, 3], guidance="image")
+    lengths = [state.shape[1] for state in tower(images, output_hidden_states=True).hidden_states]
+    assert lengths == [prefix + n for n in (16, 16, 9, 9, 6, 6, 6)]
+
+
+def test_attention_maps_have_their_true_sizes():
+    transformers = pytest.importorskip("transformers")
+    case = build("clip_vision")
+    config = case.model.config
+    config._attn_implementation = "eager"
+    model = transformers.CLIPVisionModel(config).eval()
+    patchselect.apply(model, 0.5, layers=[1, 3], guidance="image")
+    maps = model(case.images(2), output_attentions=True).attentions
+    assert [tuple(m.shape[-2:]) for m in maps] == [(n, n) for n in (17, 17, 10, 10, 7, 7)]
+
+
+def test_images_of_other_sizes():
+    case = build("clip")
+    handle = patchselect.apply(case.model, 0.5, guidance="image")
+    images = torch.randn(2, 3, 96, 48)
+    with handle.record() as trace:
+        case.model.get_image_features(pixel_values=images, interpolate_pos_encoding=True)
+    assert trace[0].grid == (6, 3) and trace[0].num_tokens == 1 + 9 + 1
+
+
+def test_no_attention_kernel_is_replaced_and_no_square_map_is_built():
+    case = ready("clip")
+    text, seen = torch.randn(2, 24), []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            outs = out if isinstance(out, (tuple, list)) else (out,)
+            seen.append((str(function), [tuple(o.shape) for o in outs if isinstance(o, torch.Tensor)]))
+            return out
+
+    with Watch(), patchselect.guide(case.model, text):
+        case.image_side(case.model, case.images(2))
+    fused = [name for name, _ in seen if "scaled_dot_product" in name]
+    assert len(fused) == 6, "one fused attention a block"
+    squares = [(name, shape) for name, shapes in seen for shape in shapes if len(shape) > 2 and shape[-2:] == (16, 16)]
+    assert not squares and not [s for _, shapes in seen for s in shapes if s[-2:] == (17, 17)]
+
+
+def _distributed(rank: int, world: int, path: str, kind: str, relevance: str) -> None:
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=world)
+    reference, case = build("clip"), build("clip")
+    for one in (reference.model, case.model):  # fully_shard takes no scalar parameters
+        one.logit_scale = nn.Parameter(one.logit_scale.detach().view(1))
+    images, tokens = case.images(4), ids(4)
+
+    def loss(model, rows):
+        logits = model(input_ids=tokens[rows], pixel_values=images[rows]).image_embeds
+        return logits.square().sum(dim=1).mul(torch.arange(1.0, 5.0)[rows]).mean() + logits.sum(dim=1).mean()
+
+    patchselect.apply(reference.model, 0.5, relevance=relevance)
+    sum(loss(reference.model, slice(2 * r, 2 * r + 2)) for r in range(world)).div(world).backward()
+    mine = slice(2 * rank, 2 * rank + 2)
+    patchselect.apply(case.model, 0.5, relevance=relevance)
+    if kind == "ddp":
+        model = nn.parallel.DistributedDataParallel(case.model, find_unused_parameters=True)
+    else:
+        from torch.distributed.fsdp import fully_shard
+
+        model = case.model
+        mesh = dist.init_device_mesh("cpu", (world,))
+        for block in (*model.vision_model.encoder.layers, *model.text_model.encoder.layers):
+            fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    found = loss(model, mine)
+    found.backward()
+    expected = dict(reference.model.named_parameters())
+    for name, parameter in case.model.named_parameters():
+        gradient = parameter.grad
+        if expected[name].grad is None:
+            continue
+        assert gradient is not None, name
+        whole = gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient
+        torch.testing.assert_close(whole, expected[name].grad, rtol=1e-3, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+    patchselect.remove(case.model)
+    assert not any(hasattr(type(part), "_patchselect_base") for part in case.model.modules())
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("relevance", ["keys", "values"])
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_two_processes_have_the_gradients_of_one(tmp_path, kind, relevance):
+    mp.spawn(_distributed, args=(2, str(tmp_path / "store"), kind, relevance), nprocs=2)
+
+
+def test_importing_is_light():
+    """No host library comes with `import patchselect`, nor anything else that torch has not loaded."""
+    code = (
+        "import sys, torch, einops; before = set(sys.modules); import patchselect; "
+        "new = {m.split('.')[0] for m in set(sys.modules) - before}; print(*sorted(new))"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert not {"transformers", "open_clip", "timm", "matplotlib", "tqdm", "torchvision", "PIL"} & set(out)
+    code = "import sys, patchselect.adapters; print('transformers' in sys.modules or 'timm' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"
