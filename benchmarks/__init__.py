@@ -1,0 +1,1 @@
+"""What users and we run to see speed and accuracy; never imported by the library."""

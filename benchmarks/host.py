@@ -1,0 +1,107 @@
+"""One image-text model as the benchmark sees it, whichever library it comes from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+RANDOM = "random weights: the speed does not depend on them, but which patches stay means nothing"
+
+Tokens = dict[str, Tensor]
+"""What the tokenizer gives: names of arguments and `(B, L)` each."""
+
+
+@dataclass
+class Host:
+    """A loaded model with its own preprocessing and tokenizer."""
+
+    model: nn.Module
+    name: str
+    library: str
+    image_size: int
+    """Side of the square images that the model is fed, in pixels."""
+    weights: str
+    """Where the weights come from, in words."""
+    random_weights: bool
+    preprocess: Callable[[Image.Image], Tensor]
+    """A photograph to `(3, H, W)`."""
+    tokenize: Callable[[list[str]], Tokens]
+    notes: tuple[str, ...] = ()
+    """What a reader of the figures must know."""
+
+    def images(self, pictures: Sequence[Image.Image]) -> Tensor:
+        """`(B, 3, H, W)` on the model's device, in the dtype of its weights."""
+        weight = next(self.model.parameters())
+        return torch.stack([self.preprocess(picture) for picture in pictures]).to(weight.device, weight.dtype)
+
+    def tokens(self, captions: list[str]) -> Tokens:
+        device = next(self.model.parameters()).device
+        return {name: ids.to(device) for name, ids in self.tokenize(captions).items()}
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        """The vision tower and its projection, `(B, E)`."""
+        raise NotImplementedError
+
+    def encode_text(self, tokens: Tokens) -> Tensor:
+        """The text tower and its projection, `(B, E)`."""
+        raise NotImplementedError
+
+    def both(self, images: Tensor, tokens: Tokens) -> Any:
+        """One call of the whole model: the text of this call guides its vision tower."""
+        raise NotImplementedError
+
+    def checkpoint(self, on: bool) -> None:
+        """Turn the host's own gradient checkpointing on or off."""
+        raise NotImplementedError
+
+
+class OpenClipHost(Host):
+    """`open_clip.CLIP`, `CustomTextCLIP`, …"""
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        return self.model.encode_image(images)  # type: ignore[operator, no-any-return]
+
+    def encode_text(self, tokens: Tokens) -> Tensor:
+        return self.model.encode_text(tokens["text"])  # type: ignore[operator, no-any-return]
+
+    def both(self, images: Tensor, tokens: Tokens) -> Any:
+        return self.model(images, tokens["text"])
+
+    def checkpoint(self, on: bool) -> None:
+        self.model.set_grad_checkpointing(on)  # type: ignore[operator]
+
+
+class TransformersHost(Host):
+    """`transformers.CLIPModel` and its relatives, `SiglipModel`, …"""
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        return _features(self.model.get_image_features(pixel_values=images, **self._other_size()))  # type: ignore
+
+    def encode_text(self, tokens: Tokens) -> Tensor:
+        return _features(self.model.get_text_features(**tokens))  # type: ignore[operator]
+
+    def both(self, images: Tensor, tokens: Tokens) -> Any:
+        return self.model(pixel_values=images, **tokens, **self._other_size())
+
+    def checkpoint(self, on: bool) -> None:
+        switch = self.model.gradient_checkpointing_enable if on else self.model.gradient_checkpointing_disable
+        switch()  # type: ignore[operator]
+
+    def _other_size(self) -> dict[str, bool]:
+        own = self.model.config.vision_config.image_size  # type: ignore[union-attr]
+        return {} if own == self.image_size else {"interpolate_pos_encoding": True}
+
+
+def _features(output: Any) -> Tensor:
+    """transformers 4 gives the features, transformers 5 an output that holds them."""
+    return output if isinstance(output, Tensor) else output.pooler_output
+
+
+def first_line(error: BaseException) -> str:
+    """What went wrong, short enough for a note."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]

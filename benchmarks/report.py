@@ -1,0 +1,181 @@
+"""From measurements to figures, a table and JSON."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from itertools import groupby
+from pathlib import Path
+from statistics import quantiles
+from typing import Any
+
+import torch
+
+from .cases import Case
+from .measure import Measured
+
+PACKAGES = ("patchselect", "torch", "open_clip_torch", "transformers", "timm", "numpy")
+
+COLUMNS = (
+    "method", "keep", "images/s", "speed-up", "GFLOPs/image", "FLOP ratio", "efficiency", "peak MB", "selecting",
+)  # fmt: skip
+
+LEGEND = """\
+Unpatched, guided by text (TRIPS), by the image's [CLS] (EViT) and at random ran in turns, in a new order each round.
+images/s and speed-up: median [quartiles]; the speed-up of a round is its unpatched time over its own time.
+FLOP ratio: unpatched FLOPs over FLOPs, the selection's own counted in: the limit of the speed-up.
+efficiency: speed-up over FLOP ratio. selecting: share of the forward pass spent on relevance, selection and fusion.
+peak MB: highest memory on top of weights and inputs ({memory})."""
+
+TOWER = "The text features are ready before the clock starts; encoding them once per caption is the row 'text encoder'."
+PAIR = "Each call is the whole model on images and texts: the text encoder is inside, its output guides the image side."
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median and quartiles."""
+    low, middle, high = quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+    return {"median": middle, "q1": low, "q3": high}
+
+
+def summarise(measured: Sequence[Measured], flops: dict[tuple[int, str, Case], float]) -> list[dict[str, Any]]:
+    """One record per setting and case: every figure that the table shows, and the times behind it.
+
+    Args:
+        measured: what `measure` returned, the unpatched case first in each setting.
+        flops: forward FLOPs per image, by image size, view and case.
+    """
+    records = []
+    for _, group in groupby(measured, key=lambda entry: entry.setting):
+        entries = list(group)
+        base = entries[0]
+        tome = {entry.case.keep_rate: entry for entry in entries if entry.case.method == "tome"}
+        for entry in entries:
+            setting, case = entry.setting, entry.case
+            cost = flops[setting.image_size, setting.view, case]
+            record = vars(setting) | {
+                "method": case.method,
+                "keep_rate": case.keep_rate,
+                "rounds": len(entry.seconds),
+                "seconds": entry.seconds,
+                "images_per_second": spread([setting.batch / s for s in entry.seconds]),
+                "gflops_per_image": cost / 1e9,
+                "peak_memory_bytes": entry.peak_memory,
+                "selecting_share": None,
+                "tome_removed_patches": case.removed or None,
+            }
+            if case.method != "text encoder":
+                record["speed_up"] = spread([b / s for b, s in zip(base.seconds, entry.seconds, strict=True)])
+                record["flop_ratio"] = flops[setting.image_size, setting.view, base.case] / cost
+                record["efficiency"] = record["speed_up"]["median"] / record["flop_ratio"]
+            if case.method in ("text", "image", "random") and setting.work == "forward":
+                record["selecting_share"] = spread([p / s for p, s in zip(entry.selecting, entry.seconds, strict=True)])
+            if case.method == "text" and case.keep_rate in tome:
+                rival = tome[case.keep_rate].seconds
+                record["against_tome"] = spread([r / s for r, s in zip(rival, entry.seconds, strict=True)])
+            records.append(record)
+    return records
+
+
+def _cells(record: dict[str, Any]) -> tuple[str, ...]:
+    def shown(key: str, digits: int, unit: str = "", scale: float = 1.0) -> str:
+        value = record.get(key)
+        if value is None:
+            return "–"
+        if not isinstance(value, dict):
+            return f"{value * scale:.{digits}f}{unit}"
+        middle, low, high = (f"{value[name] * scale:.{digits}f}" for name in ("median", "q1", "q3"))
+        return f"{middle}{unit} [{low}, {high}]"
+
+    plain = record["method"] in ("unpatched", "text encoder")
+    share = record["selecting_share"]
+    return (
+        {"tome": "ToMe, same FLOPs"}.get(record["method"], record["method"]),
+        "–" if plain else f"{record['keep_rate']:g}",
+        shown("images_per_second", 2),
+        "1" if record["method"] == "unpatched" else shown("speed_up", 3),
+        shown("gflops_per_image", 2),
+        "1" if record["method"] == "unpatched" else shown("flop_ratio", 3),
+        "–" if plain else shown("efficiency", 3),
+        f"{record['peak_memory_bytes'] / 1e6:.0f}",
+        "–" if share is None else f"{100 * share['median']:.2f} %",
+    )
+
+
+def table(records: Sequence[dict[str, Any]]) -> str:
+    """Markdown, columns aligned so that it also reads well in a terminal."""
+    rows = [COLUMNS, *map(_cells, records)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(COLUMNS))]
+    lines = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
+    ]
+    return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
+
+
+def document(report: dict[str, Any]) -> str:
+    """The whole report in words and tables (Markdown)."""
+    model, machine = report["model"], report["machine"]
+    memory = "CUDA allocator" if machine["device"] == "cuda" else "torch's CPU allocations"
+    parts = [
+        f"# Speed of {model['name']} with patch selection",
+        f"{model['library']}; selection in blocks {model['layers']} (0-based) of {model['depth']}; {model['weights']}.",
+        f"{machine['processor']}, {machine['threads']} threads, torch {report['versions']['torch']}.",
+        *(f"Note: {note}." for note in report["notes"]),
+        LEGEND.format(memory=memory),
+    ]
+    keys = ("image_size", "batch", "precision", "work", "view")
+    for values, group in groupby(report["results"], key=lambda record: tuple(record[key] for key in keys)):
+        size, batch, precision, work, view = values
+        records = list(group)
+        title = f"## {size} px, batch {batch}, {precision}, {WORK[work]}, {VIEW[view]}, {records[0]['rounds']} rounds"
+        parts += [title, PAIR if view == "pair" else TOWER, table(records)]
+        ahead = [
+            f"{r['against_tome']['median']:.2f}× [{r['against_tome']['q1']:.2f}, {r['against_tome']['q3']:.2f}] at "
+            f"keep {r['keep_rate']:g}"
+            for r in records
+            if "against_tome" in r
+        ]
+        if ahead:
+            parts.append(f"Throughput of text guidance over ToMe at the same FLOPs: {'; '.join(ahead)}.")
+    return "\n\n".join(parts) + "\n"
+
+
+WORK = {
+    "forward": "forward",
+    "train": "forward and backward",
+    "checkpointed": "forward and backward with gradient checkpointing",
+}
+VIEW = {"tower": "vision tower", "pair": "whole model"}
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What the figures were measured on."""
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    return {
+        "device": device.type,
+        "processor": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load_before": load,
+        "system": platform.platform(),
+        "python": platform.python_version(),
+    }
+
+
+def _processor() -> str:
+    """Linux knows more than `platform.processor`."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def versions() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found

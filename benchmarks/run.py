@@ -1,0 +1,119 @@
+"""The whole benchmark: load, count, measure, setting by setting, within a time."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import product
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from patchselect.checks import check_layers
+from patchselect.hosts import find_towers
+
+from .cases import Case, Inputs, Setting, dtype_of
+from .counting import FlopBook
+from .data import Photo, batch_of, load_photos
+from .host import Host
+from .measure import Measured, measure
+from .models import load
+
+
+@dataclass
+class Found:
+    """What a run learned."""
+
+    model: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    measured: list[Measured] = field(default_factory=list)
+    flops: dict[tuple[int, str, Case], float] = field(default_factory=dict)
+    """Forward FLOPs per image, by image size, view and case."""
+    limits: dict[str, list[dict[str, float]]] = field(default_factory=dict)
+    """FLOP ratio of text guidance against keep rate, by `size/view`."""
+
+
+def run(options: argparse.Namespace, bar: tqdm[Any]) -> Found:
+    """Measure what the options of `benchmarks.speed` ask for."""
+    photos, found, end = load_photos(), Found(), 0.0
+    sizes = options.image_size or [None]
+    combinations = list(product(options.batch, options.precision, options.work, options.view))
+    ahead = len(sizes) * sum(weight(*combination) for combination in combinations)
+    for size in sizes:
+        bar.set_description_str(f"loading {options.model}")
+        host = load(options.model, size, options.pretrained)
+        host.model.to(options.device)
+        end = end or time.monotonic() + options.seconds
+        describe(host, options, found)
+        bar.set_description_str("counting FLOPs")
+        book = FlopBook(host, options.layers, options.relevance, inputs_of(host, photos, 1))
+        cases = {view: cases_of(options, book, view) for view in options.view}
+        for view in options.view:
+            found.limits[f"{host.image_size}/{view}"] = book.limit(min(options.keep_rate), view)
+            found.flops |= {(host.image_size, view, case): book.of(case, view) for case in cases[view]}
+        for batch, precision, work, view in combinations:
+            host.model.to(dtype=dtype_of(precision))
+            mine = weight(batch, precision, work, view)
+            found.measured += measure(
+                host,
+                Setting(host.image_size, batch, precision, work, view),
+                [case for case in cases[view] if suits(case, work)],
+                inputs_of(host, photos, batch),
+                options.layers,
+                options.relevance,
+                seconds=mine / ahead * (end - time.monotonic()),
+                rounds=options.rounds,
+                bar=bar,
+                seed=options.seed,
+            )
+            ahead -= mine
+    return found
+
+
+def weight(batch: int, precision: str, work: str, view: str) -> float:
+    """How the time is shared out: large batches need more of it, small ones gain more from every round."""
+    return float((batch * (1 if work == "forward" else 3)) ** 0.6)
+
+
+def describe(host: Host, options: argparse.Namespace, found: Found) -> None:
+    """What the report says about the model."""
+    (tower,) = find_towers(host.model)
+    found.model = {
+        "name": host.name,
+        "library": host.library,
+        "weights": host.weights,
+        "random_weights": host.random_weights,
+        "depth": len(tower.blocks),
+        "width": tower.width,
+        "layers": list(check_layers(options.layers, len(tower.blocks))),
+    }
+    found.notes += [note for note in host.notes if note not in found.notes]
+
+
+def cases_of(options: argparse.Namespace, book: FlopBook, view: str) -> list[Case]:
+    """Unpatched first, then every guidance at every rate, then ToMe at the cost of each text-guided case."""
+    cases = [Case("unpatched"), *(Case(g, rate) for g in options.guidance for rate in options.keep_rate)]
+    if view == "tower":
+        if not options.no_tome:
+            cases += [book.tome_like(Case("text", rate)) for rate in options.keep_rate]
+        cases.append(Case("text encoder"))
+    return cases
+
+
+def suits(case: Case, work: str) -> bool:
+    """Whether a case is measured in this pass. ToMe hands sizes from block to block, which recomputation breaks."""
+    if case.method == "text encoder":
+        return work == "forward"
+    return case.method != "tome" or work != "checkpointed"
+
+
+def inputs_of(host: Host, photos: Sequence[Photo], batch: int) -> Inputs:
+    """Photographs and captions as the model wants them, the captions already encoded."""
+    pictures, captions = zip(*batch_of(photos, batch), strict=True)
+    tokens = host.tokens(list(captions))
+    with torch.no_grad():
+        text = host.encode_text(tokens)
+    return Inputs(host.images(pictures), tokens, text)

@@ -1,0 +1,146 @@
+"""Token merging (ToMe, Bolya et al., ICLR 2023, arXiv 2210.09461) as a baseline, written from the paper.
+
+Per layer, between attention and MLP (§3): patches are split alternately into two sets A and B; each of A draws an
+edge to the most similar one of B (cosine of the attention's keys, averaged over the heads); the `r` most similar
+edges are kept and their ends averaged, weighted by how many patches each token stands for (its size `s`). Later
+attention counts a token as often as its size: `softmax(Q K^T / sqrt(d) + log s)`. Prefix tokens are never merged.
+
+Attention runs through torch's fused `scaled_dot_product_attention`, which takes `log s` as a mask: the paper's
+reference computes the map in plain torch, so this baseline is if anything faster than what was published.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from patchselect.adapter import Tower
+from patchselect.hosts import find_towers
+
+
+class Matching(NamedTuple):
+    """Which tokens of A stay `(B, a - r)`, which go `(B, r)`, and with which of B those merge `(B, r)`."""
+
+    stay: Tensor
+    go: Tensor
+    into: Tensor
+
+
+def match(keys: Tensor, removed: int) -> Matching:
+    """Bipartite soft matching (§3, "Bipartite Soft Matching").
+
+    Args:
+        keys: `(B, n, E)`, what patches are compared by.
+        removed: `r` in `[1, n // 2]`, how many patches go.
+    """
+    keys = F.normalize(keys, dim=-1)
+    similarity, partner = (keys[:, ::2] @ keys[:, 1::2].transpose(-1, -2)).max(dim=-1)
+    order = similarity.argsort(dim=-1, descending=True)
+    go = order[:, :removed]
+    return Matching(order[:, removed:].sort(dim=-1).values, go, partner.gather(1, go))
+
+
+def merge(tokens: Tensor, sizes: Tensor, keys: Tensor, removed: int, prefix: int) -> tuple[Tensor, Tensor]:
+    """Merge `removed` patches into others.
+
+    Args:
+        tokens: `(B, P + n, D)`.
+        sizes: `(B, P + n, 1)`, how many patches each token stands for.
+        keys: `(B, P + n, E)`, the keys, averaged over the heads.
+        removed: `r`; 0 returns what came, more than `n // 2` counts as `n // 2`.
+        prefix: `P`, tokens in front that are never merged.
+
+    Returns:
+        Tokens `(B, P + n - r, D)` and sizes `(B, P + n - r, 1)`.
+    """
+    removed = min(removed, (tokens.shape[1] - prefix) // 2)
+    if removed <= 0:
+        return tokens, sizes
+    found = match(keys[:, prefix:], removed)
+
+    def summed(x: Tensor) -> Tensor:
+        a, b = x[:, prefix::2], x[:, prefix + 1 :: 2]
+        stay, go, into = (index.unsqueeze(-1).expand(-1, -1, x.shape[-1]) for index in found)
+        return torch.cat([x[:, :prefix], a.gather(1, stay), b.scatter_add(1, into, a.gather(1, go))], dim=1)
+
+    total = summed(sizes)
+    return summed(tokens * sizes) / total, total
+
+
+def schedule(total: int, depth: int) -> list[int]:
+    """`total` removals spread evenly over `depth` layers: the paper's constant `r`, also where it is no integer."""
+    return [(layer + 1) * total // depth - layer * total // depth for layer in range(depth)]
+
+
+def projected(attention: Any, normed: Tensor) -> tuple[Sequence[Tensor], nn.Module]:
+    """Queries, keys and values `(B, N, D)` of a host's attention, and its output projection."""
+    if getattr(attention, "in_proj_weight", None) is not None:  # nn.MultiheadAttention, and open_clip's own
+        return F.linear(normed, attention.in_proj_weight, attention.in_proj_bias).chunk(3, dim=-1), attention.out_proj
+    if hasattr(attention, "qkv"):  # timm
+        return attention.qkv(normed).chunk(3, dim=-1), attention.proj
+    return [getattr(attention, f"{x}_proj")(normed) for x in "qkv"], attention.out_proj  # transformers
+
+
+def run_block(
+    tower: Tower, block: Any, removed: int, first: bool, state: dict[str, Tensor | None], *args: Any, **_: Any
+) -> Any:
+    """One block with merging; `state` carries the sizes from block to block of one forward pass."""
+    x: Tensor = args[0] if tower.batch_first else args[0].transpose(0, 1)
+    weights = tower.adapter.projections(block)
+    if weights.key_norm is not None:
+        raise TypeError("this ToMe baseline does not know query and key norms: leave it out (--no-tome)")
+    sizes = None if first else state["sizes"]
+    (query, key, value), output = projected(getattr(block, "attn", None) or block.self_attn, weights.norm(x))
+    query, key, value = (rearrange(t, "b n (h e) -> b h n e", h=weights.num_heads) for t in (query, key, value))
+    mask = None if sizes is None else sizes.log().to(query.dtype).transpose(1, 2).unsqueeze(1)
+    mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=float(weights.scale))
+    branch = output(rearrange(mixed, "b h n e -> b n (h e)"))
+    x = x + (branch if weights.output_scale is None else branch * weights.output_scale)
+    if removed:
+        sizes = torch.ones_like(x[..., :1]) if sizes is None else sizes
+        x, sizes = merge(x, sizes, key.mean(dim=1), removed, tower.num_prefix_tokens)
+    state["sizes"] = sizes
+    return tower.adapter.finish(tower, block, x if tower.batch_first else x.transpose(0, 1), None)
+
+
+@contextmanager
+def token_merging(model: nn.Module, removed: int) -> Iterator[None]:
+    """Let the vision tower of `model` merge `removed` patches in all, spread over its blocks, while this lasts."""
+    (tower,) = find_towers(model)
+    state: dict[str, Tensor | None] = {}
+    steps = schedule(removed, len(tower.blocks))
+    try:
+        for index, (block, step) in enumerate(zip(tower.blocks, steps, strict=True)):
+            block.forward = partial(run_block, tower, block, step, index == 0, state)  # type: ignore[method-assign]
+        yield
+    finally:
+        for block in tower.blocks:
+            vars(block).pop("forward", None)
+
+
+def matching_flops(target: float, count: Callable[[int], float], most: int) -> int:
+    """How many patches ToMe must remove in all to cost `target`, by bisection; costs fall as removals grow.
+
+    Args:
+        target: FLOPs to meet.
+        count: FLOPs with that many removals.
+        most: the largest number of removals.
+    """
+    low, high = 0, most
+    low_cost, high_cost = count(low), count(high)
+    while high - low > 1 and low_cost > target > high_cost:
+        # Regula falsi, kept inside of the bracket: costs are almost linear, so a few counts are enough.
+        middle = min(high - 1, max(low + 1, low + round((high - low) * (low_cost - target) / (low_cost - high_cost))))
+        cost = count(middle)
+        if cost >= target:
+            low, low_cost = middle, cost
+        else:
+            high, high_cost = middle, cost
+    return low if low_cost - target <= target - high_cost else high
