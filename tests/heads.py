@@ -116,9 +116,14 @@ def _real(family: str, name: str, **options: Any) -> Head:
     targets = importlib.import_module(f"{family}_targets")
     model, batch = targets.ALL[name](**options)
     rows = len(batch()[0][0].tensors if name == "grounding" else batch()[0][0].flatten(0, -4))
+
+    def seeded(seed: int) -> Any:
+        torch.manual_seed(seed)
+        return batch(seed=seed)
+
     return Head(
         model,
-        lambda seed: batch(seed=seed),
+        seeded,
         images=rows,
         captions="caption" in name,
         same_stream=family == "albef" and name != "nlvr_pretrain",

@@ -1,0 +1,208 @@
+"""What is particular to ALBEF: pairs of images, Grad-CAM hooks, recipes for negatives and retrieval, distribution."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing
+from doubles import albef
+from doubles.text import pictures, sentences
+from heads import build, loss_of
+from torch import nn
+
+import patchselect
+
+LAYERS = [1, 3]
+REAL_OR_DOUBLE = pytest.mark.parametrize("name", ["albef-retrieval", "real-albef-retrieval"])
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
+
+
+@pytest.fixture
+def retrieval():
+    torch.manual_seed(0)
+    model = albef.Retrieval().eval()
+    patchselect.apply(model, 0.5, LAYERS)
+    return model
+
+
+def recipe(page: str, name: str) -> dict:
+    """The code of a page that defines `name`, run as it stands there."""
+    text = (Path(__file__).parent.parent / "docs" / page).read_text()
+    code = next(code for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if f"def {name}(" in code)
+    space: dict = {}
+    exec(code, space)
+    return space
+
+
+def test_the_bare_vision_transformer_takes_vectors_of_its_width():
+    torch.manual_seed(0)
+    tower = albef.Vit()
+    reference = tower(pictures(2))
+    handle = patchselect.apply(tower, 0.5, LAYERS)
+    assert [type(found.adapter).__name__ for found in handle.towers] == ["Albef"]
+    with patchselect.guide(tower, torch.randn(2, 32)):
+        assert tower(pictures(2)).shape == (2, 7, 32)
+    with pytest.raises(ValueError, match="no text guides this call"):
+        tower(pictures(2))
+    handle.remove()
+    assert torch.equal(tower(pictures(2)), reference)
+
+
+def test_a_head_inside_of_another_module_is_found():
+    torch.manual_seed(0)
+    wrapped = nn.ModuleDict({"albef": albef.Retrieval()})
+    handle = patchselect.apply(wrapped, 0.5, LAYERS)
+    with handle.record() as trace:
+        wrapped["albef"](pictures(3), sentences(3))
+    assert [entry.num_tokens for entry in trace] == [10, 7, 10, 7]
+
+
+def test_an_unknown_reader_of_the_tower_is_refused():
+    class Classifier(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.tower, self.head = albef.Vit(), nn.Linear(32, 5)
+
+    with pytest.raises(TypeError, match="may need a fixed number"):
+        patchselect.apply(Classifier())
+
+
+def test_towers_of_different_shapes_are_refused():
+    model = albef.Retrieval()
+    model.eyes_slow = albef.Vit(depth=4)
+    with pytest.raises(TypeError, match="no twins"):
+        patchselect.apply(model)
+
+
+def test_two_widths_without_a_joint_space_are_refused():
+    model = albef.Retrieval(width=48)
+    model.text_proj = nn.Identity()
+    with pytest.raises(TypeError, match="no way to the vision width 48"):
+        patchselect.apply(model)
+
+
+def test_values_read_the_text_through_the_joint_space(retrieval):
+    handle = patchselect.apply(retrieval, 0.5, LAYERS, relevance="values")
+    with handle.record() as trace:
+        retrieval(pictures(3), sentences(3))
+    assert len(trace) == 4
+    retrieval.text_proj = nn.Identity()
+    with pytest.raises(ValueError, match="needs a joint space"):
+        patchselect.apply(retrieval, relevance="values")
+
+
+def test_image_j_of_both_halves_is_guided_by_sentence_j():
+    torch.manual_seed(0)
+    model = albef.Pairs(twins=False).eval()
+    handle = patchselect.apply(model, 0.5, LAYERS)
+    images, text, targets = pictures(6), sentences(3), torch.tensor([0, 1, 1])
+    with handle.record() as trace:
+        model(images, text, targets)
+    features = model.words(text.input_ids, attention_mask=text.attention_mask, mode="text").last_hidden_state[:, 0]
+    with handle.record() as expected, patchselect.guide(model, features.repeat(2, 1)):
+        model.eyes(images)
+    assert torch.equal(trace[-1].kept, expected[-1].kept)
+
+
+@pytest.mark.parametrize("images", [3, 9])
+def test_a_wrong_number_of_images_is_an_error(images):
+    model = albef.Pairs(twins=False).eval()
+    patchselect.apply(model, 0.5, LAYERS)
+    with pytest.raises(ValueError, match=f"3 texts for {images} images"):
+        model(pictures(images), sentences(3), torch.tensor([0, 1, 1]))
+
+
+def test_as_many_images_as_texts_elsewhere(retrieval):
+    with pytest.raises(ValueError, match="3 texts for 6 images"):
+        retrieval(pictures(6), sentences(3))
+
+
+@pytest.mark.parametrize("block", [0, 1, 3, 4])
+def test_grad_cam_hooks_see_the_attention_of_their_block(retrieval, block):
+    """`register_blk` reaches every block, the selecting ones included, whose attention still sees all tokens."""
+    features = torch.randn(3, 32)
+    with patchselect.guide(retrieval, features):
+        retrieval.eyes(pictures(3), register_blk=block)
+    tokens = [17, 17, 10, 10, 7, 7][block]
+    assert retrieval.eyes.blocks[block].attn.shown.shape == (3, 4, tokens, tokens)
+    assert all(other.attn.shown is None for index, other in enumerate(retrieval.eyes.blocks) if index != block)
+
+
+def test_a_map_over_shortened_tokens_goes_back_on_the_grid():
+    torch.manual_seed(0)
+    model = albef.Retrieval().eval()
+    handle = patchselect.apply(model, 0.5, LAYERS)
+    with handle.record() as trace, patchselect.guide(model, torch.randn(3, 32)):
+        model.eyes(pictures(3), register_blk=5)
+    cam = model.eyes.blocks[5].attn.shown[:, :, 0].transpose(1, 2)
+    board = patchselect.restore(cam, trace)
+    assert board.shape == (3, 4, 4, 4)
+    for image in range(3):
+        kept = trace[-1].kept[image]
+        at = int((kept >= 0).nonzero()[0])
+        assert torch.equal(board[image].flatten(0, 1)[kept[at]], cam[image, 1 + at])
+
+
+@REAL_OR_DOUBLE
+def test_evaluation_without_a_text_says_what_to_do(name):
+    head = build(name)
+    tower = head.towers()[0].module
+    patchselect.apply(head.model.eval(), 0.5, LAYERS)
+    head.call()
+    with pytest.raises(ValueError, match=r"patchselect\.guide"):
+        tower(head.batch(0)[0][0])
+
+
+def _step(rank: int, world: int, store: str, name: str, how: str, results: str) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    head = build(name)
+    model = head.model.train()
+    patchselect.apply(model, 0.5, LAYERS)
+    batch = head.batch(rank)
+    if how == "fsdp":
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        mesh = init_device_mesh("cpu", (world,))
+        for tower in patchselect.handle_of(model).towers:
+            for block in tower.blocks:
+                fully_shard(block, mesh=mesh)
+        scalars = {weight for weight in model.parameters() if weight.dim() == 0}  # ALBEF's temperature
+        fully_shard(model, mesh=mesh, ignored_params=scalars)
+        run = model
+    else:
+        run = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
+    torch.manual_seed(7)
+    loss = loss_of(run(*batch[0], **batch[1]))
+    loss.backward()
+    weight = patchselect.handle_of(model).towers[0].blocks[0].norm1.weight.grad
+    weight = weight.full_tensor() if how == "fsdp" else weight
+    torch.save((loss.detach(), weight), f"{results}/{rank}")
+    torch.distributed.destroy_process_group()
+
+
+@REAL_OR_DOUBLE
+@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+def test_two_processes_lose_what_one_loses(name, how, tmp_path):
+    """Each rank has the loss of its share alone, and the gradients are the mean of the two."""
+    build(name)
+    losses, gradients = [], []
+    for rank in range(2):
+        head = build(name)
+        handle = patchselect.apply(head.model.train(), 0.5, LAYERS)
+        loss = loss_of(head.call(head.batch(rank)))
+        loss.backward()
+        losses.append(loss.detach())
+        gradients.append(handle.towers[0].blocks[0].norm1.weight.grad)
+    with tempfile.NamedTemporaryFile() as file:
+        store = file.name
+    torch.multiprocessing.spawn(_step, args=(2, store, name, how, str(tmp_path)), nprocs=2)
+    for rank in range(2):
+        loss, gradient = torch.load(tmp_path / str(rank))
+        torch.testing.assert_close(loss, losses[rank])
+        torch.testing.assert_close(gradient, torch.stack(gradients).mean(dim=0), rtol=1e-4, atol=1e-6)
