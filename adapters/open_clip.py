@@ -85,7 +85,7 @@ class OpenClip(_Paired):
             parts = {name for name, _ in block.named_children()} - {"ln_attn"}
             if parts != BLOCK_PARTS or not hasattr(block.attn, "in_proj_weight"):
                 return []
-        attention = blocks[0].attn
+        attention: Any = blocks[0].attn
         return [
             Tower(
                 adapter=self,

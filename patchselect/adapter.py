@@ -221,4 +221,5 @@ def gathered(weight: Tensor) -> Tensor:
         return weight
     from torch.distributed.tensor import Partial
 
-    return weight.full_tensor(grad_placements=[Partial("avg")] * weight.device_mesh.ndim)
+    sharded: Any = weight
+    return sharded.full_tensor(grad_placements=[Partial("avg")] * sharded.device_mesh.ndim)

@@ -48,7 +48,7 @@ def check_layers(layers: Any, depth: int) -> tuple[int, ...]:
     for layer in layers:
         if isinstance(layer, bool) or not isinstance(layer, Integral):
             raise TypeError(f"layers must be integers (0-based block indices), got {layer!r}")
-        if not 0 <= layer < depth:
+        if not 0 <= int(layer) < depth:
             raise ValueError(f"layer {layer} is outside of this model's {depth} blocks: use 0 to {depth - 1}")
     chosen = tuple(int(layer) for layer in layers)
     if not chosen or any(a >= b for a, b in pairwise(chosen)):

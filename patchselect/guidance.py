@@ -140,7 +140,7 @@ _recorded: dict[_Key, bool] = {}
 
 
 def _key(hidden: Tensor, reader: object) -> _Key:
-    return hidden.untyped_storage()._cdata, hidden.storage_offset(), id(reader)
+    return hidden.untyped_storage()._cdata, int(hidden.storage_offset()), id(reader)
 
 
 def _keep(table: dict[_Key, Any], hidden: Tensor, reader: object, value: Any) -> None:

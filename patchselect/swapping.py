@@ -32,15 +32,15 @@ def _override(base: type, name: str, wrapper: Wrapper) -> Any:
 
 
 def _reduce(self: nn.Module, protocol: Any) -> Any:
-    swapped = next(cls for cls in type(self).__mro__ if "_patchselect_base" in vars(cls))
-    made, args, *rest = super(swapped, self).__reduce_ex__(protocol)  # type: ignore[misc]
-    if made is not copyreg.__newobj__ or args != (swapped,):
+    swapped: Any = next(cls for cls in type(self).__mro__ if "_patchselect_base" in vars(cls))
+    made, args, *rest = super(swapped, self).__reduce_ex__(protocol)
+    if made is not copyreg.__newobj__ or args != (swapped,):  # type: ignore[attr-defined]
         return (made, args, *rest)
     return (_blank, (swapped._patchselect_base, swapped._patchselect_overrides), *rest)
 
 
 def _blank(base: type, overrides: Overrides) -> Any:
-    cls = swapped_class(base, overrides)
+    cls: Any = swapped_class(base, overrides)
     return cls.__new__(cls)
 
 
