@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.multiprocessing
 from doubles import albef
-from doubles.text import pictures, sentences
+from doubles.text import Output, pictures, sentences
 from heads import build, loss_of
 from torch import nn
 
@@ -206,3 +206,63 @@ def test_two_processes_lose_what_one_loses(name, how, tmp_path):
         loss, gradient = torch.load(tmp_path / str(rank))
         torch.testing.assert_close(loss, losses[rank])
         torch.testing.assert_close(gradient, torch.stack(gradients).mean(dim=0), rtol=1e-4, atol=1e-6)
+
+
+def names_of_albef(model):
+    """The double under the names that the recipes for ALBEF's scripts use; the real one has them."""
+    if isinstance(model, albef.Head):
+        names = {"visual_encoder": "eyes", "text_encoder": "words", "itm_head": "score"}
+        for name, own in names.items():
+            model.__dict__[name] = getattr(model, own)
+    return model
+
+
+@REAL_OR_DOUBLE
+def test_the_recipe_for_negatives_knows_no_other_caption(name):
+    """Image tokens of a pair that does not match depend on its own text, and on no other one of the batch."""
+    encode_negatives = recipe("training.md", "encode_negatives")["encode_negatives"]
+    head = build(name)
+    model = names_of_albef(head.model.eval())
+    patchselect.apply(model, 0.5, LAYERS)
+    image = head.batch(0)[0][0]
+    size = len(image)
+    text = head.text_features()
+    of_text, of_image = torch.arange(size).roll(1), torch.arange(size).roll(-1)
+    found = encode_negatives(model, model.visual_encoder, image, text, of_text, of_image)
+    for b in range(size):
+        for tokens, picture, sentence in ((found[0], of_text[b], b), (found[1], b, of_image[b])):
+            with patchselect.guide(model, text[sentence].unsqueeze(0)):
+                alone = model.visual_encoder(image[picture : picture + 1])
+            torch.testing.assert_close(tokens[b : b + 1], alone)
+    sum(tokens.sum() for tokens in found).backward()
+
+
+@REAL_OR_DOUBLE
+def test_the_recipe_for_retrieval_scores_each_pair_with_its_text(name):
+    evaluate = recipe("training.md", "evaluate_retrieval")["evaluate_retrieval"]
+    head = build(name)
+    model = names_of_albef(head.model.eval())
+    images, text = head.batch(0)[0]
+    if not isinstance(text, dict):
+        text = Output(input_ids=text.input_ids, attention_mask=text.attention_mask)
+    i2t, t2i = evaluate(model, images, text, k_test=2, keep_rate=0.5, layers=LAYERS)
+    assert (i2t > -100).sum(dim=1).tolist() == (t2i > -100).sum(dim=1).tolist() == [2] * len(images)
+    both = (i2t > -100) & (t2i.t() > -100)
+    assert both.any()
+    torch.testing.assert_close(i2t[both], t2i.t()[both])
+
+
+def test_the_recipe_for_maps_of_cross_attention_restores_the_grid():
+    """As in docs/albef.md: cross-attention maps over N' image tokens become maps over the grid."""
+    torch.manual_seed(0)
+    tower = albef.Vit()
+    handle = patchselect.apply(tower, 0.5, LAYERS)
+    with handle.record() as trace, patchselect.guide(tower, torch.randn(2, 32)):
+        tokens = tower(pictures(2))
+    cams = torch.randn(2, 3, 5, tokens.shape[1])
+    flat = cams.permute(0, 3, 1, 2).flatten(2)
+    board = patchselect.restore(flat, trace[:2]).unflatten(-1, (3, -1)).permute(0, 3, 4, 1, 2)
+    assert board.shape == (2, 3, 5, 4, 4)
+    kept = trace[-1].kept[1]
+    place = int((kept >= 0).nonzero()[0])
+    assert torch.equal(board[1].flatten(-2)[..., kept[place]], cams[1, ..., 1 + place])
