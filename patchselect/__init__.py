@@ -3,6 +3,7 @@
 from importlib.metadata import PackageNotFoundError, version
 
 from .adapter import Adapter
+from .budget import keep_rate_for_budget
 from .functional import keep_and_fuse, num_kept
 from .guidance import guide
 from .pairs import score_pairs
@@ -28,6 +29,7 @@ __all__ = [
     "guide",
     "handle_of",
     "keep_and_fuse",
+    "keep_rate_for_budget",
     "num_kept",
     "remove",
     "restore",

@@ -1,0 +1,139 @@
+"""A budget in place of a rate: the arithmetic against counted FLOPs, and what cannot be reached."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from hosts import HOSTS, Case, build
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import patchselect
+from patchselect.budget import Cost, own_patches
+from patchselect.functional import as_ratio
+from patchselect.hosts import find_towers
+
+REAL = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
+
+
+def counted(call) -> float:
+    """Multiply-adds, with kernels that the counter knows."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            call()
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+    return counter.get_total_flops() / 2
+
+
+def guided(case: Case, images) -> None:
+    with patchselect.guide(case.model, torch.randn(1, case.text_width)):
+        case.image_side(case.model, images)
+
+
+@functools.cache
+def real_clip():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.CLIPVisionConfig(**REAL, patch_size=16, image_size=224, projection_dim=512)
+    return transformers.CLIPVisionModelWithProjection(config).eval()
+
+
+def tower_cost(model, size: int, rates=None) -> float:
+    """Counted FLOPs of one image of `size` pixels, on tensors that hold nothing."""
+    patchselect.remove(model)
+    if rates is not None:
+        patchselect.apply(model, rates)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        images, flags = torch.zeros(1, 3, size, size), {"interpolate_pos_encoding": True}
+        if rates is None:
+            return counted(lambda: model(images, **flags))
+        with patchselect.guide(model, torch.zeros(1, 512)):
+            return counted(lambda: model(images, **flags))
+
+
+@pytest.mark.parametrize("name", [name for name in HOSTS if name != "open_clip_siglip"])
+def test_the_arithmetic_is_what_a_counter_counts(name):
+    case = build(name)
+    tower = find_towers(case.model)[0]
+    images = case.images(1)
+    assert own_patches(tower) == (16 if name == "siglip2" else case.patches)
+    whole = Cost.of(tower).of_encoder(case.patches)
+    assert whole == pytest.approx(counted(lambda: case.image_side(case.model, images)), rel=0.003)
+    for rate in (0.3, 0.5, 0.9):
+        handle = patchselect.apply(case.model, rate, [1, 3])
+        expected = counted(lambda: guided(case, images))
+        found = Cost.of(tower, handle).of_encoder(case.patches, [1, 3], [as_ratio(rate)] * 2)
+        assert found == pytest.approx(expected, rel=0.01)
+
+
+@pytest.mark.parametrize("per_layer", [False, True])
+@pytest.mark.parametrize(("budget", "size"), [(0.5, 224), (0.6, 224), (0.8, 224), (0.97, 224), (1.0, 256), (1.3, 288)])
+def test_measured_flops_land_within_two_percent_of_the_budget(budget, size, per_layer):
+    model = real_clip()
+    own = tower_cost(model, 224)
+    rates = patchselect.keep_rate_for_budget(model, budget, image_size=size, per_layer=per_layer)
+    measured = tower_cost(model, size, rates) / own
+    assert budget * 0.98 <= measured <= budget * 1.001
+    patchselect.remove(model)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    budget=st.floats(0.05, 3.0),
+    layers=st.lists(st.integers(0, 11), min_size=1, max_size=4, unique=True).map(sorted),
+    size=st.sampled_from([None, 160, 224, (224, 320), 448]),
+    per_layer=st.booleans(),
+)
+def test_the_rate_is_the_largest_that_fits_or_the_range_is_told(budget, layers, size, per_layer):
+    model = real_clip()
+    tower = find_towers(model)[0]
+    cost, whole = Cost.of(tower), Cost.of(tower).of_encoder(196)
+    height, width = (224, 224) if size is None else (size, size) if isinstance(size, int) else size
+    patches = (height // 16) * (width // 16)
+
+    def share(rates) -> float:
+        return cost.of_encoder(patches, layers, [as_ratio(rate) for rate in rates]) / whole
+
+    try:
+        found = patchselect.keep_rate_for_budget(model, budget, layers, size, per_layer)
+    except ValueError as error:
+        low, high = (float(x) for x in str(error).split("[")[1].split("]")[0].split(", "))
+        assert not low <= budget <= high or min(abs(budget - low), abs(budget - high)) < 1e-3
+        return
+    rates = found if per_layer else (found,) * len(layers)
+    assert all(0 < rate <= 1 for rate in rates) and list(rates) == sorted(rates, reverse=True)
+    assert share(rates) <= budget * (1 + 1e-6)
+    one_patch_more = [min(1.0, rate + 1.1 / min(patches, 50) if per_layer else rate + 1 / patches) for rate in rates]
+    assert min(rates) == 1.0 or share(one_patch_more) > budget * (1 - 1e-6)
+
+
+def test_a_budget_of_one_keeps_all_and_impossible_ones_are_refused():
+    model = real_clip()
+    assert patchselect.keep_rate_for_budget(model, 1.0) == 1.0
+    assert patchselect.keep_rate_for_budget(model, 1.0, per_layer=True) == (1.0, 1.0)
+    with pytest.raises(ValueError, match=r"budget must be in \[0\.3\d\d, 1\.000\].*got 0\.2"):
+        patchselect.keep_rate_for_budget(model, 0.2)
+    with pytest.raises(ValueError, match=r"keep all"):
+        patchselect.keep_rate_for_budget(model, 1.5)
+    with pytest.raises(ValueError, match="earlier layers or use smaller images"):
+        patchselect.keep_rate_for_budget(model, 1.0, image_size=640)
+    for wrong in (0, -1, float("nan"), float("inf"), "half", True):
+        with pytest.raises(ValueError, match="budget must be"):
+            patchselect.keep_rate_for_budget(model, wrong)
+    with pytest.raises(ValueError, match="image_size must be positive"):
+        patchselect.keep_rate_for_budget(model, 0.6, image_size=0)
+
+
+def test_a_patched_model_answers_for_its_own_layers():
+    case = build("clip")
+    unpatched = patchselect.keep_rate_for_budget(case.model, 0.7, layers=[0, 1])
+    patchselect.apply(case.model, 0.9, layers=[0, 1])
+    assert patchselect.keep_rate_for_budget(case.model, 0.7) == unpatched
+    assert patchselect.keep_rate_for_budget(case.model, 0.7, layers=[0, 1]) == unpatched
