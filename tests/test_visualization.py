@@ -1,0 +1,119 @@
+"""Pictures of the selection: what they show is what was recorded, on any grid."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from hosts import build
+
+import patchselect
+
+pytest.importorskip("matplotlib")
+visualization = pytest.importorskip("patchselect.visualization")
+
+
+def traced(name: str, count: int = 2, rate: float = 0.5, fusion: str = "mean"):
+    case = build(name)
+    handle = patchselect.apply(case.model, rate, [1, 3], fusion=fusion)
+    text = torch.randn(count, case.text_width, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad(), handle.record() as trace, patchselect.guide(case.model, text, "all"):
+        case.image_side(case.model, case.images(1))
+    return case, trace
+
+
+@pytest.mark.parametrize("fusion", ["mean", "none"])
+@pytest.mark.parametrize("name", ["clip", "siglip2", "open_clip", "timm_registers", "timm_class_token"])
+def test_one_row_per_text_and_one_column_per_layer_on_every_grid(name, fusion, tmp_path):
+    case, trace = traced(name, fusion=fusion)
+    height, width = case.grid
+    photo = torch.rand(3, height * 16, width * 16)
+    path = tmp_path / "kept.png"
+    figure = visualization.draw_selection(
+        photo, trace, ["a cat", "a very long text that needs several lines"], path=path
+    )
+    assert path.read_bytes()[:4] == b"\x89PNG"
+    axes = figure.get_axes()
+    assert len(axes) == 2 * 4
+    assert [axis.get_title() for axis in axes[:4]] == [
+        "image", "relevance, block 1", "left after block 1", "left after block 3",
+    ]  # fmt: skip
+    for row in range(2):
+        for axis, entry in zip(axes[4 * row + 2 : 4 * row + 4], trace, strict=True):
+            kept = visualization.kept_map(entry, row)
+            assert kept.shape == case.grid
+            shown = torch.as_tensor(axis.images[0].get_array()).permute(2, 0, 1)
+            same = (shown == photo).all(dim=0).unflatten(0, (height, 16)).unflatten(2, (width, 16))
+            assert torch.equal(same.all(dim=3).all(dim=1), kept)
+            note = axis.texts[0].get_text()
+            assert note.startswith(f"{int(kept.sum())} of {height * width} patches")
+            assert ("fused" in note) == (fusion != "none")
+
+
+def test_the_fused_share_is_the_relevance_of_what_was_fused():
+    _, trace = traced("clip", rate=0.4)
+    for row in range(2):
+        first = trace[0].relevance[row]
+        gone = [place for place in range(16) if place not in trace[0].kept[row].tolist()]
+        shares = visualization.fused_shares(trace, row)
+        assert shares[0] == pytest.approx(float(first[gone].sum()), abs=1e-5)
+        before = [*trace[0].kept[row].tolist(), -1]
+        gone = [i for i, place in enumerate(before) if place not in trace[1].kept[row].tolist()]
+        assert shares[1] == pytest.approx(float(trace[1].relevance[row][gone].sum()), abs=1e-5)
+        assert torch.equal(visualization.relevance_map(trace[0], row).flatten(), first)
+
+
+def test_pixels_of_any_range_are_drawn_and_colours_come_back():
+    _, trace = traced("clip", count=1)
+    for photo in (torch.randn(1, 3, 64, 64), torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8)):
+        figure = visualization.draw_selection(photo, trace)
+        shown = figure.get_axes()[0].images[0].get_array()
+        assert shown.min() >= 0 and shown.max() <= 1
+    photo = torch.rand(3, 8, 8)
+    mean = torch.tensor([0.4815, 0.4578, 0.4082]).view(3, 1, 1)
+    deviation = torch.tensor([0.2686, 0.2613, 0.2758]).view(3, 1, 1)
+    torch.testing.assert_close(visualization.denormalise((photo - mean) / deviation), photo)
+    with pytest.raises(ValueError, match="statistics must be one of"):
+        visualization.denormalise(photo, "coco")
+
+
+def test_what_does_not_fit_is_refused():
+    _, trace = traced("clip")
+    photo = torch.rand(3, 64, 64)
+    for wrong, message in (
+        (lambda: visualization.draw_selection(photo, []), "trace is empty"),
+        (lambda: visualization.draw_selection(photo, [*trace, *trace]), "several calls"),
+        (lambda: visualization.draw_selection(torch.rand(3, 3, 8, 8), trace), "divisor of the 2 rows"),
+        (lambda: visualization.draw_selection(photo, trace, ["a", "b", "c"]), "as many texts"),
+        (lambda: visualization.relevance_map(trace[1]), "only the first selection layer"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            wrong()
+
+
+def test_the_command_line_writes_a_picture(tmp_path, monkeypatch):
+    open_clip = pytest.importorskip("open_clip")
+    image = pytest.importorskip("PIL.Image")
+    from patchselect import visualize
+
+    case = build("open_clip")
+    image.new("RGB", (90, 60), "orange").save(tmp_path / "photo.jpg")
+    made = (case.model, None, lambda photo: torch.rand(3, 64, 64))
+    monkeypatch.setattr(open_clip, "create_model_and_transforms", lambda name, pretrained: made)
+    monkeypatch.setattr(open_clip, "get_tokenizer", lambda name: lambda texts: torch.ones(len(texts), 7).long())
+    arguments = [str(tmp_path / "photo.jpg"), "a cat", "a dog", "--model", "open_clip:tiny", "--keep-rate", "0.4"]
+    written = visualize.main(arguments)
+    assert written == tmp_path / "photo-kept.png" and written.stat().st_size > 10_000
+    assert visualize.main([*arguments, "--output", str(tmp_path / "out.png"), "--layers", "0", "2"]).exists()
+
+
+def test_importing_the_package_imports_nothing_to_draw_with():
+    program = """
+import sys, torch
+before = set(sys.modules)
+import patchselect, patchselect.visualization
+assert not (set(sys.modules) - before) & {"matplotlib", "tqdm", "transformers", "open_clip", "timm", "PIL"}
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
