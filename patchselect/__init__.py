@@ -2,6 +2,7 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
+from . import losses, metrics, visualization
 from .adapter import Adapter
 from .budget import keep_rate_for_budget
 from .functional import keep_and_fuse, num_kept
@@ -30,8 +31,11 @@ __all__ = [
     "handle_of",
     "keep_and_fuse",
     "keep_rate_for_budget",
+    "losses",
+    "metrics",
     "num_kept",
     "remove",
     "restore",
     "score_pairs",
+    "visualization",
 ]
