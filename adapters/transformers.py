@@ -9,6 +9,7 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from patchselect.adapter import (
@@ -22,7 +23,7 @@ from patchselect.adapter import (
     gathered,
     through_norm,
 )
-from patchselect.blocks import call_with_text, recall_text
+from patchselect.blocks import Original, call_tower, call_with_text, recall_text
 from patchselect.scoring import Texts, named, pooled
 
 BLOCK_PARTS = {"layer_norm1", "self_attn", "layer_norm2", "mlp"}
@@ -81,6 +82,7 @@ class TransformersClip(Adapter):
         block = core.encoder.layers[0]
         signature = inspect.signature(getattr(type(block), "_patchselect_base", type(block)).forward)
         parts = {
+            "block_call": tuple(signature.parameters)[1:],
             "call": tuple(inspect.signature(type(model).forward).parameters)[1:],
             "returns_tuple": "output_attentions" in signature.parameters,
             "text_flags": takes_return_dict(getattr(model, "text_model", None)),
@@ -118,21 +120,18 @@ class TransformersClip(Adapter):
             return []
         return [(model, {"forward": call_with_text}), (text, {"forward": recall_text})]
 
-    def attend(
-        self, tower: Tower, block: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, *args: Any,
-        **kwargs: Any,
-    ) -> Attended:  # fmt: skip
-        if attention_mask is not None:
+    def attend(self, tower: Tower, block: Any, *args: Any, **kwargs: Any) -> Attended:
+        given = dict(zip(tower.parts["block_call"], args, strict=False)) | kwargs
+        keeps_all = min(block._patchselect.handle.keep_rates) == 1
+        if given.get("attention_mask") is not None and not keeps_all:
             raise ValueError(
                 f"{type(tower.module).__name__} got padded patches (an attention mask over the image), which selection "
                 "does not support: batch images of one size, so that no patch is padding"
             )
+        hidden_states = given.pop("hidden_states")
         normed = block.layer_norm1(hidden_states)
-        if tower.parts["returns_tuple"]:
-            names = ("causal_attention_mask", "output_attentions")
-            kwargs |= dict(zip(names[-len(args) :] if len(args) == 1 else names, args, strict=False))
-        attended, weights = block.self_attn(hidden_states=normed, attention_mask=attention_mask, **kwargs)[:2]
-        shown = weights if tower.parts["returns_tuple"] and kwargs.get("output_attentions") else None
+        attended, weights = block.self_attn(hidden_states=normed, **given)[:2]
+        shown = weights if tower.parts["returns_tuple"] and given.get("output_attentions") else None
         return Attended(hidden_states + attended, normed, shown)
 
     def finish(self, tower: Tower, block: Any, tokens: Tensor, rest: Any) -> Any:
@@ -140,6 +139,11 @@ class TransformersClip(Adapter):
         if not tower.parts["returns_tuple"]:
             return tokens
         return (tokens,) if rest is None else (tokens, rest)
+
+    def reads_patches(self, model: nn.Module, tower: Tower) -> str | None:
+        if not tower.has_class_token:
+            return "an attention pools over all patches"
+        return "this model returns last_hidden_state for its user" if tower.head is None else None
 
     def as_output(self, tower: Tower, tokens: Tensor) -> Any:
         return (tokens,) if tower.parts["returns_tuple"] else tokens
@@ -203,6 +207,23 @@ class TransformersClip(Adapter):
         return pixel_values.shape[-2] // size[0], pixel_values.shape[-1] // size[1]  # type: ignore
 
 
+def call_without_full_mask(module: Any, name: str, original: Original, *args: Any, **kwargs: Any) -> Any:
+    """SigLIP 2 sends a padding mask through all blocks and the head; one that hides nothing is left out.
+
+    A real one is refused by the first selecting block. A compiled graph cannot look at the mask and keeps it.
+    """
+    names = ("pixel_values", "attention_mask", "spatial_shapes")
+    given = dict(zip(names, args, strict=False)) | kwargs
+    key = "pixel_attention_mask" if "pixel_attention_mask" in kwargs else "attention_mask"
+    selects = min(module._patchselect.keep_rates) < 1
+    if selects and given.get(key) is not None and not torch.compiler.is_compiling() and bool(given[key].all()):
+        if len(args) > 1:
+            args = (args[0], None, *args[2:])
+        else:
+            kwargs[key] = None
+    return call_tower(module, name, original, *args, **kwargs)
+
+
 class TransformersSiglip(TransformersClip):
     """`SiglipModel`, `Siglip2Model` and their vision towers: no [CLS], an attention-pooling head after the tower.
 
@@ -212,6 +233,14 @@ class TransformersSiglip(TransformersClip):
     """
 
     name = "transformers-siglip"
+
+    def methods(self, model: nn.Module, towers: list[Tower]) -> list[tuple[nn.Module, Mapping[str, Wrapper]]]:
+        masked: list[tuple[nn.Module, Mapping[str, Wrapper]]] = [
+            (tower.module, {"forward": call_without_full_mask})
+            for tower in towers
+            if isinstance(tower.module.embeddings.patch_embedding, nn.Linear)  # type: ignore[union-attr]
+        ]
+        return masked + super().methods(model, towers)
 
     def read_back(self, tower: Tower, text: Tensor) -> Tensor:
         head = getattr(tower.module, "head", None)

@@ -21,7 +21,7 @@ CONFIGS = {name: open_clip.get_model_config(name) for name in open_clip.list_mod
 def kind(config) -> str:
     vision = config.get("vision_cfg") or {}
     name = vision.get("timm_model_name")
-    if "audio_cfg" in config or not vision:
+    if "audio_cfg" in config or "genlip_cfg" in config or not vision:
         return "other"
     if name is None:
         return "resnet" if isinstance(vision.get("layers"), list) else "own"
@@ -41,7 +41,12 @@ def shrunk(name: str):
     config = copy.deepcopy(CONFIGS[name])
     config.pop("custom_text", None)
     vision, text = config["vision_cfg"], config["text_cfg"]
-    custom = CONFIGS[name].get("custom_text") or "multimodal_cfg" in config or "hf_model_name" in text
+    custom = (
+        CONFIGS[name].get("custom_text")
+        or text.get("text_arch") == "modern"
+        or "multimodal_cfg" in config
+        or "hf_model_name" in text
+    )
     vision.update(image_size=vision["patch_size"] * 3 if "patch_size" in vision else 64)
     vision.update(layers=4, width=64, head_width=16)
     vision.pop("mlp_ratio", None)
