@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -221,9 +222,10 @@ def recall_text(module: nn.Module, name: str, original: Original, *args: Any, **
 
 def refuse_grid(module: nn.Module, name: str, original: Original, *args: Any, **kwargs: Any) -> Any:
     """`forward_intermediates` reshapes tokens to a dense grid, which a shortened sequence would corrupt silently."""
-    position = 5 if "return_prefix_tokens" in kwargs or hasattr(module, "num_prefix_tokens") else 6
-    wanted = kwargs.get("output_fmt", args[position] if len(args) > position else "NCHW")
-    if wanted != "NLC":
+    handle: Handle = module._patchselect  # type: ignore[assignment]
+    given = inspect.signature(original).bind(*args, **kwargs)
+    wanted = given.arguments.get("output_fmt", "NCHW")
+    if wanted != "NLC" and min(handle.keep_rates) < 1:
         raise ValueError(
             f"{type(module).__name__}.{name}(output_fmt={wanted!r}) reshapes the tokens to a dense grid, but selection "
             'removed some: use output_fmt="NLC", or handle.record() and patchselect.restore(tokens, trace)'

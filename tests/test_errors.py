@@ -184,8 +184,10 @@ def test_grids_of_a_shortened_sequence_are_refused(name):
     tower, images = case.tower(case.model), case.images(2)
     with pytest.raises(ValueError, match=r'use output_fmt="NLC", or handle.record\(\)'):
         tower.forward_intermediates(images)
-    out = tower.forward_intermediates(images, output_fmt="NLC")
-    assert out is not None
+    assert tower.forward_intermediates(images, output_fmt="NLC") is not None
+    assert tower.forward_intermediates(images, None, False, False, False, "NLC") is not None
+    patchselect.apply(case.model, 1.0, guidance="image")
+    tower.forward_intermediates(images)
     patchselect.remove(case.model)
     tower.forward_intermediates(images)
 
