@@ -107,7 +107,9 @@ class Layer:
 
     def texts(self, guidance: Guidance, tokens: Tensor) -> Tensor:
         """The texts `(B', 1, D_text)` of the rows, in tiles, or `(1, T, D_text)` where every row has all texts."""
-        text, rows = guidance.text, tokens.shape[0]
+        # A view of a text that needs a gradient would still claim to need one where none is taken (momentum towers).
+        text = guidance.text if torch.is_grad_enabled() else guidance.text.detach()
+        rows = tokens.shape[0]
         if text.device != tokens.device:
             raise ValueError(f"text_features are on {text.device}, the images on {tokens.device}: move one of them")
         if text.dim() == 3:
