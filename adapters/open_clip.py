@@ -118,6 +118,14 @@ class OpenClip(_Paired):
     def finish(self, tower: Tower, block: Any, tokens: Tensor, rest: Any) -> Tensor:
         return tokens + block.ls_2(block.mlp(block.ln_2(tokens)))
 
+    def reads_patches(self, model: nn.Module, tower: Tower) -> str | None:
+        visual: Any = tower.module
+        if visual.attn_pool is not None:
+            return "an attention pools over all patches"
+        if visual.output_tokens or getattr(visual, "pool_type", "tok") != "tok":
+            return "this model pools or returns all tokens"
+        return None
+
     def projections(self, block: Any) -> Projections:
         attention = block.attn
         (query, key, value), (query_bias, key_bias, _) = split_qkv(attention.in_proj_weight, attention.in_proj_bias)

@@ -75,6 +75,10 @@ class TimmViT(Adapter):
     def finish(self, tower: Tower, block: Any, tokens: Tensor, rest: Any) -> Tensor:
         return tokens + block.drop_path2(block.ls2(block.mlp(block.norm2(tokens))))
 
+    def reads_patches(self, model: nn.Module, tower: Tower) -> str | None:
+        trunk: Any = tower.module
+        return None if trunk.global_pool == "token" and trunk.attn_pool is None else "this model pools over all patches"
+
     def projections(self, block: Any) -> Projections:
         attention = block.attn
         (query, key, value), (query_bias, key_bias, _) = split_qkv(attention.qkv.weight, attention.qkv.bias)

@@ -9,6 +9,7 @@ from .functional import keep_and_fuse, num_kept
 from .guidance import guide
 from .pairs import score_pairs
 from .patching import Handle, apply, handle_of, remove
+from .pooled import skip_unread_outputs
 from .prefix import Prefix, encode_prefix
 from .recording import Selected, Trace, restore
 from .selection import PatchSelection
@@ -37,5 +38,6 @@ __all__ = [
     "remove",
     "restore",
     "score_pairs",
+    "skip_unread_outputs",
     "visualization",
 ]

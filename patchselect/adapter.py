@@ -147,6 +147,10 @@ class Adapter(Scoring):
     def projections(self, block: nn.Module) -> Projections:
         raise NotImplementedError
 
+    def reads_patches(self, model: nn.Module, tower: Tower) -> str | None:
+        """Who reads the patch tokens that the tower returns, in words; `None` if its prefix tokens alone are read."""
+        return "they are what this tower returns"
+
     def as_output(self, tower: Tower, tokens: Tensor) -> Any:
         """Tokens as a block of this host returns them: what a block that is skipped returns of its input."""
         return tokens
