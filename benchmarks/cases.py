@@ -18,6 +18,8 @@ from .tome import token_merging
 
 PASSES = ("forward", "train", "checkpointed")
 VIEWS = ("tower", "pair")
+GUIDED = ("text", "image", "random")
+TOME = {"tome": "ToMe as published", "fused tome": "ToMe, fused attention"}
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class Case:
     """One way to run the model."""
 
     method: str
-    """`unpatched`, `text`, `image`, `random`, `tome` or `text encoder`."""
+    """`unpatched`, `text`, `image`, `random`, `tome` (as published), `fused tome` or `text encoder`."""
     keep_rate: float = 1.0
     removed: int = 0
     """Patches that ToMe removes in all."""
@@ -71,10 +73,10 @@ class Inputs:
 @contextmanager
 def patched(host: Host, case: Case, layers: Sequence[int] | None, relevance: str | None) -> Any:
     """The model as this case wants it, and as it was afterwards."""
-    if case.method == "tome":
-        with token_merging(host.model, case.removed):
+    if case.method in TOME:
+        with token_merging(host.model, case.removed, fused=case.method == "fused tome"):
             yield
-    elif case.method in ("text", "image", "random"):
+    elif case.method in GUIDED:
         chosen = relevance if case.method == "text" else None
         handle = patchselect.apply(host.model, case.keep_rate, layers, case.method, chosen)
         try:

@@ -31,14 +31,12 @@ class FlopBook:
                 self.known[view, case] = count_flops(call) / len(self.inputs.images)
         return self.known[view, case]
 
-    def tome_like(self, case: Case) -> Case:
-        """ToMe with the number of removals whose FLOPs come closest to those of `case`."""
+    def tome_removals(self, case: Case) -> int:
+        """How many patches ToMe must remove in all for its FLOPs to come closest to those of `case`."""
         (tower,) = find_towers(self.host.model)
         height, width = tower.adapter.grid(tower, self.inputs.images)
-        removed = matching_flops(
-            self.of(case), lambda r: self.of(Case("tome", case.keep_rate, r)), height * width - len(tower.blocks)
-        )
-        return Case("tome", case.keep_rate, removed)
+        most = height * width - len(tower.blocks)
+        return matching_flops(self.of(case), lambda removed: self.of(Case("tome", case.keep_rate, removed)), most)
 
     def limit(self, lowest: float, view: str) -> list[dict[str, float]]:
         """The FLOP ratio of text guidance over the keep rates that a plot shows."""

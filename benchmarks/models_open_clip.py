@@ -79,8 +79,9 @@ def _cached_tag(name: str) -> str | None:
 def name_of_shapes(path: Path) -> str:
     """The open_clip architecture that a state dict fits, by its shapes."""
     import open_clip
+    from open_clip.factory import load_state_dict
 
-    state = open_clip.load_state_dict(str(path))
+    state = load_state_dict(str(path))
     if "visual.conv1.weight" not in state:
         raise ValueError(
             f"{path} holds no CLIP of open_clip or OpenAI (no visual.conv1.weight): give the folder of a transformers "

@@ -13,7 +13,8 @@ STYLES = {
     "text": ("tab:red", "o-", "guided by text"),
     "image": ("tab:blue", "s-", "guided by the image"),
     "random": ("tab:gray", "^-", "at random"),
-    "tome": ("tab:green", "D", "ToMe, same FLOPs"),
+    "tome": ("tab:green", "D", "ToMe as published, same FLOPs"),
+    "fused tome": ("tab:olive", "v", "ToMe with fused attention, same FLOPs"),
 }
 
 
@@ -26,7 +27,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
     groups = [(k, list(g)) for k, g in groupby(report["results"], key=lambda r: tuple(r[key] for key in keys))]
     columns = min(3, len(groups))
     rows = -(-len(groups) // columns)
-    figure = Figure(figsize=(4.6 * columns, 4.0 * rows + 0.7), layout="constrained")
+    figure = Figure(figsize=(max(6.5, 4.6 * columns), 4.0 * rows + 0.9), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
     for axis, (values, records) in zip(axes, groups, strict=False):
@@ -36,7 +37,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
     for axis in axes[len(groups) :]:
         axis.remove()
     handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(5, len(labels)), frameon=False, fontsize=9)
+    figure.legend(handles, labels, loc="outside lower center", ncols=3 if columns < 3 else 6, frameon=False, fontsize=9)
     model, machine = report["model"], report["machine"]
     figure.suptitle(f"{model['name']}: {machine['processor']}, {machine['threads']} threads", fontsize=10)
     figure.savefig(path, dpi=150)

@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 
-from .cases import Case
+from .cases import GUIDED, TOME, Case
 from .measure import Measured
 
 PACKAGES = ("patchselect", "torch", "open_clip_torch", "transformers", "timm", "numpy")
 
 COLUMNS = (
-    "method", "keep", "images/s", "speed-up", "GFLOPs/image", "FLOP ratio", "efficiency", "peak MB", "selecting",
+    "method", "keep", "images/s", "speed-up", "GFLOPs each", "FLOP ratio", "efficiency", "peak MB", "selecting",
 )  # fmt: skip
 
 LEGEND = """\
@@ -27,6 +27,7 @@ Unpatched, guided by text (TRIPS), by the image's [CLS] (EViT) and at random ran
 images/s and speed-up: median [quartiles]; the speed-up of a round is its unpatched time over its own time.
 FLOP ratio: unpatched FLOPs over FLOPs, the selection's own counted in: the limit of the speed-up.
 efficiency: speed-up over FLOP ratio. selecting: share of the forward pass spent on relevance, selection and fusion.
+ToMe (token merging) removes as many patches, evenly over all blocks, as make its FLOPs those of the text-guided case.
 peak MB: highest memory on top of weights and inputs ({memory})."""
 
 TOWER = "The text features are ready before the clock starts; encoding them once per caption is the row 'text encoder'."
@@ -50,7 +51,7 @@ def summarise(measured: Sequence[Measured], flops: dict[tuple[int, str, Case], f
     for _, group in groupby(measured, key=lambda entry: entry.setting):
         entries = list(group)
         base = entries[0]
-        tome = {entry.case.keep_rate: entry for entry in entries if entry.case.method == "tome"}
+        tome = {(entry.case.method, entry.case.keep_rate): entry for entry in entries if entry.case.method in TOME}
         for entry in entries:
             setting, case = entry.setting, entry.case
             cost = flops[setting.image_size, setting.view, case]
@@ -69,11 +70,14 @@ def summarise(measured: Sequence[Measured], flops: dict[tuple[int, str, Case], f
                 record["speed_up"] = spread([b / s for b, s in zip(base.seconds, entry.seconds, strict=True)])
                 record["flop_ratio"] = flops[setting.image_size, setting.view, base.case] / cost
                 record["efficiency"] = record["speed_up"]["median"] / record["flop_ratio"]
-            if case.method in ("text", "image", "random") and setting.work == "forward":
+            if case.method in GUIDED and setting.work == "forward":
                 record["selecting_share"] = spread([p / s for p, s in zip(entry.selecting, entry.seconds, strict=True)])
-            if case.method == "text" and case.keep_rate in tome:
-                rival = tome[case.keep_rate].seconds
-                record["against_tome"] = spread([r / s for r, s in zip(rival, entry.seconds, strict=True)])
+            if case.method == "text" and tome:
+                rivals = {name: tome[name, case.keep_rate].seconds for name in TOME if (name, case.keep_rate) in tome}
+                record["against_tome"] = {
+                    name: spread([r / s for r, s in zip(rival, entry.seconds, strict=True)])
+                    for name, rival in rivals.items()
+                }
             records.append(record)
     return records
 
@@ -91,14 +95,14 @@ def _cells(record: dict[str, Any]) -> tuple[str, ...]:
     plain = record["method"] in ("unpatched", "text encoder")
     share = record["selecting_share"]
     return (
-        {"tome": "ToMe, same FLOPs"}.get(record["method"], record["method"]),
+        TOME.get(record["method"], record["method"]),
         "–" if plain else f"{record['keep_rate']:g}",
         shown("images_per_second", 2),
         "1" if record["method"] == "unpatched" else shown("speed_up", 3),
-        shown("gflops_per_image", 2),
+        f"{record['gflops_per_image']:.4g}",
         "1" if record["method"] == "unpatched" else shown("flop_ratio", 3),
         "–" if plain else shown("efficiency", 3),
-        f"{record['peak_memory_bytes'] / 1e6:.0f}",
+        f"{record['peak_memory_bytes'] / 1e6:.4g}",
         "–" if share is None else f"{100 * share['median']:.2f} %",
     )
 
@@ -130,14 +134,15 @@ def document(report: dict[str, Any]) -> str:
         records = list(group)
         title = f"## {size} px, batch {batch}, {precision}, {WORK[work]}, {VIEW[view]}, {records[0]['rounds']} rounds"
         parts += [title, PAIR if view == "pair" else TOWER, table(records)]
-        ahead = [
-            f"{r['against_tome']['median']:.2f}× [{r['against_tome']['q1']:.2f}, {r['against_tome']['q3']:.2f}] at "
-            f"keep {r['keep_rate']:g}"
-            for r in records
-            if "against_tome" in r
-        ]
-        if ahead:
-            parts.append(f"Throughput of text guidance over ToMe at the same FLOPs: {'; '.join(ahead)}.")
+        for name, label in TOME.items():
+            ahead = [
+                f"{r['against_tome'][name]['median']:.2f} [{r['against_tome'][name]['q1']:.2f}, "
+                f"{r['against_tome'][name]['q3']:.2f}] at keep {r['keep_rate']:g}"
+                for r in records
+                if name in r.get("against_tome", {})
+            ]
+            if ahead:
+                parts.append(f"Throughput of text guidance over {label} at the same FLOPs: {', '.join(ahead)}.")
     return "\n\n".join(parts) + "\n"
 
 

@@ -15,12 +15,15 @@ from tqdm import tqdm
 from patchselect.checks import check_layers
 from patchselect.hosts import find_towers
 
-from .cases import Case, Inputs, Setting, dtype_of
+from .cases import TOME, Case, Inputs, Setting, dtype_of
 from .counting import FlopBook
 from .data import Photo, batch_of, load_photos
 from .host import Host
 from .measure import Measured, measure
 from .models import load
+
+KINDS = {"tome": "published", "fused tome": "fused"}
+"""Cases of ToMe, as `--tome` names them."""
 
 
 @dataclass
@@ -97,8 +100,9 @@ def cases_of(options: argparse.Namespace, book: FlopBook, view: str) -> list[Cas
     """Unpatched first, then every guidance at every rate, then ToMe at the cost of each text-guided case."""
     cases = [Case("unpatched"), *(Case(g, rate) for g in options.guidance for rate in options.keep_rate)]
     if view == "tower":
-        if not options.no_tome:
-            cases += [book.tome_like(Case("text", rate)) for rate in options.keep_rate]
+        for rate in options.keep_rate if options.tome else ():
+            removed = book.tome_removals(Case("text", rate))
+            cases += [Case(name, rate, removed) for name, kind in KINDS.items() if kind in options.tome]
         cases.append(Case("text encoder"))
     return cases
 
@@ -107,7 +111,7 @@ def suits(case: Case, work: str) -> bool:
     """Whether a case is measured in this pass. ToMe hands sizes from block to block, which recomputation breaks."""
     if case.method == "text encoder":
         return work == "forward"
-    return case.method != "tome" or work != "checkpointed"
+    return case.method not in TOME or work != "checkpointed"
 
 
 def inputs_of(host: Host, photos: Sequence[Photo], batch: int) -> Inputs:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from .cases import PASSES, VIEWS
+from .cases import GUIDED, PASSES, VIEWS
 from .measure import MOST_ROUNDS
 from .plot import draw
 from .report import document, machine, summarise, versions
@@ -34,13 +34,20 @@ def parser() -> argparse.ArgumentParser:
     add("--image-size", type=int, nargs="+", metavar="PIXELS", help="default: the model's own")
     add("--keep-rate", type=float, nargs="+", default=[0.3, 0.5, 0.7], metavar="RATE", help="shares of patches kept")
     add("--layers", type=int, nargs="+", metavar="BLOCK", help="0-based selection blocks; default: 5th and 10th of 12")
-    add("--guidance", nargs="+", default=["text", "image", "random"], choices=["text", "image", "random"])
+    add("--guidance", nargs="+", default=[*GUIDED], choices=GUIDED)
     add("--relevance", choices=["keys", "features", "values", "joint"], help="of text; default: the adapter's")
     add("--batch", type=int, nargs="+", default=[8, 1], metavar="IMAGES")
     add("--precision", nargs="+", default=["fp32"], choices=["fp32", "bf16", "amp"], help="amp: bf16 autocast")
     add("--pass", nargs="+", default=["forward"], choices=PASSES, dest="work", help="train: forward and backward")
     add("--view", nargs="+", default=["tower"], choices=VIEWS, help="vision tower, or whole model with the text side")
-    add("--no-tome", action="store_true", help="leave out token merging (ToMe) at the same FLOPs")
+    add(
+        "--tome",
+        nargs="*",
+        default=["published"],
+        choices=["published", "fused"],
+        help="token merging at the same "
+        "FLOPs, its attention a map in plain torch as published or torch's fused one; nothing: without",
+    )
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--seconds", type=float, default=140.0, help="time for everything but loading, if 3 rounds fit in it")
     add("--rounds", type=int, help=f"exactly so many rounds, however long they take (otherwise 3 to {MOST_ROUNDS})")

@@ -5,8 +5,8 @@ edge to the most similar one of B (cosine of the attention's keys, averaged over
 edges are kept and their ends averaged, weighted by how many patches each token stands for (its size `s`). Later
 attention counts a token as often as its size: `softmax(Q K^T / sqrt(d) + log s)`. Prefix tokens are never merged.
 
-Attention runs through torch's fused `scaled_dot_product_attention`, which takes `log s` as a mask: the paper's
-reference computes the map in plain torch, so this baseline is if anything faster than what was published.
+The attention runs either as the published equation says, as a map in plain torch, or through torch's fused
+`scaled_dot_product_attention` with `log s` as its mask, which is newer than the paper and the stronger rival.
 """
 
 from __future__ import annotations
@@ -88,19 +88,34 @@ def projected(attention: Any, normed: Tensor) -> tuple[Sequence[Tensor], nn.Modu
     return [getattr(attention, f"{x}_proj")(normed) for x in "qkv"], attention.out_proj  # transformers
 
 
+def attend(query: Tensor, key: Tensor, value: Tensor, scale: float, sizes: Tensor | None, fused: bool) -> Tensor:
+    """Proportional attention, `softmax(Q K^T * scale + log s) V`, on `(B, H, N, E)`; `sizes` `(B, N, 1)`, or all 1."""
+    bias = None if sizes is None else sizes.log().to(query.dtype).transpose(1, 2).unsqueeze(1)
+    if fused:
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale)
+    logits = (query * scale) @ key.transpose(-2, -1)
+    return (logits if bias is None else logits + bias).softmax(dim=-1) @ value
+
+
 def run_block(
-    tower: Tower, block: Any, removed: int, first: bool, state: dict[str, Tensor | None], *args: Any, **_: Any
+    tower: Tower,
+    block: Any,
+    removed: int,
+    first: bool,
+    fused: bool,
+    state: dict[str, Tensor | None],
+    *args: Any,
+    **_: Any,
 ) -> Any:
     """One block with merging; `state` carries the sizes from block to block of one forward pass."""
     x: Tensor = args[0] if tower.batch_first else args[0].transpose(0, 1)
     weights = tower.adapter.projections(block)
     if weights.key_norm is not None:
-        raise TypeError("this ToMe baseline does not know query and key norms: leave it out (--no-tome)")
+        raise TypeError("this ToMe baseline does not know query and key norms: leave it out (an empty --tome)")
     sizes = None if first else state["sizes"]
     (query, key, value), output = projected(getattr(block, "attn", None) or block.self_attn, weights.norm(x))
     query, key, value = (rearrange(t, "b n (h e) -> b h n e", h=weights.num_heads) for t in (query, key, value))
-    mask = None if sizes is None else sizes.log().to(query.dtype).transpose(1, 2).unsqueeze(1)
-    mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=float(weights.scale))
+    mixed = attend(query, key, value, float(weights.scale), sizes, fused)
     branch = output(rearrange(mixed, "b h n e -> b n (h e)"))
     x = x + (branch if weights.output_scale is None else branch * weights.output_scale)
     if removed:
@@ -111,14 +126,17 @@ def run_block(
 
 
 @contextmanager
-def token_merging(model: nn.Module, removed: int) -> Iterator[None]:
-    """Let the vision tower of `model` merge `removed` patches in all, spread over its blocks, while this lasts."""
+def token_merging(model: nn.Module, removed: int, fused: bool = True) -> Iterator[None]:
+    """Let the vision tower of `model` merge `removed` patches in all, spread over its blocks, while this lasts.
+
+    `fused` chooses between the attention map in plain torch and torch's fused attention.
+    """
     (tower,) = find_towers(model)
     state: dict[str, Tensor | None] = {}
     steps = schedule(removed, len(tower.blocks))
     try:
         for index, (block, step) in enumerate(zip(tower.blocks, steps, strict=True)):
-            block.forward = partial(run_block, tower, block, step, index == 0, state)  # type: ignore[method-assign]
+            block.forward = partial(run_block, tower, block, step, index == 0, fused, state)  # type: ignore[method-assign]
         yield
     finally:
         for block in tower.blocks:
