@@ -126,6 +126,11 @@ def keep_rate_for_budget(
     host = unwrapped(model)
     handle = next(iter(handles_in(host)), None)
     tower = find_towers(host)[0] if handle is None else handle.towers[0]
+    if tower.single_stream:
+        raise ValueError(
+            f"{type(tower.module).__name__} has no vision encoder of its own: image and text share one sequence, whose "
+            "cost depends on the text"
+        )
     chosen = handle.layers if handle is not None and layers is None else check_layers(layers, len(tower.blocks))
     cost = Cost.of(tower, handle)
     whole = cost.of_encoder(own_patches(tower))
@@ -189,8 +194,10 @@ def patches_at(tower: Tower, image_size: int | tuple[int, int]) -> int:
     if isinstance(embedding, nn.Linear):
         side = round((embedding.in_features / 3) ** 0.5)
         return (height // side) * (width // side)
-    rows, columns = tower.adapter.grid(tower, torch.empty(1, 3, height, width, device="meta"))
-    return rows * columns
+    grid = tower.adapter.grid(tower, torch.empty(1, 3, height, width, device="meta"))
+    if grid is None:
+        raise ValueError(f"{type(tower.module).__name__} does not tell its patches from an image size: leave it out")
+    return grid[0] * grid[1]
 
 
 def own_patches(tower: Tower) -> int:

@@ -40,8 +40,10 @@ def plan_chunks(handle: Handle, batch: Batch, texts: Texts, columns: int, limit:
     if isinstance(batch.images, Prefix):
         tokens, pixels = batch.images.tokens.shape[1], 0
     else:
-        height, breadth = tower.adapter.grid(tower, batch.images[:1], **_one(batch.options))
-        tokens, pixels = tower.num_prefix_tokens + height * breadth, 2 * size * batch.images[0].numel()
+        grid = tower.adapter.grid(tower, batch.images[:1], **_one(batch.options))
+        if grid is None:
+            raise ValueError(f"{type(tower.module).__name__} does not tell its patches from its images")
+        tokens, pixels = tower.num_prefix_tokens + grid[0] * grid[1], 2 * size * batch.images[0].numel()
     patches = tokens - tower.num_prefix_tokens
     kept = num_kept(patches, handle.keep_rates[0])
     after = tower.num_prefix_tokens + kept + int(kept < patches)

@@ -67,6 +67,11 @@ def score_pairs(
     """
     handle = handle_of(model)
     tower = handle.towers[0]
+    if tower.single_stream:
+        raise ValueError(
+            f"{type(tower.module).__name__} reads image and text as one sequence, so every pair is a whole pass: call "
+            "the model with both"
+        )
     weight = next(tower.module.parameters())
     with evaluating(handle.model):
         encoded = _encode_texts(handle, texts, weight, memory_limit)
@@ -132,8 +137,9 @@ def _score_chunk(chunk: _Chunk, texts: Texts, candidates: Tensor | None) -> Tens
 
 
 def _taken(handle: Handle, batch: Batch) -> tuple[Any, ...]:
-    tokens, normed, rest = take_prefix(handle, batch.images, batch.options)
-    return tokens, normed, tuple(batch.images.shape[1:]), None, rest
+    images: Any = batch.images
+    tokens, normed, rest = take_prefix(handle, images, batch.options)
+    return tokens, normed, tuple(images.shape[1:]), None, rest
 
 
 def _encode_texts(handle: Handle, texts: Any, like: Tensor, limit: float) -> Texts:

@@ -79,6 +79,24 @@ def test_pixels_of_any_range_are_drawn_and_colours_come_back():
         visualization.denormalise(photo, "coco")
 
 
+def test_class_scores_of_the_tokens_that_are_left_make_a_dense_map():
+    """The worked example of the page on seeing."""
+    case = build("clip")
+    model, pixels, classes = case.model, case.images(2), torch.randn(5, case.text_width)
+    handle = patchselect.apply(model, 0.5, [1, 3])
+    with torch.no_grad(), handle.record() as trace, patchselect.guide(model, classes, pairing="shared"):
+        tokens = model.vision_model(pixels).last_hidden_state
+        patches = model.visual_projection(model.vision_model.post_layernorm(tokens))
+    grid = patchselect.restore(patches, trace, fill="fused")
+    logits = torch.nn.functional.normalize(grid, dim=-1) @ torch.nn.functional.normalize(classes, dim=-1).T
+    assert logits.shape == (2, 4, 4, 5)
+    for row in range(2):
+        places = trace[-1].kept[row].tolist()
+        for place in range(16):
+            token = 1 + places.index(place) if place in places else tokens.shape[1] - 1
+            assert torch.equal(grid[row].flatten(0, 1)[place], patches[row, token])
+
+
 def test_what_does_not_fit_is_refused():
     _, trace = traced("clip")
     photo = torch.rand(3, 64, 64)
