@@ -251,6 +251,56 @@ def timm_average() -> Case:
     return _timm(class_token=False, global_pool="avg")
 
 
+def _double(model: nn.Module, tower: str, text_width: int, image_side: Any, *relevances: str) -> Case:
+    size = dict(images=pixels(32, 32), prefix=1, patches=16, grid=(4, 4), relevances=relevances)
+    return Case(model, image_side, text_width, tower=lambda m: m.get_submodule(tower), **size)
+
+
+def openai_clip() -> Case:
+    from doubles.clip import Clip
+
+    relevances = ("keys", "features", "values", "joint")
+    case = _double(Clip(), "visual", 24, lambda m, x: m.encode_image(x), *relevances)
+    case.text_side, case.pair = lambda m, t: m.encode_text(t), lambda m, x, t: m(x, t)[0]
+    return case
+
+
+def albef() -> Case:
+    from doubles.albef import Retrieval
+
+    return _double(Retrieval(), "eyes", 32, lambda m, x: m.eyes(x)[:, 0], "keys", "features", "values")
+
+
+def albef_tower() -> Case:
+    from doubles.albef import Vit
+
+    return _double(Vit(), "", 32, lambda m, x: m(x)[:, 0], "keys", "features", "values")
+
+
+def mplug() -> Case:
+    from doubles.mplug import Answering
+
+    model = Answering(large=True)
+    return _double(model, "eyes.visual", 32, lambda m, x: m.eyes.visual(x, True)[:, 0], "keys", "features")
+
+
+def blip() -> Case:
+    transformers = pytest.importorskip("transformers")
+    text = dict(TEXT, hidden_size=48, num_attention_heads=4, encoder_hidden_size=48, max_position_embeddings=40)
+    tokens = dict(bos_token_id=VOCABULARY - 2, sep_token_id=VOCABULARY - 1, pad_token_id=0)
+    config = transformers.BlipConfig(
+        text_config=text | tokens | {"initializer_range": 0.2},
+        vision_config=VISION | {"initializer_range": 0.2},
+        image_text_hidden_size=24,
+    )
+    case = _dual(transformers.BlipForImageTextRetrieval(config), 48)
+    case.image_side = lambda m, x: m.vision_model(pixel_values=x).last_hidden_state[:, 0]
+    case.text_side = lambda m, t: m.text_encoder(input_ids=t).last_hidden_state[:, 0]
+    case.pair = lambda m, x, t: m(input_ids=t, pixel_values=x, use_itm_head=False).itm_score
+    case.relevances = ("keys", "features", "values")
+    return case
+
+
 HOSTS: dict[str, Callable[[], Case]] = {
     builder.__name__: builder
     for builder in (
@@ -271,6 +321,11 @@ HOSTS: dict[str, Callable[[], Case]] = {
         timm_class_token,
         timm_registers,
         timm_average,
+        openai_clip,
+        albef,
+        albef_tower,
+        mplug,
+        blip,
     )
 }
 

@@ -19,7 +19,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import patchselect
 
-SCORED = [name for name in HOSTS if name not in ("timm_class_token", "timm_registers", "timm_average")]
+BARE = {"timm_class_token", "timm_registers", "timm_average", "albef_tower"}
+FUSED = {"albef", "mplug", "blip"}  # scored by a fusion encoder that reads tokens, not features
+SCORED = [name for name in HOSTS if name not in BARE | FUSED]
 
 
 def texts(case: Case, count: int, seed: int = 3) -> Tensor:

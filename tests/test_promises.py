@@ -31,6 +31,12 @@ def encode(case: Case, images, text: Tensor | None = None, pairing: str = "paire
             return case.image_side(model, images)
 
 
+def tokens_of(tower, output) -> Tensor:
+    """`(B, N, D)` from what a block returned."""
+    tokens = output[0] if isinstance(output, tuple) else output
+    return tokens if tower.batch_first else tokens.transpose(0, 1)
+
+
 def lengths(case: Case, rate: float, fused: int = 1) -> list[int]:
     first = num_kept(case.patches, rate) + fused
     return [case.prefix + first, case.prefix + num_kept(first, rate) + fused]
@@ -65,8 +71,9 @@ def test_nothing_is_added_and_nothing_is_lost(name):
 def test_the_tokens_are_as_long_as_promised(name):
     case = build(name)
     seen: list[Tensor] = []
-    for block in patchselect.hosts.find_towers(case.model)[0].blocks:
-        block.register_forward_hook(lambda module, args, out: seen.append(out[0] if isinstance(out, tuple) else out))
+    tower = patchselect.hosts.find_towers(case.model)[0]
+    for block in tower.blocks:
+        block.register_forward_hook(lambda module, args, out: seen.append(tokens_of(tower, out)))
     handle = patchselect.apply(case.model, RATE, layers=[1, 3])
     with handle.record() as trace:
         encode(case, case.images(2), texts(case, 2))
@@ -229,10 +236,8 @@ def test_records_name_the_original_patches_and_restore_puts_them_back(name):
     images, text = case.images(2), texts(case, 2)
     handle = patchselect.apply(case.model, RATE, layers=[1, 3])
     last: list[Tensor] = []
-    blocks = handle.towers[0].blocks
-    hook = blocks[3].register_forward_hook(
-        lambda module, args, out: last.append(out[0] if isinstance(out, tuple) else out)
-    )
+    tower = handle.towers[0]
+    hook = tower.blocks[3].register_forward_hook(lambda module, args, out: last.append(tokens_of(tower, out)))
     with handle.record() as trace:
         encode(case, images, text)
     hook.remove()
