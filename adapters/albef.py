@@ -21,12 +21,13 @@ def is_tower(module: Any) -> bool:
         return False
     if positions is None or positions.shape[1] != getattr(embed, "num_patches", -1) + 1:
         return False
+    parts: list[Any] = list(blocks)
     return all(
         {name for name, _ in block.named_children()} == BLOCK_PARTS
         and isinstance(getattr(block.attn, "qkv", None), nn.Linear)
         and isinstance(getattr(block.attn, "proj", None), nn.Linear)
         and not any(True for _ in block.attn.parameters(recurse=False))
-        for block in blocks
+        for block in parts
     )
 
 

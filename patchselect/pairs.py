@@ -137,6 +137,7 @@ def _score_chunk(chunk: _Chunk, texts: Texts, candidates: Tensor | None) -> Tens
 
 
 def _taken(handle: Handle, batch: Batch) -> tuple[Any, ...]:
+    assert isinstance(batch.images, Tensor)
     images: Any = batch.images
     tokens, normed, rest = take_prefix(handle, images, batch.options)
     return tokens, normed, tuple(images.shape[1:]), None, rest
