@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from doubles import mplug
@@ -139,3 +144,33 @@ def test_openai_clip_encodes_its_text_once():
     assert model.calls == 1 and [entry.num_tokens for entry in trace] == [10, 7]
     with patchselect.guide(model, model.encode_text(text), pairing="all"):
         assert model.encode_image(pictures(2)).shape == (6, 24)
+
+
+def test_the_real_openai_clip():
+    directory = os.environ.get("OPENAI_CLIP_DIR")
+    if not directory:
+        pytest.skip("set OPENAI_CLIP_DIR to a checkout of openai/CLIP")
+    spec = importlib.util.spec_from_file_location("openai_clip_model", Path(directory) / "clip" / "model.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    sizes = dict(
+        embed_dim=32, image_resolution=64, vision_width=128, vision_patch_size=16, context_length=6, vocab_size=99,
+        transformer_width=64, transformer_heads=1, transformer_layers=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = module.CLIP(vision_layers=6, **sizes).eval()
+    images, text = pictures(3, 64), sentences(3).input_ids
+    reference = model(images, text)
+    patchselect.apply(model, 1.0)
+    assert all(map(torch.equal, model(images, text), reference))
+    handle = patchselect.apply(model, 0.5, LAYERS)
+    with handle.record() as trace:
+        model(images, text)
+    assert [entry.num_tokens for entry in trace] == [10, 7]
+    module.convert_weights(model)
+    assert model(images.half(), text)[0].isfinite().all()
+    handle.remove()
+    resnet = module.CLIP(vision_layers=(1, 1, 1, 1), **sizes | {"vision_width": 64})
+    with pytest.raises(TypeError, match="no sequence of patches"):
+        patchselect.apply(resnet)
