@@ -25,12 +25,16 @@ COLUMNS = (
 LEGEND = """\
 Unpatched, guided by text (TRIPS), by the image's [CLS] (EViT) and at random ran in turns, in a new order each round.
 images/s and speed-up: median [quartiles]; the speed-up of a round is its unpatched time over its own time.
-FLOP ratio: unpatched FLOPs over FLOPs, the selection's own counted in: the limit of the speed-up.
+FLOP ratio: unpatched FLOPs over FLOPs of the forward pass, the selection's own counted in: the limit of the speed-up.
 efficiency: speed-up over FLOP ratio. selecting: share of the forward pass spent on relevance, selection and fusion.
 ToMe (token merging) removes as many patches, evenly over all blocks, as make its FLOPs those of the text-guided case.
 peak MB: highest memory on top of weights and inputs ({memory})."""
 
 TOWER = "The text features are ready before the clock starts; encoding them once per caption is the row 'text encoder'."
+TRAIN = (
+    "A contrastive loss against fixed text features: forward, backward and dropping the gradients. The peak holds the "
+    "gradients of the weights too, which do not shrink with the tokens: larger batches show what selection saves."
+)
 PAIR = "Each call is the whole model on images and texts: the text encoder is inside, its output guides the image side."
 
 
@@ -133,7 +137,7 @@ def document(report: dict[str, Any]) -> str:
         size, batch, precision, work, view = values
         records = list(group)
         title = f"## {size} px, batch {batch}, {precision}, {WORK[work]}, {VIEW[view]}, {records[0]['rounds']} rounds"
-        parts += [title, PAIR if view == "pair" else TOWER, table(records)]
+        parts += [title, TRAIN if work != "forward" else PAIR if view == "pair" else TOWER, table(records)]
         for name, label in TOME.items():
             ahead = [
                 f"{r['against_tome'][name]['median']:.2f} [{r['against_tome'][name]['q1']:.2f}, "
