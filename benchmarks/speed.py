@@ -1,4 +1,3 @@
-# ruff: noqa: T201
 """How much faster patch selection makes a model on this machine: `python -m benchmarks.speed`."""
 
 from __future__ import annotations
@@ -80,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     (options.output / "speed.json").write_text(json.dumps(report, indent=1))
     (options.output / "speed.md").write_text(text)
     draw(report, options.output / "speed.png")
-    print(f"\n{text}\nWritten: speed.json, speed.md and speed.png in {options.output}")
+    sys.stdout.write(f"\n{text}\nWritten: speed.json, speed.md and speed.png in {options.output}\n")
     return report
 
 
