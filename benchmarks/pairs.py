@@ -158,9 +158,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     options.output.mkdir(parents=True, exist_ok=True)
     (options.output / "pairs.json").write_text(json.dumps(report, indent=1))
     (options.output / "pairs.md").write_text(table(records) + "\n")
-    print(
+    sys.stdout.write(
         f"{host.name}, {host.weights}; {options.images} image(s) a batch, keep rate {options.keep_rate}\n"
-        f"{table(records)}"
+        f"{table(records)}\n"
     )
     return report
 

@@ -161,7 +161,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     options.output.mkdir(parents=True, exist_ok=True)
     (options.output / "resolution.json").write_text(json.dumps(report, indent=1))
     (options.output / "resolution.md").write_text(table(records) + "\n")
-    print(f"ViT-B/16, random weights, own size {options.own_size} px, layers {options.layers}\n{table(records)}")
+    sys.stdout.write(
+        f"ViT-B/16, random weights, own size {options.own_size} px, layers {options.layers}\n{table(records)}\n"
+    )
     return report
 
 
