@@ -44,7 +44,7 @@ def relevance_of(
     if layer.guidance == "random":
         return op.random_relevance(tokens[:, prefix:])
     adapter, tower = layer.tower.adapter, layer.tower
-    with torch.autocast(tokens.device.type, enabled=False):
+    with torch.autocast("cpu" if tokens.is_meta else tokens.device.type, enabled=False):
         if layer.relevance in ("keys", "features"):
             weights = adapter.projections(block)
             if text is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import warnings
 
@@ -223,3 +224,13 @@ def _distributed(rank: int, world: int, path: str, kind: str, relevance: str) ->
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_two_processes_have_the_gradients_of_one(tmp_path, kind, relevance):
     mp.spawn(_distributed, args=(2, str(tmp_path / "store"), kind, relevance), nprocs=2)
+
+
+@pytest.mark.parametrize("guidance", ["text", "image"])
+def test_the_meta_device_gives_the_shapes(guidance):
+    case = build("open_clip")
+    case.model.to("meta")
+    patchselect.apply(case.model, 0.5, guidance=guidance)
+    images, text = case.images(2).to("meta"), torch.randn(2, 24, device="meta")
+    with patchselect.guide(case.model, text) if guidance == "text" else contextlib.nullcontext():
+        assert case.image_side(case.model, images).shape == (2, 24)
