@@ -328,3 +328,29 @@ def test_progress_counts_images(monkeypatch):
     images, text = case.images(5), texts(case, 2)
     patchselect.score_pairs(case.model, DataLoader(TensorDataset(images), batch_size=2), text, progress=True)
     assert seen == [(5, 2), (5, 2), (5, 1)]
+
+
+def test_a_matching_head_of_the_albef_family_scores_pairs_by_its_fusion_half():
+    case = build("albef")
+    model, images, tokens = case.model, case.images(2), ids(3)
+    patchselect.apply(model, 0.5)
+    expected = torch.empty(2, 3)
+    with torch.no_grad():
+        read = dict(attention_mask=torch.ones_like(tokens), return_dict=True)
+        states = model.words(tokens, **read, mode="text").last_hidden_state
+        for i in range(2):
+            for j in range(3):
+                with patchselect.guide(model, states[j : j + 1, 0]):
+                    rows = model.eyes(images[i : i + 1])
+                fused = model.words(
+                    encoder_embeds=states[j : j + 1],
+                    attention_mask=torch.ones_like(tokens[:1]),
+                    encoder_hidden_states=rows,
+                    encoder_attention_mask=torch.ones(rows.shape[:2], dtype=torch.long),
+                    return_dict=True,
+                    mode="fusion",
+                ).last_hidden_state
+                expected[i, j] = model.score(fused[:, 0]).softmax(dim=-1)[0, 1]
+    torch.testing.assert_close(scored(model, images, {"input_ids": tokens}), expected, rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match="give score_pairs token ids"):
+        scored(model, images, torch.randn(3, 32))
