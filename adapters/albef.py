@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from patchselect.adapter import Attended, Projections, Tower, gathered, split_qkv, through_norm
+from patchselect.adapter import Attended, Projections, Tower, gathered, through_norm
 
 from .heads import Heads
 
@@ -81,13 +81,9 @@ class Albef(Heads):
 
     def projections(self, block: Any) -> Projections:
         attention = block.attn
-        (query, key, value), (query_bias, key_bias, _) = split_qkv(attention.qkv.weight, attention.qkv.bias)
-        return Projections(
-            query=query,
-            query_bias=query_bias,
-            key=key,
-            key_bias=key_bias,
-            value=value,
+        return Projections.fused(
+            attention.qkv.weight,
+            attention.qkv.bias,
             output=attention.proj.weight,
             num_heads=attention.num_heads,
             scale=attention.scale,

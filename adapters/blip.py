@@ -23,7 +23,6 @@ from patchselect.adapter import (
     Tower,
     Wrapper,
     gathered,
-    split_qkv,
     through_norm,
 )
 from patchselect.blocks import call_with_text, recall_text
@@ -122,13 +121,9 @@ class TransformersBlip(BlipMatching):
 
     def projections(self, block: Any) -> Projections:
         attention = block.self_attn
-        (query, key, value), (query_bias, key_bias, _) = split_qkv(attention.qkv.weight, attention.qkv.bias)
-        return Projections(
-            query=query,
-            query_bias=query_bias,
-            key=key,
-            key_bias=key_bias,
-            value=value,
+        return Projections.fused(
+            attention.qkv.weight,
+            attention.qkv.bias,
             output=attention.projection.weight,
             num_heads=attention.num_heads,
             scale=attention.scale,

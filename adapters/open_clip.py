@@ -19,7 +19,6 @@ from patchselect.adapter import (
     Wrapper,
     gathered,
     present,
-    split_qkv,
     through_norm,
 )
 from patchselect.blocks import call_with_text, recall_text, refuse_grid
@@ -128,7 +127,6 @@ class OpenClip(_Paired):
 
     def projections(self, block: Any) -> Projections:
         attention = block.attn
-        (query, key, value), (query_bias, key_bias, _) = split_qkv(attention.in_proj_weight, attention.in_proj_bias)
         num_heads = attention.num_heads
         scale: Any = (attention.out_proj.in_features // num_heads) ** -0.5
         query_norm = key_norm = nonlinear = None
@@ -141,12 +139,9 @@ class OpenClip(_Paired):
             nonlinear = "its heads are scaled"
         elif present(getattr(attention, "ln_inner", None)) or present(getattr(block, "ln_attn", None)):
             nonlinear = "its attention output is normalised"
-        return Projections(
-            query=query,
-            query_bias=query_bias,
-            key=key,
-            key_bias=key_bias,
-            value=value,
+        return Projections.fused(
+            attention.in_proj_weight,
+            attention.in_proj_bias,
             output=attention.out_proj.weight,
             num_heads=num_heads,
             scale=scale,

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from patchselect.adapter import Adapter, Attended, Projections, TextCall, TextRun, Tower, Wrapper, gathered, split_qkv
+from patchselect.adapter import Adapter, Attended, Projections, TextCall, TextRun, Tower, Wrapper, gathered
 from patchselect.blocks import call_with_text, recall_text
 from patchselect.scoring import Texts
 
@@ -55,13 +55,9 @@ class SequenceFirst(Adapter):
 
     def projections(self, block: Any) -> Projections:
         attention = block.attn
-        (query, key, value), (query_bias, key_bias, _) = split_qkv(attention.in_proj_weight, attention.in_proj_bias)
-        return Projections(
-            query=query,
-            query_bias=query_bias,
-            key=key,
-            key_bias=key_bias,
-            value=value,
+        return Projections.fused(
+            attention.in_proj_weight,
+            attention.in_proj_bias,
             output=attention.out_proj.weight,
             num_heads=attention.num_heads,
             scale=attention.head_dim**-0.5,

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from patchselect.adapter import Adapter, Attended, Projections, Tower, Wrapper, present, split_qkv, through_norm
+from patchselect.adapter import Adapter, Attended, Projections, Tower, Wrapper, present, through_norm
 from patchselect.blocks import refuse_grid
 
 BLOCK_PARTS = {"norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2"}
@@ -81,19 +81,15 @@ class TimmViT(Adapter):
 
     def projections(self, block: Any) -> Projections:
         attention = block.attn
-        (query, key, value), (query_bias, key_bias, _) = split_qkv(attention.qkv.weight, attention.qkv.bias)
         normalised = present(getattr(attention, "k_norm", None))
         nonlinear = None
         if present(getattr(attention, "norm", None)):
             nonlinear = "its attention output is normalised"
         elif getattr(attention, "gate", None) is not None:
             nonlinear = "its attention output is gated"
-        return Projections(
-            query=query,
-            query_bias=query_bias,
-            key=key,
-            key_bias=key_bias,
-            value=value,
+        return Projections.fused(
+            attention.qkv.weight,
+            attention.qkv.bias,
             output=attention.proj.weight,
             num_heads=attention.num_heads,
             scale=attention.scale,

@@ -47,6 +47,13 @@ class Projections:
     nonlinear_values: str | None = None
     """Why `relevance="values"` cannot read this attention backwards, if it cannot."""
 
+    @classmethod
+    def fused(cls, weight: Tensor, bias: Tensor | None, **rest: Any) -> Projections:
+        """From one `(3D, D)` projection in the order q, k, v and its bias; `rest` are the other fields."""
+        query, key, value = weight.chunk(3, dim=0)
+        query_bias, key_bias, _ = (None, None, None) if bias is None else bias.chunk(3, dim=0)
+        return cls(query=query, query_bias=query_bias, key=key, key_bias=key_bias, value=value, **rest)
+
 
 class TextRun(NamedTuple):
     """One run of a text encoder: what was called, with what, and what came out."""
@@ -190,11 +197,6 @@ class Adapter(Scoring):
 
     def __reduce__(self) -> tuple[type[Adapter], tuple[()]]:
         return type(self), ()
-
-
-def split_qkv(weight: Tensor, bias: Tensor | None) -> tuple[tuple[Tensor, ...], tuple[Tensor | None, ...]]:
-    """A fused `(3D, D)` projection in the order q, k, v as three views, and its bias likewise."""
-    return weight.chunk(3, dim=0), (bias.chunk(3, dim=0) if bias is not None else (None, None, None))
 
 
 def present(module: nn.Module | None) -> bool:
