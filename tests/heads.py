@@ -6,6 +6,7 @@ runners that build them (`albef_targets.py`, `mplug_targets.py`); without these 
 
 from __future__ import annotations
 
+import copy
 import functools
 import importlib
 import os
@@ -70,6 +71,12 @@ def floats(output: Any) -> list[Tensor]:
 
 def loss_of(output: Any) -> Tensor:
     return torch.stack([part.float().sum() for part in floats(output)]).sum()
+
+
+def rewound(head: Head) -> Callable[[], object]:
+    """Gives back the weights of now: heads of these families move queues and momentum weights in their forward."""
+    state = copy.deepcopy(head.model.state_dict())
+    return lambda: head.model.load_state_dict(state)
 
 
 def changed(batch: Any, row: int) -> Any:

@@ -1,17 +1,15 @@
-"""What is particular to ALBEF: pairs of images, Grad-CAM hooks, recipes for negatives and retrieval, distribution."""
+"""What is particular to ALBEF: pairs of images, Grad-CAM hooks, recipes for negatives and retrieval."""
 
 from __future__ import annotations
 
 import re
-import tempfile
 from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing
 from doubles import albef
 from doubles.text import Output, pictures, sentences
-from heads import build, loss_of
+from heads import build
 from torch import nn
 
 import patchselect
@@ -155,57 +153,6 @@ def test_evaluation_without_a_text_says_what_to_do(name):
     head.call()
     with pytest.raises(ValueError, match=r"patchselect\.guide"):
         tower(head.batch(0)[0][0])
-
-
-def _step(rank: int, world: int, store: str, name: str, how: str, results: str) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
-    head = build(name)
-    model = head.model.train()
-    patchselect.apply(model, 0.5, LAYERS)
-    batch = head.batch(rank)
-    if how == "fsdp":
-        from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import fully_shard
-
-        mesh = init_device_mesh("cpu", (world,))
-        for tower in patchselect.handle_of(model).towers:
-            for block in tower.blocks:
-                fully_shard(block, mesh=mesh)
-        scalars = {weight for weight in model.parameters() if weight.dim() == 0}  # ALBEF's temperature
-        fully_shard(model, mesh=mesh, ignored_params=scalars)
-        run = model
-    else:
-        run = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
-    torch.manual_seed(7)
-    loss = loss_of(run(*batch[0], **batch[1]))
-    loss.backward()
-    weight = patchselect.handle_of(model).towers[0].blocks[0].norm1.weight.grad
-    weight = weight.full_tensor() if how == "fsdp" else weight
-    torch.save((loss.detach(), weight), f"{results}/{rank}")
-    torch.distributed.destroy_process_group()
-
-
-@REAL_OR_DOUBLE
-@pytest.mark.parametrize("how", ["ddp", "fsdp"])
-def test_two_processes_lose_what_one_loses(name, how, tmp_path):
-    """Each rank has the loss of its share alone, and the gradients are the mean of the two."""
-    build(name)
-    losses, gradients = [], []
-    for rank in range(2):
-        head = build(name)
-        handle = patchselect.apply(head.model.train(), 0.5, LAYERS)
-        loss = loss_of(head.call(head.batch(rank)))
-        loss.backward()
-        losses.append(loss.detach())
-        gradients.append(handle.towers[0].blocks[0].norm1.weight.grad)
-    with tempfile.NamedTemporaryFile() as file:
-        store = file.name
-    torch.multiprocessing.spawn(_step, args=(2, store, name, how, str(tmp_path)), nprocs=2)
-    for rank in range(2):
-        loss, gradient = torch.load(tmp_path / str(rank))
-        torch.testing.assert_close(loss, losses[rank])
-        torch.testing.assert_close(gradient, torch.stack(gradients).mean(dim=0), rtol=1e-4, atol=1e-6)
 
 
 def names_of_albef(model):

@@ -7,7 +7,7 @@ import io
 
 import pytest
 import torch
-from heads import HEADS, build, changed, floats, loss_of
+from heads import HEADS, build, changed, floats, loss_of, rewound
 
 import patchselect
 from patchselect.functional import num_kept
@@ -20,12 +20,6 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWa
 def lengths(patches: int, rate: float) -> list[int]:
     first = num_kept(patches, rate) + 1
     return [1 + first, 1 + num_kept(first, rate) + 1]
-
-
-def rewound(head):
-    """The model as it was: heads of these families move queues and momentum weights in their forward."""
-    state = copy.deepcopy(head.model.state_dict())
-    return lambda: head.model.load_state_dict(state)
 
 
 def equal(first, second) -> bool:

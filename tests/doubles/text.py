@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 
 
@@ -58,7 +59,10 @@ class Encoder(nn.Module):
 
 
 class Bert(nn.Module):
-    """`mode="text"`: the layers without an image; `"fusion"`: the others; `"multi_modal"`: all of them."""
+    """`mode="text"`: the layers without an image; `"fusion"`: the others; `"multi_modal"`: all of them.
+
+    `config.gradient_checkpointing` is a switch, and its checkpoints say nothing of being reentrant, as in ALBEF.
+    """
 
     def __init__(
         self, width: int = 32, depth: int = 4, fused_from: int = 2, dropout: float = 0.1, image_width: int | None = None
@@ -67,6 +71,7 @@ class Bert(nn.Module):
         self.embeddings = Embeddings(99, width)
         self.encoder = Encoder(width, depth, fused_from, dropout, image_width)
         self.fused_from = fused_from
+        self.config = SimpleNamespace(gradient_checkpointing=False)
 
     def forward(
         self,
@@ -85,7 +90,10 @@ class Bert(nn.Module):
             image, mask = encoder_hidden_states, encoder_attention_mask
             if isinstance(image, list):
                 image, mask = image[index % len(image)], mask[index % len(image)]
-            x = self.encoder.layer[index](x, attention_mask == 0, image, None if mask is None else mask == 0)
+            given = x, attention_mask == 0, image, None if mask is None else mask == 0
+            layer = self.encoder.layer[index]
+            again = self.config.gradient_checkpointing and self.training
+            x = torch.utils.checkpoint.checkpoint(layer, *given) if again else layer(*given)
         return Output(last_hidden_state=x)
 
 
