@@ -102,7 +102,8 @@ def apply(
         The handle; `handle.record()` shows what was kept, `handle.remove()` undoes everything.
 
     Raises:
-        TypeError: the model is not supported, compiled, scripted or data-parallel; an argument of a wrong type.
+        TypeError: the model is not supported, compiled, scripted or data-parallel, or a wrapper has replaced the
+            `forward` of a block; an argument of a wrong type.
         ValueError: an argument outside of its range. The model is unchanged after either.
     """
     host = unwrapped(model)
@@ -116,6 +117,7 @@ def apply(
     rates = check_rates(keep_rate, len(chosen))
     handle = Handle(host, towers, guidance, relevance, check_fusion(fusion), rates, chosen)
     for tower in towers:
+        _check_reachable(handle, tower)
         _check_relevance(handle, tower)
     for old in handles_in(host):
         old.remove()
@@ -173,6 +175,18 @@ def patch(handle: Handle, module: nn.Module, overrides: dict[str, Wrapper], stat
         swap(module, overrides)
     setattr(module, _STATE, state)
     handle.patched.append(module)
+
+
+def _check_reachable(handle: Handle, tower: Tower) -> None:
+    """A `forward` on the object itself goes before that of its class, and would leave the selection out unseen."""
+    for index in handle.layers:
+        block = tower.blocks[index]
+        if "forward" in vars(block):
+            raise TypeError(
+                f"block {index} of {type(tower.module).__name__} carries a forward of its own (gradient checkpointing, "
+                "accelerate or another wrapper put it there), which would hide the selection: call patchselect.apply "
+                "first and wrap after it"
+            )
 
 
 def _check_relevance(handle: Handle, tower: Tower) -> None:

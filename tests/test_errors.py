@@ -56,6 +56,24 @@ def test_bad_arguments_of_apply(case, arguments, error, message):
     assert len(trace) == 2, "a failed apply leaves the one before in place"
 
 
+def test_a_forward_that_would_hide_the_selection_is_refused(case):
+    """Its own forward on a block, as a wrapper leaves it there, goes before that of its class."""
+    block = case.tower(case.model).encoder.layers[4]
+    plain = block.forward
+    block.forward = lambda *args, **kwargs: plain(*args, **kwargs)
+    before = classes(case.model)
+    with pytest.raises(TypeError, match=r"block 4 of .* carries a forward of its own.*wrap after it"):
+        patchselect.apply(case.model, 0.5, layers=[1, 4])
+    assert classes(case.model) == before
+    handle = patchselect.apply(case.model, 0.5, layers=[1, 3])
+    block = case.tower(case.model).encoder.layers[3]
+    patched = block.forward
+    block.forward = lambda *args, **kwargs: patched(*args, **kwargs)
+    with handle.record() as trace, torch.no_grad(), patchselect.guide(case.model, torch.randn(1, 24)):
+        case.image_side(case.model, case.images(1))
+    assert len(trace) == 2, "wrapped after apply, it selects"
+
+
 BAD_TEXTS = [
     (torch.randn(2, 25), ValueError, r"text_features must be \(texts, 24\) for this model, got \(2, 25\)"),
     (torch.randn(24), ValueError, r"got \(24,\)"),
