@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from patchselect.adapter import TextCall, TextRun, Tower, Wrapper
 from patchselect.blocks import call_with_text, recall_text, remembered
 
-from .matching import BertMatching
+from .matching import BertMatching, text_mode
 
 FUSION_ARGUMENTS = ("encoder_hidden_states", "encoder_attention_mask")
 
@@ -37,7 +37,20 @@ def reads_text_alone(module: Any) -> bool:
 
 def text_encoder_of(model: nn.Module) -> nn.Module | None:
     """The text encoder that is trained; a momentum twin is frozen."""
-    found: list[nn.Module] = [module for module in model.modules() if reads_text_alone(module)]
+    return _trained([module for module in model.modules() if reads_text_alone(module)])
+
+
+def fusion_encoder_of(head: nn.Module, spoken: set[str]) -> nn.Module | None:
+    """A BERT of the head that reads the image in every layer and that its forward speaks of, if there is one.
+
+    mPLUG's momentum twin of it is neither frozen nor run. ALBEF needs none: its text encoder has a fusion half.
+    """
+    parts = [part for name, part in head.named_children() if name in spoken and is_bert(part)]
+    return _trained([part for part in parts if not reads_text_alone(part)])
+
+
+def _trained(found: list[nn.Module]) -> nn.Module | None:
+    """The first that has weights to train, else the first."""
     trained = [module for module in found if any(weight.requires_grad for weight in module.parameters())]
     return next(iter(trained or found), None)
 
@@ -125,6 +138,7 @@ class Heads(BertMatching):
         return {
             "head": head,
             "text_encoder": encoder if path.split(".")[0] in spoken else None,
+            "fusion": fusion_encoder_of(head, spoken),
             "text_width": bert.embeddings.word_embeddings.embedding_dim,
             "call": tuple(inspect.signature(type(head).forward).parameters)[1:],
             "image_pairs": "split" in spoken,
@@ -148,9 +162,7 @@ class Heads(BertMatching):
         if text is None:
             return None
         encoder = tower.parts["text_encoder"]
-        run = {"attention_mask": text[1], "return_dict": True}
-        if "mode" in inspect.signature(type(encoder).forward).parameters:
-            run["mode"] = "text"
+        run = {"attention_mask": text[1], "return_dict": True} | text_mode(encoder)
         result = encoder(text[0], **run)
         images = 2 if tower.parts["image_pairs"] else 1
         remembered_run = TextRun(encoder, "forward", (text[0],), run, result)

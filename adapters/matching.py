@@ -19,6 +19,11 @@ def _tokens(texts: Any) -> tuple[Tensor, Tensor]:
     return ids, torch.ones_like(ids) if mask is None else mask
 
 
+def text_mode(encoder: nn.Module) -> dict[str, str]:
+    """What makes a BERT that holds both halves (ALBEF) run its text half alone; nothing for one without halves."""
+    return {"mode": "text"} if "mode" in inspect.signature(type(encoder).forward).parameters else {}
+
+
 def _head(model: nn.Module) -> nn.Module:
     pairs = [part for part in model.children() if isinstance(part, nn.Linear) and part.out_features == 2]
     head = getattr(model, "itm_head", pairs[0] if len(pairs) == 1 else None)
@@ -44,7 +49,7 @@ def _ones(rows: Tensor) -> Tensor:
 
 
 class BertMatching(Adapter):
-    """ALBEF: the text encoder's upper half is the fusion encoder; mPLUG: a module of its own."""
+    """ALBEF: the text encoder's upper half is the fusion encoder; mPLUG: a module of its own (`parts["fusion"]`)."""
 
     def encode_images(self, model: Any, tower: Tower, images: Any, **kwargs: Any) -> Tensor:
         wanted = inspect.signature(tower.module.forward).parameters
@@ -56,24 +61,33 @@ class BertMatching(Adapter):
         if encoder is None:
             return super().encode_texts(model, tower, texts)
         ids, mask = _tokens(texts)
-        mode = {"mode": "text"} if "mode" in inspect.signature(type(encoder).forward).parameters else {}
-        states = encoder(ids, attention_mask=mask, return_dict=True, **mode).last_hidden_state
+        states = encoder(ids, attention_mask=mask, return_dict=True, **text_mode(encoder)).last_hidden_state
         return Texts(states[:, 0], {"tokens": states, "mask": mask})
+
+    def as_fused(self, tower: Tower, rows: Tensor) -> Tensor:
+        """Image tokens of the tower as the fusion encoder of its head reads them."""
+        return rows
 
     def score(self, model: Any, tower: Tower, rows: Tensor, texts: Texts) -> Tensor:
         head = tower.parts.get("head", model)
         matching = _head(head)
         tokens, mask = _states(head, texts)
+        encoder, fusion = tower.parts["text_encoder"], tower.parts["fusion"]
         inputs = dict(
-            encoder_embeds=tokens, attention_mask=mask, encoder_hidden_states=rows, encoder_attention_mask=_ones(rows)
+            encoder_embeds=tokens,
+            attention_mask=mask,
+            encoder_hidden_states=self.as_fused(tower, rows),
+            encoder_attention_mask=_ones(rows),
         )
-        if hasattr(head, "fusion_encoder"):
-            if getattr(head, "large", False):
-                inputs["encoder_hidden_states"] = head.visn_layer_norm(head.visn_fc(rows))
-            _, fused = head.fusion_encoder(**inputs, return_dict=False)
-        else:
-            encoder = tower.parts["text_encoder"]
+        if text_mode(encoder):
             fused = encoder(**inputs, return_dict=True, mode="fusion").last_hidden_state
+        elif fusion is not None:
+            _, fused = fusion(**inputs, return_dict=False)  # what became of the image tokens, and of the text
+        else:
+            raise ValueError(
+                f"{type(head).__name__} runs no fusion encoder that is known here (a BERT with cross-attention in its "
+                "first layer), so its pairs have no score"
+            )
         return matching_probability(matching(fused[:, 0]))
 
 

@@ -85,13 +85,14 @@ class Mplug(SequenceFirst, Heads):
         return towers
 
     def _find_bridges(self, parts: dict[str, Any], towers: list[Tower]) -> None:
-        """Give each tower the layer that leads from its width to that of the text, if it needs one."""
+        """Give each tower the layer that leads from its width to that of the text, and its norm, if it needs one."""
         ways = (towers[0].width, parts["text_width"])
         if ways[0] == ways[1]:
             return
+        children = list(parts["head"].children())
         bridges = [
             layer
-            for layer in parts["head"].children()
+            for layer in children
             if isinstance(layer, nn.Linear) and (layer.in_features, layer.out_features) == ways
         ]
         if not bridges:
@@ -100,7 +101,10 @@ class Mplug(SequenceFirst, Heads):
                 "no linear layer leads from the one to the other. Apply to the vision tower alone"
             )
         for index, tower in enumerate(towers):
-            tower.parts["bridge"] = bridges[min(index, len(bridges) - 1)]
+            bridge = bridges[min(index, len(bridges) - 1)]
+            later: list[Any] = children[children.index(bridge) :]
+            norms = (part for part in later if isinstance(part, nn.LayerNorm) and part.normalized_shape == ways[1:])
+            tower.parts |= {"bridge": bridge, "bridge_norm": next(norms, nn.Identity())}
 
     def methods(self, model: nn.Module, towers: list[Tower]) -> list[tuple[nn.Module, Mapping[str, Wrapper]]]:
         parts = towers[0].parts
@@ -124,3 +128,8 @@ class Mplug(SequenceFirst, Heads):
             return text
         weight = gathered(bridge.weight)
         return text.to(weight.dtype) @ weight
+
+    def as_fused(self, tower: Tower, rows: Tensor) -> Tensor:
+        """Narrowed to the width of the text where the tower is wider, as the head does it."""
+        bridge = tower.parts.get("bridge")
+        return rows if bridge is None else tower.parts["bridge_norm"](bridge(rows))

@@ -150,6 +150,7 @@ HEADS: dict[str, Callable[[], Head]] = {
 for _large in (False, True):
     _size = "large" if _large else "base"
     HEADS |= {
+        f"mplug-retrieval-{_size}": lambda large=_large: _double(mplug.Retrieval(large), same_stream=False),
         f"mplug-answering-{_size}": lambda large=_large: _double(mplug.Answering(large), same_stream=False),
         f"mplug-grounding-{_size}": lambda large=_large: _grounding(large),
         f"mplug-captioning-{_size}": lambda large=_large: _double(

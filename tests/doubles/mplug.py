@@ -6,6 +6,7 @@ import copy
 from types import SimpleNamespace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .clip import CheckpointedTower
@@ -16,6 +17,22 @@ class Eyes(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.visual = CheckpointedTower(width)
+
+
+class Fusion(FusionBert):
+    """Gives back what became of the image tokens, and of the text, whatever `return_dict` says."""
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        encoder_embeds: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        return_dict: bool | None = None,
+    ) -> list[Tensor]:
+        given = input_ids, attention_mask, encoder_embeds, encoder_hidden_states, encoder_attention_mask
+        return [encoder_hidden_states, super().forward(*given).last_hidden_state]
 
 
 class Head(nn.Module):
@@ -32,7 +49,7 @@ class Head(nn.Module):
         self.eyes = Eyes(width)
         if reads:
             self.words = TextBert()
-        self.fusion, self.score = FusionBert(), nn.Linear(32, 2)
+        self.fusion, self.score = Fusion(), nn.Linear(32, 2)
         if twins:
             self.eyes_slow, self.words_slow = copy.deepcopy(self.eyes), copy.deepcopy(self.words)
             if large:
@@ -50,8 +67,33 @@ class Head(nn.Module):
 
     def fuse(self, embeds: Tensor, mask: Tensor, states: Tensor) -> Tensor:
         seen = torch.ones(states.shape[:-1], dtype=torch.long)
-        fused = self.fusion(None, mask, embeds, encoder_hidden_states=states, encoder_attention_mask=seen)
-        return self.score(fused.last_hidden_state[:, 0])
+        _, fused = self.fusion(None, mask, embeds, states, seen, return_dict=False)
+        return self.score(fused[:, 0])
+
+
+class Retrieval(Head):
+    """Matching of the pairs and of pairs with another image of the batch, and a contrast with a momentum pair.
+
+    The momentum twin of the fusion encoder runs nowhere and is not frozen; here it even comes first.
+    """
+
+    def __init__(self, large: bool = False, use_checkpoint: bool = True) -> None:
+        super().__init__(large, twins=True, use_checkpoint=use_checkpoint)
+        fusion = self._modules.pop("fusion")
+        self.fusion_slow, self.fusion = Fusion(), fusion
+
+    def forward(self, image: Tensor, text: SimpleNamespace) -> tuple[Tensor, Tensor]:
+        states = self.see(image)
+        read = dict(attention_mask=text.attention_mask, return_dict=True)
+        embeds = self.words(text.input_ids, **read).last_hidden_state
+        with torch.no_grad():
+            slow = self.see_slow(image)[:, 0]
+            slow_text = self.words_slow(text.input_ids, **read).last_hidden_state[:, 0]
+        contrast = (states[:, 0] - slow_text).square().mean() + (embeds[:, 0] - slow).square().mean()
+        matched = self.fuse(embeds, text.attention_mask, states)
+        other = self.fuse(embeds, text.attention_mask, states.roll(1, dims=0))
+        labels = torch.arange(2 * len(image)) < len(image)
+        return contrast, F.cross_entropy(torch.cat([matched, other]), labels.long())
 
 
 class Answering(Head):
