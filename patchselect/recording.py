@@ -24,6 +24,10 @@ class Selected:
     """`(B, k)`: kept patches as indices into the ORIGINAL grid, in the order of the tokens; -1 is a fused token."""
     relevance: Tensor
     """`(B, n)`: weights over the tokens that this layer chose from; >= 0, each row sums to 1."""
+    places: Tensor
+    """`(B, n)`: where those tokens stand in the original grid (a host may shuffle them); -1 is a fused token."""
+    removed_share: Tensor
+    """`(B,)`: how much of the relevance the tokens had that did not stay, in [0, 1]."""
     num_tokens: int
     """Length of the sequence after the selection, prefix and fused token included."""
     pooled: Tensor
@@ -114,6 +118,8 @@ def note_selection(
     entry = Selected(
         kept=kept,
         relevance=relevance,
+        places=sources,
+        removed_share=(1 - relevance.detach().gather(1, chosen).sum(dim=1)).clamp(0, 1),
         num_tokens=after.shape[1],
         pooled=pool(relevance, patches),
         layer=layer,

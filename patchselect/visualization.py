@@ -122,20 +122,13 @@ def relevance_map(entry: Selected, row: int = 0) -> Tensor:
     """`(H, W)` relevance on the patch grid, of the first selection layer of a call (it sees every patch)."""
     if entry.grid is None or entry.relevance.shape[1] != entry.grid[0] * entry.grid[1]:
         raise ValueError("only the first selection layer of a call weighs every patch of the grid: pass trace[0]")
-    return entry.relevance[row].detach().float().cpu().view(entry.grid)
+    weights = entry.relevance[row].detach().float().cpu()
+    return torch.empty_like(weights).scatter(0, entry.places[row].cpu(), weights).view(entry.grid)
 
 
 def fused_shares(layers: Sequence[Selected], row: int = 0) -> list[float]:
     """For each layer of one call: how much of its relevance belongs to the tokens that it fused, in [0, 1]."""
-    grid = layers[0].relevance.shape[1]
-    before = list(range(grid))
-    shares = []
-    for entry in layers:
-        weights = dict(zip(before, entry.relevance[row].tolist(), strict=True))
-        kept = entry.kept[row].tolist()
-        shares.append(max(0.0, 1.0 - sum(weights.get(place, 0.0) for place in kept)))
-        before = [*kept, -1] if entry.fused else kept
-    return shares
+    return [float(entry.removed_share[row]) for entry in layers]
 
 
 def _one_call(trace: Sequence[Selected]) -> list[Selected]:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import patchselect
+from patchselect import visualization
 from patchselect.functional import num_kept
 
 transformers = pytest.importorskip("transformers")
@@ -241,7 +242,7 @@ def test_text_tokens_of_vilt_are_never_touched():
 def test_vilt_tells_the_places_of_its_shuffled_patches():
     model, given = build("ViltModel"), inputs("ViltModel")
     handle = patchselect.apply(model, 0.5, LAYERS)
-    found = []
+    found, maps = [], []
     for seed in (1, 2):
         torch.manual_seed(seed)
         with handle.record() as trace:
@@ -252,7 +253,21 @@ def test_vilt_tells_the_places_of_its_shuffled_patches():
         place = int((trace[-1].kept[0] >= 0).nonzero()[0])
         where = int(trace[-1].kept[0, place])
         assert torch.equal(board[0].flatten(0, 1)[where], output.last_hidden_state[0, 8 + place])
+        maps.append(torch.stack([visualization.relevance_map(trace[0], row) for row in range(3)]))
     assert found[0] == found[1]
+    torch.testing.assert_close(maps[0], maps[1])
+
+
+@pytest.mark.parametrize("name", ["ViltModel", "ViltForImagesAndTextClassification", "BlipForConditionalGeneration"])
+def test_a_call_of_the_whole_model_can_be_drawn(name, tmp_path):
+    pytest.importorskip("matplotlib")
+    model, given = build(name), inputs(name)
+    handle = patchselect.apply(model, 0.5, LAYERS)
+    with torch.no_grad(), handle.record() as trace:
+        call(model, given)
+    photos = given["pixel_values"].reshape(-1, 3, 64, 64)[:3]
+    figure = visualization.draw_selection(photos, trace[:2], ["one", "two", "three"], path=tmp_path / "kept.png")
+    assert len(figure.get_axes()) == 3 * 4 and (tmp_path / "kept.png").stat().st_size > 10_000
 
 
 def test_padded_images_of_vilt_are_refused():
@@ -271,8 +286,10 @@ def test_vilt_takes_no_text_from_outside():
         lambda: patchselect.encode_prefix(model, torch.zeros(3, 3, 64, 64)),
         lambda: patchselect.apply(model, relevance="values"),
         lambda: patchselect.apply(model, relevance="joint"),
+        lambda: patchselect.score_pairs(model, torch.zeros(3, 3, 64, 64), torch.ones(3, 7, dtype=torch.long)),
+        lambda: patchselect.keep_rate_for_budget(model, 0.7),
     ):
-        with pytest.raises(ValueError, match="same sequence|share one sequence"):
+        with pytest.raises(ValueError, match="same sequence|(share|as) one sequence"):
             attempt()
 
 

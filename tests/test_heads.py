@@ -139,3 +139,32 @@ def test_autocast(name):
     assert loss.isfinite()
     assert [entry.num_tokens for entry in trace[:2]] == lengths(head.patches, 0.5)
     loss.backward()
+
+
+@every_head
+def test_its_tower_serves_every_text_prefixes_maps_and_budgets(name):
+    head = build(name)
+    model = head.model.eval()
+    handle = patchselect.apply(model, 0.5, LAYERS)
+    tower = handle.towers[0]
+    images = head.batch(0)[0][0]
+    images = getattr(images, "tensors", images).flatten(0, -4)
+    text = head.text_features()[:2]
+
+    def encode(given):
+        return tower.adapter.encode_images(model, tower, given)
+
+    with torch.no_grad():
+        with handle.record() as trace, patchselect.guide(model, text, "all"):
+            every = encode(images)
+        for row in range(2):
+            with patchselect.guide(model, text[row : row + 1].expand(len(images), -1)):
+                torch.testing.assert_close(every[row::2], encode(images), rtol=1e-4, atol=1e-5)
+        prefix = patchselect.encode_prefix(model, images)
+        with patchselect.guide(model, text, "all", prefix=prefix):
+            torch.testing.assert_close(encode(prefix.images), every, rtol=1e-4, atol=1e-5)
+    board = patchselect.restore(every, trace).flatten(1, 2)
+    kept = trace[-1].kept[1]
+    at = int((kept >= 0).nonzero()[0])
+    assert torch.equal(board[1, kept[at]], every[1, 1 + at])
+    assert 0.3 < patchselect.keep_rate_for_budget(model, 0.8) < 1.0

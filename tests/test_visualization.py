@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from hosts import build
+from hosts import HOSTS, build
 
 import patchselect
 
@@ -24,8 +24,9 @@ def traced(name: str, count: int = 2, rate: float = 0.5, fusion: str = "mean"):
     return case, trace
 
 
-@pytest.mark.parametrize("fusion", ["mean", "none"])
-@pytest.mark.parametrize("name", ["clip", "siglip2", "open_clip", "timm_registers", "timm_class_token"])
+@pytest.mark.parametrize(
+    ("name", "fusion"), [*((name, "mean") for name in HOSTS), ("clip", "none"), ("siglip", "none")]
+)
 def test_one_row_per_text_and_one_column_per_layer_on_every_grid(name, fusion, tmp_path):
     case, trace = traced(name, fusion=fusion)
     height, width = case.grid
@@ -63,6 +64,19 @@ def test_the_fused_share_is_the_relevance_of_what_was_fused():
         gone = [i for i, place in enumerate(before) if place not in trace[1].kept[row].tolist()]
         assert shares[1] == pytest.approx(float(trace[1].relevance[row][gone].sum()), abs=1e-5)
         assert torch.equal(visualization.relevance_map(trace[0], row).flatten(), first)
+
+
+@pytest.mark.parametrize("layers", [[1], [0, 2, 4], [0, 1, 2, 3, 5]])
+def test_the_share_is_that_of_the_least_relevant_after_any_number_of_layers(layers):
+    """Several fused tokens may be among the patches of a later layer, and all carry the place -1."""
+    case = build("clip")
+    handle = patchselect.apply(case.model, 0.6, layers)
+    with torch.no_grad(), handle.record() as trace, patchselect.guide(case.model, torch.randn(3, 24)):
+        case.image_side(case.model, case.images(3))
+    for row in range(3):
+        for entry, share in zip(trace, visualization.fused_shares(trace, row), strict=True):
+            least = entry.relevance[row].sort().values[: entry.relevance.shape[1] - entry.kept.shape[1]]
+            assert share == pytest.approx(float(least.sum()), abs=1e-5)
 
 
 def test_pixels_of_any_range_are_drawn_and_colours_come_back():
