@@ -76,13 +76,29 @@ def srcl_loss(
     return (_regulated(logits, similarity, delta) + _regulated(logits.T, similarity.T, delta)) / 2
 
 
+def negative_weights(similarity: Tensor, delta: float = 1.0) -> Tensor:
+    """The weights `w_ij` that `srcl_loss` gives to the negatives of each anchor (a row).
+
+    `w_ij = s_ij ** -delta`, scaled so that those of a row have the mean 1: they fall with the similarity.
+
+    Args:
+        similarity: `(N, N)`, positive: `exp(cos)` of row i with column j, the matching pairs on the diagonal.
+        delta: how much likeness counts; 0 gives every negative the weight 1.
+
+    Returns:
+        `(N, N)`, 0 on the diagonal.
+    """
+    own = torch.eye(len(similarity), dtype=torch.bool, device=similarity.device)
+    weights = similarity.pow(-delta).masked_fill(own, 0.0)
+    mean = weights.sum(dim=1, keepdim=True) / max(1, len(similarity) - 1)
+    return weights / mean.clamp_min(torch.finfo(weights.dtype).tiny)
+
+
 def _regulated(logits: Tensor, similarity: Tensor, delta: float) -> Tensor:
     """One direction of `srcl_loss`: cross-entropy with the weights of the negatives as an offset of their logits."""
     own = torch.eye(len(logits), dtype=torch.bool, device=logits.device)
-    weights = similarity.pow(-delta).masked_fill(own, 0.0)
-    mean = weights.sum(dim=1, keepdim=True) / max(1, len(logits) - 1)
-    weights = (weights / mean.clamp_min(torch.finfo(weights.dtype).tiny)).masked_fill(own, 1.0)
-    return F.cross_entropy(logits + weights.log(), torch.arange(len(logits), device=logits.device))
+    offset = negative_weights(similarity, delta).masked_fill(own, 1.0).log()
+    return F.cross_entropy(logits + offset, torch.arange(len(logits), device=logits.device))
 
 
 def cosine_alignment_loss(

@@ -1,0 +1,1 @@
+"""Accuracy against cost, on scenes whose contents are known: `python -m benchmarks.accuracy --help`."""

@@ -1,0 +1,71 @@
+"""`python -m benchmarks.accuracy COMMAND`: see `--help`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from .base import RESULTS
+from .curves import ARMS, run, train_all
+from .report import curve_table, draw_curves, write
+from .studies import QUERIES, STUDIES
+from .throughput import throughput
+from .train import Arm
+
+
+def curves(
+    name: str, seeds: tuple[int, ...], arms: tuple[Arm, ...], steps: int, queries: int, pool: int, folder: Path
+) -> None:
+    """Curves over the keep rates: as it is, and after `steps` of training with selection."""
+    from .base import base
+
+    records = run(seeds, arms, steps, queries, pool, folder)
+    speeds = throughput(base(seeds[0], folder))
+    parts = [
+        f"Matching accuracy, %, {queries} questions (chance 50), {steps} steps of training where it says so:",
+        curve_table(records, "accuracy"),
+        "Patches of the named objects that the first selection keeps, %:",
+        curve_table(records, "patches"),
+    ]
+    for k in (1, 5, 10):
+        parts += [f"R@{k} over {pool} images, mean of both directions, %:", curve_table(records, f"r{k}")]
+    folder.mkdir(parents=True, exist_ok=True)
+    draw_curves(records, speeds, folder / f"{name}.png")
+    write(folder, name, f"python -m benchmarks.accuracy {name}", "\n\n".join(parts), records=records, speeds=speeds)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.accuracy", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    train = commands.add_parser("train", help="train bases (about 12 minutes each on one core)")
+    train.add_argument("--seed", type=int, nargs="+", default=[0, 1, 2])
+    quick = commands.add_parser("quick", help="curves from the committed base, at most 5 minutes on 2 cores")
+    full = commands.add_parser("full", help="3 bases, all arms, standard errors, at most an hour on 2 cores")
+    study = commands.add_parser("study", help="one question each", description="; ".join(STUDIES))
+    study.add_argument("name", choices=list(STUDIES))
+    for command in (full, study):
+        command.add_argument("--seed", type=int, nargs="+", default=[0, 1, 2])
+    for command in (train, quick, full, study):
+        command.add_argument("--output", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    options.output.mkdir(parents=True, exist_ok=True)
+    if options.command == "quick":
+        curves(
+            "quick",
+            (0,),
+            (Arm("text", aligned=True), Arm("image", aligned=True), Arm("random")),
+            60,
+            640,
+            32,
+            options.output,
+        )
+        return
+    train_all(tuple(options.seed), options.output)
+    if options.command == "full":
+        curves("full", tuple(options.seed), ARMS, 400, QUERIES, 64, options.output)
+    elif options.command == "study":
+        STUDIES[options.name](options.output, options.seed)
+
+
+if __name__ == "__main__":
+    main()

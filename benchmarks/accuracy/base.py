@@ -1,0 +1,75 @@
+"""Base models: trained, kept, and read again; one of them is committed."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .model import PATCH, MiniAlbef
+from .scenes import PLAIN, Layout, Sampler, make_scenes
+from .train import stage_one, stage_two
+
+COMMITTED = Path(__file__).parent / "checkpoints"
+RESULTS = Path("results/accuracy")
+TRAIN_SCENES = 6000
+BATCH = 32
+STEPS = (2600, 700)
+"""Of stage 1 (matching, known boxes) and stage 2 (ITC, selection alignment)."""
+
+
+def train_sampler(seed: int, layout: Layout = PLAIN, count: int = TRAIN_SCENES) -> Sampler:
+    """Scenes for training; every seed has its own, and none shares a photograph with the tests."""
+    return Sampler(make_scenes(count, 1000 + seed, False, layout), layout.size // PATCH, seed)
+
+
+def train_base(seed: int, folder: Path = RESULTS, steps: tuple[int, int] = STEPS) -> None:
+    """Train and write `albef-{seed}-stage1.pt` and `albef-{seed}.pt` (stage 2), each with a JSON beside it."""
+    torch.manual_seed(seed)
+    model, sampler = MiniAlbef(), train_sampler(seed)
+    stage_one(model, sampler, steps[0], BATCH)
+    save(model, folder / f"albef-{seed}-stage1.pt", seed=seed, steps=steps[0])
+    stage_two(model, sampler, steps[1], BATCH)
+    save(model, folder / f"albef-{seed}.pt", seed=seed, steps=sum(steps))
+
+
+def save(model: torch.nn.Module, path: Path, **facts: Any) -> None:
+    """The weights in half precision, and how they came about beside them."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({name: value.half() for name, value in model.state_dict().items()}, path)
+    command = "python -m benchmarks.accuracy " + " ".join(sys.argv[1:])
+    made = {"command": command, "commit": commit(), "torch": torch.__version__, **facts}
+    path.with_suffix(".json").write_text(json.dumps(made, indent=1) + "\n")
+
+
+def commit() -> str:
+    """The commit of the code that runs, marked where files were changed."""
+    here = Path(__file__).parent
+    answer = subprocess.run(
+        ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True, text=True
+    )
+    return answer.stdout.strip() or "unknown"
+
+
+def load(path: Path) -> MiniAlbef:
+    """A base in single precision and evaluation mode. It takes images of any size: positions are resampled."""
+    model = MiniAlbef()
+    model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    return model.eval()
+
+
+def base(seed: int, folder: Path = RESULTS, stage: int = 2) -> MiniAlbef:
+    """A base that was trained before: of this folder, or the committed one.
+
+    Raises:
+        FileNotFoundError: it was not; names the command that trains it.
+    """
+    name = f"albef-{seed}.pt" if stage == 2 else f"albef-{seed}-stage1.pt"
+    for place in (folder, COMMITTED):
+        if (place / name).exists():
+            return load(place / name)
+    raise FileNotFoundError(f"{folder / name}: train it with `python -m benchmarks.accuracy train --seed {seed}`")

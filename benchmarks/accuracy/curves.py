@@ -1,0 +1,118 @@
+"""Accuracy over keep rates: of a base as it is, and after a short training with selection."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .arms import METHODS, reduced
+from .base import BATCH, base, train_base, train_sampler
+from .evaluate import Questions, matching_hits, patch_recall, retrieval
+from .jobs import run_all
+from .train import KEEP_RATES, Arm, tune
+
+TEST_SEED = 77
+FREE = "training-free"
+ARMS = (
+    Arm("none"),
+    Arm("text"),
+    Arm("image"),
+    Arm("random"),
+    Arm("text", aligned=True),
+    Arm("image", aligned=True),
+)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One line of the plot: a base, what was trained on top of it, and the ways to spend less that are tried on it."""
+
+    seed: int
+    arm: Arm | None
+    """`None`: the base as it is."""
+    steps: int
+    methods: tuple[str, ...]
+    queries: int
+    pool: int
+    folder: Path
+    stage: int = 2
+
+
+def measure(curve: Curve) -> list[dict[str, Any]]:
+    """Every method of the curve at every keep rate, and at none."""
+    model = base(curve.seed, curve.folder, curve.stage)
+    if curve.arm is not None:
+        torch.manual_seed(1000 * curve.seed + curve.steps)
+        tune(model, train_sampler(100 + curve.seed, count=3000), curve.arm, curve.steps, BATCH, curve.seed)
+    questions = Questions.make(curve.queries // 2, curve.pool, TEST_SEED)
+    records = []
+    for method in ("none", *curve.methods):
+        for keep_rate in KEEP_RATES if method != "none" else (1.0,):
+            with reduced(model, method, keep_rate) as encode:
+                hits = matching_hits(model, encode, questions).float()
+                recall = retrieval(model, encode, questions)
+            watched = method in ("text", "values", "image", "random")
+            records.append(
+                {
+                    "seed": curve.seed,
+                    "trained": FREE if curve.arm is None else str(curve.arm),
+                    "steps": curve.steps,
+                    "method": method,
+                    "keep_rate": keep_rate,
+                    "accuracy": 100 * float(hits.mean()),
+                    "error": 100 * float(hits.std() / len(hits) ** 0.5),
+                    "recall": recall,
+                    "patches": 100 * patch_recall(model, method, keep_rate, questions) if watched else None,
+                }
+            )
+    return records
+
+
+def curves(
+    seeds: tuple[int, ...], arms: tuple[Arm, ...], steps: int, queries: int, pool: int, folder: Path
+) -> list[Curve]:
+    """The training-free curve of each seed and one for each arm, whose selection is the one it was trained with."""
+    made = []
+    for seed in seeds:
+        for arm in arms:
+            methods = () if arm.guidance == "none" else (arm.guidance,)
+            made.append(Curve(seed, arm, steps, methods, queries, pool, folder))
+    # In halves: what takes longest should not be last and alone.
+    for seed in seeds:
+        made.append(Curve(seed, None, 0, (*METHODS, "values"), queries, pool, folder))
+    return made
+
+
+def run(
+    seeds: tuple[int, ...], arms: tuple[Arm, ...], steps: int, queries: int, pool: int, folder: Path
+) -> list[dict[str, Any]]:
+    """All records of all curves, the curves side by side over the cores."""
+    return [
+        record
+        for records in run_all(measure, curves(seeds, arms, steps, queries, pool, folder), "curves")
+        for record in records
+    ]
+
+
+@dataclass(frozen=True)
+class Training:
+    """A base to train, and where it is kept."""
+
+    seed: int
+    folder: Path
+
+
+def train(task: Training) -> None:
+    """One base, unless its folder has it."""
+    if not (task.folder / f"albef-{task.seed}.pt").exists():
+        train_base(task.seed, task.folder)
+
+
+def train_all(seeds: tuple[int, ...], folder: Path) -> None:
+    run_all(train, [Training(seed, folder) for seed in seeds], "bases")
+
+
+__all__ = ["ARMS", "Curve", "asdict", "curves", "measure", "run", "train_all"]

@@ -1,0 +1,154 @@
+"""Tables and plots of what was measured."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import statistics
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .arms import LABELS
+from .base import commit
+from .train import KEEP_RATES
+
+Record = dict[str, Any]
+
+COLOURS = {
+    "text": "tab:red",
+    "values": "tab:purple",
+    "image": "tab:blue",
+    "random": "tab:gray",
+    "downsampled": "tab:orange",
+    "tome": "tab:green",
+}
+FREE = "training-free"
+
+
+def spread(values: Sequence[float]) -> str:
+    """`mean ± standard error` over seeds; the mean alone of one."""
+    mean = statistics.fmean(values)
+    return f"{mean:.1f}" if len(values) < 2 else f"{mean:.1f} ± {error(values):.1f}"
+
+
+def error(values: Sequence[float]) -> float:
+    """Standard error of the mean; 0 of a single value."""
+    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Markdown."""
+    lines = [list(head), ["---"] * len(head), *(list(row) for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def pick(records: Sequence[Record], value: str = "accuracy", **where: Any) -> list[float]:
+    """The values of all records that agree with `where`, one per seed; `r1` is the mean R@1 of both directions."""
+    found = [record for record in records if all(record[key] == wanted for key, wanted in where.items())]
+    if value in ("r1", "r5", "r10"):
+        k = int(value[1:])
+        return [statistics.fmean(float(_at(way, k)) for way in record["recall"].values()) for record in found]
+    return [record[value] for record in found if record[value] is not None]
+
+
+def _at(recall: dict[Any, float], k: int) -> float:
+    return recall[k] if k in recall else recall[str(k)]  # JSON has made strings of the keys
+
+
+def lines_of(records: Sequence[Record]) -> list[tuple[str, str]]:
+    """What was trained and the method, in the order of the records, without repeats and without `none`."""
+    return list(dict.fromkeys((r["trained"], r["method"]) for r in records if r["method"] != "none"))
+
+
+def curve_table(records: Sequence[Record], value: str) -> str:
+    """One line per method and training, one column per keep rate."""
+    rows = []
+    for trained in dict.fromkeys(record["trained"] for record in records):
+        plain = pick(records, value, trained=trained, method="none")
+        if plain and value != "patches" and (trained == FREE or not any(t == trained for t, _ in lines_of(records))):
+            rows.append([name_of(trained, "none"), *[spread(plain)] * len(KEEP_RATES)])
+    for trained, method in lines_of(records):
+        cells = [pick(records, value, trained=trained, method=method, keep_rate=rate) for rate in KEEP_RATES]
+        if any(cells):
+            rows.append([name_of(trained, method), *(spread(cell) for cell in cells)])
+    return table(["", *(f"keep {rate:g}" for rate in KEEP_RATES)], rows)
+
+
+def name_of(trained: str, method: str) -> str:
+    if trained == FREE:
+        return f"{LABELS[method]}, as it is"
+    return f"{LABELS[method]}, trained" + (" with its alignment" if "alignment" in trained else "")
+
+
+def machine() -> str:
+    cores = os.cpu_count()
+    name = next(
+        (line.split(":", 1)[1].strip() for line in _cpuinfo().splitlines() if line.startswith("model name")), "CPU"
+    )
+    return f"{name}, {cores} cores, torch {torch.__version__}"
+
+
+def _cpuinfo() -> str:
+    try:
+        return Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return ""
+
+
+def write(folder: Path, name: str, command: str, text: str, **data: Any) -> None:
+    """`name.md` and `name.json` in the folder, and the text on the terminal."""
+    folder.mkdir(parents=True, exist_ok=True)
+    head = f"`{command}` ({machine()}, commit {commit()})\n\n"
+    (folder / f"{name}.md").write_text(head + text + "\n")
+    facts = {"command": command, "machine": machine(), "commit": commit(), **data}
+    (folder / f"{name}.json").write_text(json.dumps(facts, indent=1) + "\n")
+    print(head + text)  # noqa: T201
+
+
+def axes(width: float = 6.4, height: float = 4.2, columns: int = 1) -> tuple[Any, Sequence[Any]]:
+    """A figure that needs no display, and its axes."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width * columns, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(1, columns, squeeze=False)[0]
+
+
+def draw_curves(records: Sequence[Record], speeds: Sequence[Record], path: Path) -> None:
+    """Left: accuracy against keep rate. Right: accuracy against measured speed-up."""
+    figure, (left, right) = axes(5.6, 4.6, 2)
+    faster = {(s["method"], s["keep_rate"]): s["speed_up"]["median"] for s in speeds}
+    for trained, method in lines_of(records):
+        rates = [rate for rate in KEEP_RATES if pick(records, trained=trained, method=method, keep_rate=rate)]
+        values = [pick(records, trained=trained, method=method, keep_rate=rate) for rate in rates]
+        if "alignment" in trained and method != "text":
+            continue
+        style = dict(
+            color=COLOURS[method],
+            linestyle="--" if trained == FREE else "-",
+            marker="o" if trained == FREE else ("*" if "alignment" in trained else "s"),
+            markersize=8 if "alignment" in trained else 4,
+            capsize=2,
+            label=name_of(trained, method),
+        )
+        means, errors = [statistics.fmean(v) for v in values], [error(v) for v in values]
+        left.errorbar(rates, means, errors, **style)
+        if method in {m for m, _ in faster}:
+            right.errorbar([faster[method, rate] for rate in rates], means, errors, **style)
+    plain = statistics.fmean(pick(records, method="none", trained=FREE))
+    for axis in (left, right):
+        axis.axhline(plain, color="black", linewidth=0.8, linestyle=":")
+        axis.axhline(50, color="0.8", linewidth=0.8)
+        axis.set_ylabel("matching accuracy, %")
+        axis.grid(alpha=0.25)
+    left.invert_xaxis()
+    left.set_xlabel("keep rate of each selection layer")
+    right.set_xlabel("measured speed-up of pair inference")
+    right.text(1.0, plain, " no reduction", va="bottom", fontsize=8)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+    figure.savefig(path, dpi=150)

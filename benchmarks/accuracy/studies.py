@@ -1,0 +1,281 @@
+"""Studies: each one question, one table, one plot. `STUDIES` names them."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from patchselect import keep_rate_for_budget
+
+from .arms import LABELS, reduced, vision_flops
+from .base import BATCH, STEPS, base, train_sampler
+from .contrast import Objective, Run
+from .contrast import train as contrast
+from .curves import FREE, TEST_SEED, Curve
+from .curves import measure as measure_curve
+from .evaluate import Questions, matching_hits
+from .jobs import call, run_all
+from .model import LAYERS, MiniAlbef
+from .report import Record, axes, curve_table, draw_curves, error, pick, spread, table, write
+from .scenes import Layout
+from .scratch import train_from_scratch
+from .throughput import throughput
+from .train import KEEP_RATES, Arm, tune
+
+Seeds = Sequence[int]
+QUERIES = 1280
+
+
+def speed(folder: Path, seeds: Seeds) -> None:
+    """(a) Selection on and off: accuracy of the full run against measured time."""
+    path = folder / "full.json"
+    if not path.exists():
+        raise SystemExit(f"{path} is missing: run `python -m benchmarks.accuracy full` first")
+    records, rows = json.loads(path.read_text())["records"], []
+    speeds = throughput(base(seeds[0], folder))
+    plain = next(r for r in speeds if r["method"] == "none")
+    rows.append(
+        ["no reduction", "", f"{plain['pairs_per_second']:.0f}", "1", "1", accuracy(records, FREE, "none", 1.0)]
+    )
+    for one in speeds:
+        method, rate, ratio = one["method"], one["keep_rate"], one["speed_up"]
+        if method != "none":
+            trained = f"{method} + alignment" if method == "text" else method
+            after = accuracy(records, trained, method, rate) if any(pick(records, trained=trained)) else ""
+            speed_up = f"{ratio['median']:.2f} [{ratio['q1']:.2f}, {ratio['q3']:.2f}]"
+            cells = [f"{one['pairs_per_second']:.0f}", speed_up, f"{one['flop_ratio']:.2f}"]
+            rows.append([LABELS[method], f"{rate:g}", *cells, accuracy(records, FREE, method, rate), after])
+    rows[0].append("")
+    head = ["method", "keep", "pairs/s", "speed-up [quartiles]", "FLOP ratio, image encoder", "as it is", "trained"]
+    draw_curves(records, speeds, folder / "speed.png")
+    write(folder, "speed", "python -m benchmarks.accuracy study speed", table(head, rows), speeds=speeds)
+
+
+def accuracy(records: Sequence[Record], trained: str, method: str, keep_rate: float) -> str:
+    return spread(pick(records, trained=trained, method=method, keep_rate=keep_rate))
+
+
+WHERE = ((0,), (1,), (2,), (3,), (4,), (1, 3), (2, 4), (3, 5))
+
+
+def tuned_at(seed: int, layers: tuple[int, ...], folder: Path, steps: int) -> list[Record]:
+    """A base trained with selection in other blocks, at every keep rate."""
+    model = base(seed, folder)
+    torch.manual_seed(seed)
+    sampler = train_sampler(100 + seed, count=3000)
+    tune(model, sampler, Arm("text", aligned=True), steps, BATCH, seed, layers=layers)
+    questions, records = Questions.make(QUERIES // 2, 8, TEST_SEED), []
+    for rate in KEEP_RATES:
+        with reduced(model, "text", rate, layers) as encode:
+            hits = matching_hits(model, encode, questions).float().mean()
+        ratio = vision_flops(80, 1.0) / vision_flops(80, rate, layers)
+        records.append(
+            {"seed": seed, "layers": layers, "keep_rate": rate, "accuracy": 100 * float(hits), "ratio": ratio}
+        )
+    return records
+
+
+def layers(folder: Path, seeds: Seeds) -> None:
+    """(b) Where and how much: layers against keep rate, after 200 steps with selection there."""
+    tasks = [(tuned_at, (seed, where, folder, 200)) for where in WHERE for seed in seeds]
+    records = [record for made in run_all(call, tasks, "layers") for record in made]
+    rows = []
+    for where in WHERE:
+        cells = [pick(records, layers=where, keep_rate=rate) for rate in KEEP_RATES]
+        ratios = [pick(records, "ratio", layers=where, keep_rate=rate)[0] for rate in KEEP_RATES]
+        blocks = " and ".join(str(block + 1) for block in where)
+        rows.append([blocks, *(f"{spread(cell)} at {ratio:.2f}x" for cell, ratio in zip(cells, ratios, strict=True))])
+    figure, (axis,) = axes()
+    for where in WHERE:
+        points = [
+            (pick(records, "ratio", layers=where, keep_rate=r), pick(records, layers=where, keep_rate=r))
+            for r in KEEP_RATES
+        ]
+        style = "o-" if len(where) == 2 else "s--"
+        axis.errorbar(
+            [x[0] for x, _ in points], [statistics.fmean(y) for _, y in points], [error(y) for _, y in points],
+            fmt=style, markersize=4, capsize=2, label="blocks " + " and ".join(str(b + 1) for b in where),
+        )  # fmt: skip
+    axis.set_xlabel("FLOP ratio of the image encoder")
+    axis.set_ylabel("matching accuracy, %")
+    axis.legend(fontsize=8)
+    axis.grid(alpha=0.25)
+    figure.savefig(folder / "layers.png", dpi=150)
+    head = ["selection inside block", *(f"keep {rate:g}" for rate in KEEP_RATES)]
+    write(folder, "layers", "python -m benchmarks.accuracy study layers", table(head, rows), records=records)
+
+
+def contrasts(folder: Path, seeds: Seeds, objectives: Sequence[Objective], steps: int = 400) -> list[Record]:
+    """The objectives on every seed; a run that the folder has is read, for the studies share some."""
+    runs = [Run(seed, objective, steps, folder) for seed in seeds for objective in objectives]
+    return [record for made in run_all(contrast, runs, "objectives") for record in made]
+
+
+ITC, COSINE = Objective("itc"), Objective("cosine")
+DELTAS = tuple(Objective("srcl", delta) for delta in (0.0, 0.5, 1.0, 2.0, 4.0))
+SIMILARITIES = tuple(Objective("srcl", 2.0, similarity) for similarity in ("teacher", "own", "progressive"))
+
+
+def contrast_study(name: str, question: Sequence[Objective], scenes: Sequence[str] | None = None) -> Any:
+    """A study over contrastive objectives: R@K both ways, and the weights that negatives got."""
+
+    def study(folder: Path, seeds: Seeds) -> None:
+        records = contrasts(folder, seeds, question)
+        places = list(dict.fromkeys(r["scenes"] for r in records if scenes is None or r["scenes"] in scenes))
+        rows, bars = [], []
+        for place in places:
+            for objective in question:
+                found = [r for r in records if r["objective"] == str(objective) and r["scenes"] == place]
+                cells = [
+                    " / ".join(spread([float(r[way][k]) for r in found]) for k in (1, 5, 10))
+                    for way in ("image_to_text", "text_to_image")
+                ]
+                weights = [spread_fine([r[kind] for r in found]) for kind in ("weight_true", "weight_false")]
+                rows.append([str(objective), place, *cells, *weights])
+                firsts = [statistics.fmean((r["image_to_text"][1], r["text_to_image"][1])) for r in found]
+                bars.append((f"{objective}\n{place}", statistics.fmean(firsts), error(firsts)))
+        figure, (axis,) = axes(max(6.4, 1.1 * len(bars)), 4.2)
+        axis.bar(range(len(bars)), [b[1] for b in bars], yerr=[b[2] for b in bars], color="tab:blue", capsize=3)
+        axis.set_xticks(range(len(bars)), [b[0].replace(", ", "\n") for b in bars], fontsize=7)
+        axis.set_ylabel("R@1, mean of both directions, %")
+        figure.savefig(folder / f"{name}.png", dpi=150)
+        head = [
+            "objective",
+            "scenes",
+            "image to text R@1/5/10",
+            "text to image R@1/5/10",
+            "weight of true negatives",
+            "of false negatives",
+        ]
+        write(folder, name, f"python -m benchmarks.accuracy study {name}", table(head, rows), records=records)
+
+    return study
+
+
+def spread_fine(values: Sequence[float]) -> str:
+    return f"{statistics.fmean(values):.3f} ± {error(values):.3f}"
+
+
+SMALL = (11, 15)
+"""Drawings of the resolution study, in pixels of 80: hard to tell apart at the base's own size."""
+
+
+def at_resolution(seed: int, size: int, guidance: str, folder: Path, steps: int) -> Record:
+    """A base trained on at another image size with the selection that makes it cost what it cost before."""
+    model, layout = base(seed, folder), Layout(size=size, glyph=SMALL)
+    torch.manual_seed(seed)
+    rate = 1.0 if size == 80 else keep_rate_for_budget(model.vision, 1.0, LAYERS, size)
+    assert isinstance(rate, float)
+    arm = Arm("none") if size == 80 else Arm(guidance, aligned=True)
+    tune(model, train_sampler(100 + seed, layout, 3000), arm, steps, BATCH, seed, keep_rates=(rate,))
+    with reduced(model, arm.guidance, rate) as encode:
+        hits = matching_hits(model, encode, Questions.make(QUERIES // 2, 8, TEST_SEED, layout)).float().mean()
+    cost = vision_flops(size, rate) / vision_flops(80, 1.0)
+    return {
+        "seed": seed,
+        "size": size,
+        "guidance": arm.guidance,
+        "rate": rate,
+        "accuracy": 100 * float(hits),
+        "cost": cost,
+    }
+
+
+def resolution(folder: Path, seeds: Seeds) -> None:
+    """(g) Larger images at equal cost, on scenes of small drawings, after 300 steps of training at that size."""
+    cases = [(80, "none"), (96, "text"), (112, "text"), (96, "image"), (112, "image")]
+    tasks = [(at_resolution, (seed, size, guidance, folder, 300)) for size, guidance in cases[::-1] for seed in seeds]
+    records = run_all(call, tasks, "resolution")
+    rows, bars = [], []
+    for size, guidance in cases:
+        found = [r for r in records if (r["size"], r["guidance"]) == (size, guidance)]
+        values = [r["accuracy"] for r in found]
+        rows.append(
+            [f"{size} px", LABELS[guidance], f"{found[0]['rate']:.3f}", f"{found[0]['cost']:.3f}", spread(values)]
+        )
+        bars.append((f"{size} px\n{guidance}", statistics.fmean(values), error(values)))
+    figure, (axis,) = axes()
+    axis.bar(range(len(bars)), [b[1] for b in bars], yerr=[b[2] for b in bars], capsize=3, color="tab:orange")
+    axis.set_xticks(range(len(bars)), [b[0] for b in bars])
+    axis.set_ylim(50, 100)
+    axis.set_ylabel("matching accuracy at equal cost, %")
+    figure.savefig(folder / "resolution.png", dpi=150)
+    head = ["image", "guidance", "keep rate", "cost (FLOPs of 80 px = 1)", "accuracy"]
+    write(folder, "resolution", "python -m benchmarks.accuracy study resolution", table(head, rows), records=records)
+
+
+def alignment(folder: Path, seeds: Seeds) -> None:
+    """(h) With and without selection alignment, from a base whose text attention was never trained."""
+    arms = (None, Arm("text"), Arm("text", aligned=True), Arm("image"))
+    curves = [
+        Curve(
+            seed,
+            arm,
+            400 if arm else 0,
+            ("text", "image", "random") if arm is None else (arm.guidance,),
+            QUERIES,
+            32,
+            folder,
+            1,
+        )
+        for arm in arms[::-1]
+        for seed in seeds
+    ]
+    records = [record for made in run_all(measure_curve, curves, "alignment") for record in made]
+    draw_curves(records, [], folder / "alignment.png")
+    text = (
+        curve_table(records, "accuracy")
+        + "\n\nPatches of the named objects kept, %:\n\n"
+        + curve_table(records, "patches")
+    )
+    write(folder, "alignment", "python -m benchmarks.accuracy study alignment", text, records=records)
+
+
+def from_scratch(seed: int, keep_rate: float, aligned: bool, steps: tuple[int, int]) -> Record:
+    """One model trained from nothing with (or, at keep rate 1, without) selection."""
+    torch.manual_seed(seed)
+    model = MiniAlbef()
+    train_from_scratch(model, train_sampler(seed), keep_rate, aligned, steps, BATCH)
+    with reduced(model, "none" if keep_rate == 1 else "text", keep_rate) as encode:
+        hits = matching_hits(model, encode, Questions.make(QUERIES // 2, 8, TEST_SEED)).float().mean()
+    return {"seed": seed, "keep_rate": keep_rate, "aligned": aligned, "accuracy": 100 * float(hits)}
+
+
+def scratch(folder: Path, seeds: Seeds) -> None:
+    """(i) Training with selection from the first step, as the papers do, against the same training without."""
+    cases = [(0.7, True), (0.7, False), (0.5, True), (0.5, False), (1.0, False)]
+    tasks = [(from_scratch, (seed, rate, aligned, STEPS)) for rate, aligned in cases for seed in seeds]
+    records = run_all(call, tasks, "from scratch")
+    rows, bars = [], []
+    for rate, aligned in cases[::-1]:
+        values = pick(records, keep_rate=rate, aligned=aligned)
+        name = "no selection" if rate == 1 else "with selection alignment" if aligned else "as in the papers"
+        rows.append([name, f"{rate:g}", spread(values)])
+        bars.append((f"{name}\nkeep {rate:g}", statistics.fmean(values), error(values)))
+    figure, (axis,) = axes(8)
+    axis.bar(range(len(bars)), [b[1] for b in bars], yerr=[b[2] for b in bars], capsize=3, color="tab:green")
+    axis.set_xticks(range(len(bars)), [b[0] for b in bars], fontsize=8)
+    axis.set_ylim(50, 100)
+    axis.set_ylabel("matching accuracy, %")
+    figure.savefig(folder / "scratch.png", dpi=150)
+    head = ["training", "keep", "accuracy"]
+    write(folder, "scratch", "python -m benchmarks.accuracy study scratch", table(head, rows), records=records)
+
+
+STUDIES: dict[str, Callable[[Path, Seeds], None]] = {
+    "speed": speed,
+    "layers": layers,
+    "delta": contrast_study("delta", (ITC, *DELTAS), ("same",)),
+    "similarity": contrast_study("similarity", (ITC, *SIMILARITIES), ("same",)),
+    "negatives": contrast_study("negatives", (ITC, Objective("srcl", 1.0), Objective("srcl", 4.0)), ("same",)),
+    "objectives": contrast_study("objectives", (ITC, Objective("srcl", 1.0), COSINE)),
+    "resolution": resolution,
+    "alignment": alignment,
+    "scratch": scratch,
+}
+"""(a) to (i), by name."""
