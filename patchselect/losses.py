@@ -8,11 +8,19 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
 
-def itc_loss(image_features: Tensor, text_features: Tensor, temperature: float | Tensor = 0.07) -> Tensor:
+def itc_loss(
+    image_features: Tensor,
+    text_features: Tensor,
+    temperature: float | Tensor = 0.07,
+    *,
+    image_candidates: Tensor | None = None,
+    text_candidates: Tensor | None = None,
+) -> Tensor:
     """Image-text contrastive loss (InfoNCE), the mean of both directions.
 
     `L_v = -1/N sum_i log( f(v_i, t_i) / sum_j f(v_i, t_j) )`, and the same from text to image.
@@ -21,6 +29,10 @@ def itc_loss(image_features: Tensor, text_features: Tensor, temperature: float |
         image_features: `(N, D)`.
         text_features: `(N, D)`.
         temperature: above 0; a tensor may be learned.
+        image_candidates: `(M, D)`, M of at least N, what texts are compared with in place of `image_features`: row i
+            matches text i, the rows behind N match none. ALBEF's momentum features and queue,
+            `torch.cat([image_feat_m, image_queue.T])`, or the rows of all processes, `gather_features(image_features)`.
+        text_candidates: `(M', D)`, likewise what images are compared with.
 
     Returns:
         A scalar.
@@ -28,9 +40,13 @@ def itc_loss(image_features: Tensor, text_features: Tensor, temperature: float |
     Raises:
         ValueError: features of different or wrong shape; a temperature that is not positive.
     """
-    logits = _cosines(image_features, text_features) / _positive(temperature)
-    target = torch.arange(len(logits), device=logits.device)
-    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+    _matching(image_features, text_features)
+    logits = (
+        _cosines(image_features, text_features if text_candidates is None else text_candidates),
+        _cosines(text_features, image_features if image_candidates is None else image_candidates),
+    )
+    target = torch.arange(len(image_features), device=image_features.device)
+    return sum(F.cross_entropy(one / _positive(temperature), target) for one in logits) / 2  # type: ignore[return-value]
 
 
 def srcl_loss(
@@ -41,12 +57,17 @@ def srcl_loss(
     teacher_text_features: Tensor | None = None,
     alpha: float = 0.0,
     delta: float = 1.0,
+    *,
+    image_candidates: Tensor | None = None,
+    text_candidates: Tensor | None = None,
+    teacher_image_candidates: Tensor | None = None,
+    teacher_text_candidates: Tensor | None = None,
 ) -> Tensor:
     """Similarity-regulated contrastive learning (Jiang et al., ACL 2023): negatives that look alike push less.
 
     `L_v = -1/N sum_i log( f(v_i, t_i) / ( f(v_i, t_i) + sum_{j != i} w_ij f(v_i, t_j) ) )`, and the same from text to
     image; their mean. `s_ij = alpha * teacher exp(cos) + (1 - alpha) * own exp(cos)`, without gradient, and
-    `w_ij = s_ij ** -delta`, scaled so that the weights of an anchor's negatives have the mean 1.
+    `w_ij = s_ij ** -delta`, scaled so that the weights of an anchor's negatives have the mean 1 (`negative_weights`).
 
     Args:
         image_features: `(N, D)`.
@@ -56,24 +77,52 @@ def srcl_loss(
         teacher_text_features: `(N, E)`.
         alpha: weight of the teacher, in [0, 1]; `progressive_alpha` lets it fall from 1 to 0.
         delta: how much likeness counts; 0 is InfoNCE, 1 the paper's `1 / s`.
+        image_candidates: `(M, D)`, as for `itc_loss`.
+        text_candidates: `(M', D)`.
+        teacher_image_candidates: `(M, E)`, the teacher's features of the same rows.
+        teacher_text_candidates: `(M', E)`.
 
     Raises:
         ValueError: features of different or wrong shape, `alpha` outside of [0, 1] or without a teacher.
     """
-    cosines = _cosines(image_features, text_features)
     alpha = float(alpha)
     if not 0.0 <= alpha <= 1.0:
         raise ValueError(f"alpha must be in [0, 1] (the weight of the teacher), got {alpha}")
-    similarity = (1 - alpha) * cosines.detach().exp()
-    if alpha > 0:
-        if teacher_image_features is None or teacher_text_features is None:
-            raise ValueError(f"alpha={alpha} weighs a teacher: give teacher_image_features and teacher_text_features")
-        taught = _cosines(teacher_image_features, teacher_text_features).detach()
-        if taught.shape != cosines.shape:
-            raise ValueError(f"the teacher has {len(taught)} pairs, the batch {len(cosines)}: give the same pairs")
-        similarity = similarity + alpha * taught.exp()
-    logits = cosines / _positive(temperature)
-    return (_regulated(logits, similarity, delta) + _regulated(logits.T, similarity.T, delta)) / 2
+    if alpha > 0 and (teacher_image_features is None or teacher_text_features is None):
+        raise ValueError(f"alpha={alpha} weighs a teacher: give teacher_image_features and teacher_text_features")
+    _matching(image_features, text_features)
+
+    def direction(
+        anchors: Tensor, candidates: Tensor, taught_anchors: Tensor | None, taught_candidates: Tensor | None
+    ) -> Tensor:
+        cosines = _cosines(anchors, candidates)
+        similarity = (1 - alpha) * cosines.detach().exp()
+        if alpha > 0:
+            taught = _cosines(taught_anchors, taught_candidates).detach()  # type: ignore[arg-type]
+            if taught.shape != cosines.shape:
+                raise ValueError(
+                    f"the teacher compares {taught.shape[0]} with {taught.shape[1]} rows, the model {cosines.shape[0]} "
+                    f"with {cosines.shape[1]}: give the teacher's features of the same pairs and candidates"
+                )
+            similarity = similarity + alpha * taught.exp()
+        return _regulated(cosines / _positive(temperature), similarity, delta)
+
+    def first(candidates: Tensor | None, features: Tensor | None) -> Tensor:
+        return features if candidates is None else candidates  # type: ignore[return-value]
+
+    to_text = direction(
+        image_features,
+        first(text_candidates, text_features),
+        teacher_image_features,
+        first(teacher_text_candidates, teacher_text_features),
+    )
+    to_image = direction(
+        text_features,
+        first(image_candidates, image_features),
+        teacher_text_features,
+        first(teacher_image_candidates, teacher_image_features),
+    )
+    return (to_text + to_image) / 2
 
 
 def negative_weights(similarity: Tensor, delta: float = 1.0) -> Tensor:
@@ -82,23 +131,47 @@ def negative_weights(similarity: Tensor, delta: float = 1.0) -> Tensor:
     `w_ij = s_ij ** -delta`, scaled so that those of a row have the mean 1: they fall with the similarity.
 
     Args:
-        similarity: `(N, N)`, positive: `exp(cos)` of row i with column j, the matching pairs on the diagonal.
+        similarity: `(N, M)`, positive: `exp(cos)` of anchor i with candidate j; the pairs (i, i) match.
         delta: how much likeness counts; 0 gives every negative the weight 1.
 
     Returns:
-        `(N, N)`, 0 on the diagonal.
+        `(N, M)`, 0 where i = j.
     """
-    own = torch.eye(len(similarity), dtype=torch.bool, device=similarity.device)
-    weights = similarity.pow(-delta).masked_fill(own, 0.0)
-    mean = weights.sum(dim=1, keepdim=True) / max(1, len(similarity) - 1)
+    weights = similarity.pow(-delta).masked_fill(_own(similarity), 0.0)
+    mean = weights.sum(dim=1, keepdim=True) / max(1, similarity.shape[1] - 1)
     return weights / mean.clamp_min(torch.finfo(weights.dtype).tiny)
 
 
 def _regulated(logits: Tensor, similarity: Tensor, delta: float) -> Tensor:
     """One direction of `srcl_loss`: cross-entropy with the weights of the negatives as an offset of their logits."""
-    own = torch.eye(len(logits), dtype=torch.bool, device=logits.device)
-    offset = negative_weights(similarity, delta).masked_fill(own, 1.0).log()
+    offset = negative_weights(similarity, delta).masked_fill(_own(similarity), 1.0).log()
     return F.cross_entropy(logits + offset, torch.arange(len(logits), device=logits.device))
+
+
+def _own(matrix: Tensor) -> Tensor:
+    return torch.eye(*matrix.shape, dtype=torch.bool, device=matrix.device)
+
+
+def gather_features(features: Tensor) -> Tensor:
+    """The rows of all processes of the initialised `torch.distributed` group, those of this one in front.
+
+    Candidates for `itc_loss` and `srcl_loss` in distributed training: with a mean loss per process and the averaging of
+    `DistributedDataParallel`, the gradients are those of one process with the whole batch (they flow back to the
+    processes that the rows came from). Every process must have the same number of rows. Without a group the features
+    come back as they are.
+
+    Args:
+        features: `(N, D)`.
+
+    Returns:
+        `(N * processes, D)`.
+    """
+    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+        return features
+    from torch.distributed.nn.functional import all_gather  # the one whose backward goes over the processes
+
+    rows, rank = list(all_gather(features)), dist.get_rank()
+    return torch.cat([rows[rank], *rows[:rank], *rows[rank + 1 :]])
 
 
 def cosine_alignment_loss(
@@ -119,6 +192,7 @@ def cosine_alignment_loss(
     Raises:
         ValueError: features of different or wrong shape, or a single pair, which has no mismatched partner.
     """
+    _matching(image_features, text_features)
     cosines = _cosines(image_features, text_features)
     size = len(cosines)
     if size < 2:
@@ -164,16 +238,24 @@ def progressive_alpha(step: int, total_steps: int) -> float:
     return max(0.0, 1.0 - step / total_steps)
 
 
-def _cosines(image_features: Tensor, text_features: Tensor) -> Tensor:
-    """`(N, N)` cosines of every image with every text."""
+def _matching(image_features: Tensor, text_features: Tensor) -> None:
     if image_features.dim() != 2 or image_features.shape != text_features.shape or not len(image_features):
         raise ValueError(
             "features must be (N, D) and (N, D) with row i of both a pair, got "
             f"{tuple(image_features.shape)} and {tuple(text_features.shape)}"
         )
-    wide = torch.promote_types(image_features.dtype, torch.float32)
-    with torch.autocast(image_features.device.type, enabled=False):
-        return F.normalize(image_features.to(wide), dim=-1) @ F.normalize(text_features.to(wide), dim=-1).T
+
+
+def _cosines(anchors: Tensor, candidates: Tensor) -> Tensor:
+    """`(N, M)` cosines of every anchor with every candidate."""
+    if candidates.dim() != 2 or candidates.shape[1] != anchors.shape[1] or len(candidates) < len(anchors):
+        raise ValueError(
+            f"candidates must be (M, {anchors.shape[1]}) with M of at least {len(anchors)}, the first {len(anchors)} "
+            f"rows matching the features of the other side; got {tuple(candidates.shape)}"
+        )
+    wide = torch.promote_types(anchors.dtype, torch.float32)
+    with torch.autocast(anchors.device.type, enabled=False):
+        return F.normalize(anchors.to(wide), dim=-1) @ F.normalize(candidates.to(wide), dim=-1).T
 
 
 def _positive(temperature: float | Tensor) -> float | Tensor:

@@ -77,6 +77,74 @@ def test_srcl_weighs_negatives_by_their_likeness(shape, temperature, alpha, delt
     assert float(plain) == pytest.approx(float(losses.itc_loss(image, text, temperature)), rel=1e-9, abs=1e-12)
 
 
+@settings(max_examples=20, deadline=None)
+@given(pairs, st.integers(0, 4), st.floats(0, 1), st.floats(0, 3))
+def test_candidates_stand_in_for_the_features_of_the_batch(shape, more, alpha, delta):
+    """Momentum features and a queue: rows behind the batch are negatives of all."""
+    image, text, taught_image, taught_text = features(shape)
+    size, width, seed = shape
+    image_rows, text_rows, taught_image_rows, taught_text_rows = features((size + more, width, seed + 1))
+
+    def direction(one, rows, taught_one, taught_rows) -> float:
+        total = 0.0
+        for i in range(size):
+            scores = [math.exp(cosine(one[i], row) / 0.3) for row in rows]
+            likeness = [
+                alpha * math.exp(cosine(taught_one[i], taught)) + (1 - alpha) * math.exp(cosine(one[i], row))
+                for row, taught in zip(rows, taught_rows, strict=True)
+            ]
+            weights = [value**-delta for value in likeness]
+            mean = (sum(weights) - weights[i]) / (len(rows) - 1)
+            rest = sum(weights[j] / mean * scores[j] for j in range(len(rows)) if j != i)
+            total -= math.log(scores[i] / (scores[i] + rest))
+        return total / size
+
+    given = dict(image_candidates=image_rows, text_candidates=text_rows)
+    expected = (
+        direction(image, text_rows, taught_image, taught_text_rows)
+        + direction(text, image_rows, taught_text, taught_image_rows)
+    ) / 2
+    found = losses.srcl_loss(
+        image, text, 0.3, taught_image, taught_text, alpha, delta, **given,
+        teacher_image_candidates=taught_image_rows, teacher_text_candidates=taught_text_rows,
+    )  # fmt: skip
+    assert float(found) == pytest.approx(expected, rel=1e-9, abs=1e-12)
+    plain = losses.srcl_loss(image, text, 0.3, delta=0.0, **given)
+    assert float(losses.itc_loss(image, text, 0.3, **given)) == pytest.approx(float(plain), rel=1e-9, abs=1e-12)
+
+
+def test_weights_of_negatives_have_the_mean_one_and_fall_with_the_likeness():
+    similarity = torch.tensor([[3.0, 1.0, 2.0, 0.5], [1.0, 9.0, 4.0, 2.0]], dtype=torch.float64)
+    weights = losses.negative_weights(similarity, delta=2.0)
+    assert weights.diagonal().tolist() == [0.0, 0.0]
+    torch.testing.assert_close(weights.sum(dim=1) / 3, torch.ones(2, dtype=torch.float64))
+    assert weights[0, 3] > weights[0, 1] > weights[0, 2] > 0
+    assert losses.negative_weights(similarity, delta=0.0)[0].tolist() == [0.0, 1.0, 1.0, 1.0]
+
+
+def _one_of_two(rank: int, store: str, folder: str) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    image, text = (x.chunk(2)[rank].requires_grad_() for x in features((6, 5, 3), 2))
+    loss = losses.srcl_loss(
+        image, text, 0.2, image_candidates=losses.gather_features(image), text_candidates=losses.gather_features(text)
+    )
+    loss.backward()
+    torch.save((loss.detach(), image.grad / 2, text.grad / 2), f"{folder}/{rank}.pt")  # DDP takes the mean over both
+    torch.distributed.destroy_process_group()
+
+
+def test_gathered_over_two_processes_it_is_the_loss_of_one(tmp_path):
+    image, text = (x.requires_grad_() for x in features((6, 5, 3), 2))
+    assert losses.gather_features(image) is image
+    loss = losses.srcl_loss(image, text, 0.2)
+    loss.backward()
+    torch.multiprocessing.spawn(_one_of_two, args=(str(tmp_path / "store"), str(tmp_path)), nprocs=2)
+    parts = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    torch.testing.assert_close((parts[0][0] + parts[1][0]) / 2, loss.detach())
+    torch.testing.assert_close(torch.cat([part[1] for part in parts]), image.grad)
+    torch.testing.assert_close(torch.cat([part[2] for part in parts]), text.grad)
+
+
 def test_the_weights_of_srcl_carry_no_gradient():
     image, text = (x.requires_grad_() for x in features((4, 6, 1), 2))
     (found,) = torch.autograd.grad(losses.srcl_loss(image, text, 0.5), image)
@@ -146,6 +214,8 @@ def test_half_precision_and_wrong_arguments():
         (lambda: losses.itc_loss(image, text, 0.0), "temperature must be above 0"),
         (lambda: losses.srcl_loss(image, text, alpha=0.5), "give teacher_image_features"),
         (lambda: losses.srcl_loss(image, text, alpha=1.5), r"alpha must be in \[0, 1\]"),
+        (lambda: losses.itc_loss(image, text, text_candidates=text[:2]), "M of at least 3"),
+        (lambda: losses.srcl_loss(image, text, 1, image, text, 0.5, text_candidates=image.repeat(2, 1)), "same pairs"),
         (lambda: losses.cosine_alignment_loss(image[:1], text[:1]), "at least 2 pairs"),
         (lambda: losses.progressive_alpha(-1, 4), "step must be 0 or more"),
     ):
