@@ -31,9 +31,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import patchselect
+from patchselect.hosts import find_towers
 
 from .cost import countable
 from .measure import synchronise, timed
+from .parts import as_parts, parts_table, spent_by_part
 from .report import machine, spread, versions
 
 PAPER = "TRIPS (EMNLP 2022) at 384 px on V100s: 79.32 to 115.01 pairs/s, 1.45x, for 76.03 to 55.60 GFLOPs, 1.37x."
@@ -127,21 +129,27 @@ def measure(options: argparse.Namespace, work: str, size: int, bar: tqdm[Any]) -
     whole = HOSTS[options.host](work, size, options.batch, options.text_length)
     cases = cases_of(whole, work, options.keep_rate)
     seconds: dict[tuple[str, float | None], list[float]] = {case: [] for case in cases}
-    flops: dict[tuple[str, float | None], float] = {}
+    flops: dict[tuple[str, float | None], dict[str, float]] = {}
+    by_part: dict[tuple[str, float | None], list[dict[str, float]]] = {case: [] for case in cases}
     device = next(whole.model.parameters()).device
     shuffle = random.Random(options.seed).shuffle
+    blocks = find_towers(whole.model)[0].blocks if options.profile and work == "pair" else []
+    clock = time.process_time if options.cpu_time else time.perf_counter
 
     def patched(case: tuple[str, float | None]) -> None:
         patchselect.remove(whole.model)
         if case[1] is not None:
             patchselect.apply(whole.model, case[1], options.layers)
 
+    def spent(case: tuple[str, float | None], clock: Callable[[], float]) -> dict[str, float]:
+        found = spent_by_part(lambda: run_once(whole, work, case[0]), blocks, options.layers, clock)
+        return {part: each / options.batch for part, each in found.items()}
+
     for case in cases:  # the warm-up counts FLOPs
         patched(case)
         counter = FlopCounterMode(display=False)
         with countable(), counter:
-            run_once(whole, work, case[0])
-        flops[case] = counter.get_total_flops() / options.batch
+            flops[case] = spent(case, counter.get_total_flops)
         synchronise(device)
         bar.update()
     for _ in range(options.rounds):
@@ -151,7 +159,7 @@ def measure(options: argparse.Namespace, work: str, size: int, bar: tqdm[Any]) -
             patched(case)
             bar.set_description_str(f"{whole.name} {work} {size} px {case[0]}")
             start = time.process_time()
-            wall = timed(lambda case=case: run_once(whole, work, case[0]), device)  # type: ignore[misc]
+            wall = timed(lambda case=case: by_part[case].append(spent(case, clock)), device)  # type: ignore[misc]
             seconds[case].append(time.process_time() - start if options.cpu_time else wall)
             bar.update()
     base = cases[0]
@@ -165,8 +173,9 @@ def measure(options: argparse.Namespace, work: str, size: int, bar: tqdm[Any]) -
             "seconds": seconds[method, rate],
             "pairs_per_second": spread([options.batch / s for s in seconds[method, rate]]),
             "speed_up": spread([b / s for b, s in zip(seconds[base], seconds[method, rate], strict=True)]),
-            "gflops_per_pair": flops[method, rate] / 1e9,
-            "flop_ratio": flops[base] / flops[method, rate],
+            "gflops_per_pair": flops[method, rate]["all"] / 1e9,
+            "flop_ratio": flops[base]["all"] / flops[method, rate]["all"],
+            "parts": as_parts(flops[method, rate], by_part[method, rate]) if blocks else None,
         }
         for method, rate in cases
     ]
@@ -209,6 +218,7 @@ def parser() -> argparse.ArgumentParser:
     add("--rounds", type=int, default=5)
     add("--threads", type=int, default=torch.get_num_threads())
     add("--cpu-time", action="store_true", help="seconds of the process, where other work shares the machine")
+    add("--profile", action="store_true", help="also where the time and the FLOPs of a pair go, part by part")
     add("--output", type=Path, default=Path("results/whole_model.json"))
     add("--seed", type=int, default=0)
     return options
@@ -234,6 +244,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps(found, indent=1))
     print(table(records))
+    for size in options.image_size if options.profile else ():
+        pairs = [record for record in records if record["parts"] and record["image_size"] == size]
+        print(f"\nwhere a pair at {size} px goes\n\n{parts_table(pairs)}" if pairs else "")
     print(
         f"\nspeed-up: median [quartiles] over {options.rounds} rounds; efficiency: speed-up over FLOP ratio.\n{PAPER}"
     )

@@ -1,7 +1,16 @@
 """The table of heads that fuse image and text: structural doubles always, the real ALBEF and mPLUG where they are.
 
-The real ones run with `ALBEF_DIR` and `MPLUG_DIR` set to checkouts and `PATCHSELECT_TARGETS` to the folder of the
-runners that build them (`albef_targets.py`, `mplug_targets.py`); without these they skip.
+The real ones run with `ALBEF_DIR` and `MPLUG_DIR` set to checkouts and `PATCHSELECT_TARGETS` to a folder of runners;
+without these they skip. Both codebases pin releases that are long gone, so how their heads are built under newer ones
+is the business of the runners, `albef_targets.py` and `mplug_targets.py`:
+
+- `ALL[name](**options)` returns a small model in training mode, its patches 4 x 4 and its vision tower six blocks deep,
+  and `batch`; mPLUG's take `large` (a tower wider than the text). The names are in `HEADS` below.
+- `batch(seed=…)` returns the positional and the named arguments of a training call, on any number of pairs.
+- `active()` is a context in which the model can be pickled.
+
+(`benchmarks.whole_model` asks for `image_size=…, small=False, train=…, distill=…`, and for
+`batch(batch_size=…, length=…, train=…)`.)
 """
 
 from __future__ import annotations

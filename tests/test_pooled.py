@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hosts import HOSTS, build
+from hosts import HOSTS, VISION, build
 
 import patchselect
 
@@ -60,3 +60,21 @@ def test_a_last_block_that_selects_is_refused_and_training_runs_as_always():
     with patchselect.guide(case.model, torch.randn(1, case.text_width)):
         case.image_side(case.model, case.images(1)).sum().backward()
     assert lengths[0] > 1 and last.mlp.fc1.weight.grad.abs().sum() > 0
+
+
+def test_its_benchmark_counts_what_it_saves(tmp_path, capsys):
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("tqdm")
+    last_block = pytest.importorskip("benchmarks.last_block")
+
+    def tiny(size: int):
+        config = transformers.CLIPVisionConfig(**VISION | {"image_size": size}, projection_dim=512)
+        return transformers.CLIPVisionModelWithProjection(config).eval()
+
+    arguments = ["--image-size", "64", "--layers", "1", "3", "--rounds", "1", "--device", "cpu"]
+    found = last_block.main([*arguments, "--output", str(tmp_path / "found.json")], tiny)["results"]
+    saved = [record["saved"] for record in found]
+    assert [record["keep_rate"] for record in found] == [1.0, 0.7, 0.5]
+    assert 1 / 6 > saved[0] > saved[1] > saved[2] > 0
+    assert all(record["moved"] < 1e-5 and record["speed_up"]["median"] > 0 for record in found)
+    assert capsys.readouterr().out.count("\n| ") == 4
