@@ -86,7 +86,10 @@ def tokens_per_block(patches: int, keep_rate: float, depth: int = 6) -> list[int
 
 
 def merged(patches: int, keep_rate: float, depth: int = 6) -> int:
-    """How many patches ToMe must merge in all for the tokens of its blocks to sum up to those of the selection."""
+    """How many patches ToMe must merge in all for the tokens of its blocks to sum up to those of the selection.
+
+    Spread evenly, no merging reaches the token count of the lowest rates: it then merges all that it can.
+    """
     target = sum(tokens_per_block(patches, keep_rate, depth))
     # r merged in every block: block b sees N - b r before and N - (b + 1) r after its merging.
     per_block = (depth * (patches + 1) - target) / sum(block + 0.5 for block in range(depth))

@@ -74,7 +74,7 @@ def curve_table(records: Sequence[Record], value: str) -> str:
     for trained, method in lines_of(records):
         cells = [pick(records, value, trained=trained, method=method, keep_rate=rate) for rate in KEEP_RATES]
         if any(cells):
-            rows.append([name_of(trained, method), *(spread(cell) for cell in cells)])
+            rows.append([name_of(trained, method), *(spread(cell) if cell else "–" for cell in cells)])
     return table(["", *(f"keep {rate:g}" for rate in KEEP_RATES)], rows)
 
 
