@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from .guidance import guide
 from .patching import apply
@@ -44,34 +46,62 @@ def main(arguments: Sequence[str] | None = None) -> Path:
 
     photo = Image.open(options.image).convert("RGB")
     load = _open_clip if options.model.startswith(PREFIX) else _transformers
-    model, pixels, features, encode = load(options, photo)
-    handle = apply(model, options.keep_rate, options.layers, relevance=options.relevance)
-    with torch.no_grad(), handle.record() as trace, guide(model, features, pairing="all"):
-        encode(pixels)
+    loaded = load(options, photo)
+    handle = apply(loaded.model, options.keep_rate, options.layers, relevance=options.relevance)
+    with torch.no_grad(), handle.record() as trace, guide(loaded.model, loaded.features, pairing="all"):
+        loaded.encode()
     output = options.output or options.image.with_name(f"{options.image.stem}-kept.png")
-    draw_selection(_as_seen(pixels), trace, options.texts, path=output)
+    draw_selection(loaded.seen, trace, options.texts, path=output)
     return output
 
 
-def _as_seen(pixels: torch.Tensor) -> torch.Tensor:
+@dataclass(frozen=True)
+class Loaded:
+    """A model with one photo and the texts, as its own processor makes them."""
+
+    model: nn.Module
+    seen: Tensor
+    """`(1, 3, H, W)`: what the model gets to see of the photo."""
+    features: Tensor
+    encode: Callable[[], object]
+    """Run the image side."""
+
+
+def _as_seen(pixels: Tensor) -> Tensor:
     """The pixels that the model got, each channel back to the colours between its extremes."""
     low, high = pixels.amin(dim=(-1, -2), keepdim=True), pixels.amax(dim=(-1, -2), keepdim=True)
     return (pixels - low) / (high - low).clamp_min(1e-6)
 
 
-def _transformers(options: argparse.Namespace, photo: Any) -> tuple[Any, torch.Tensor, torch.Tensor, Any]:
+def _transformers(options: argparse.Namespace, photo: Any) -> Loaded:
     from transformers import AutoModel, AutoProcessor
 
     model = AutoModel.from_pretrained(options.model).eval()
+    if not hasattr(model, "get_text_features") or not hasattr(model, "get_image_features"):
+        raise SystemExit(
+            f"{options.model} is a {type(model).__name__}, which has no text features of its own to guide with: draw a "
+            "call of it from Python (patchselect.visualization), or name a model like CLIP or SigLIP"
+        )
     processor = AutoProcessor.from_pretrained(options.model)
-    pixels = processor(images=photo, return_tensors="pt")["pixel_values"]
-    tokens = processor(text=list(options.texts), return_tensors="pt", padding="max_length", truncation=True)
+    inputs = dict(processor(images=photo, return_tensors="pt"))
+    # A tokenizer that was stored without its length says 1e30; models of one length (SigLIP) want to be padded to it.
+    lengths = processor.tokenizer.model_max_length, model.config.get_text_config().max_position_embeddings
+    tokens = processor(
+        text=list(options.texts), return_tensors="pt", padding="max_length", truncation=True, max_length=min(lengths)
+    )
     with torch.no_grad():
         features = pooled(model.get_text_features(**tokens))
-    return model, pixels, features, lambda x: model.get_image_features(pixel_values=x)
+    pixels = inputs["pixel_values"]
+    if pixels.dim() != 4:  # SigLIP 2: flat patches of the whole photo, padded
+        import numpy
+
+        patches = int(inputs["pixel_attention_mask"].sum())
+        inputs |= {name: inputs[name][:, :patches] for name in ("pixel_values", "pixel_attention_mask")}
+        pixels = torch.from_numpy(numpy.array(photo)).permute(2, 0, 1).unsqueeze(0) / 255
+    return Loaded(model, _as_seen(pixels), features, lambda: model.get_image_features(**inputs))
 
 
-def _open_clip(options: argparse.Namespace, photo: Any) -> tuple[Any, torch.Tensor, torch.Tensor, Any]:
+def _open_clip(options: argparse.Namespace, photo: Any) -> Loaded:
     import open_clip
 
     name = options.model.removeprefix(PREFIX)
@@ -79,7 +109,8 @@ def _open_clip(options: argparse.Namespace, photo: Any) -> tuple[Any, torch.Tens
     model.eval()
     with torch.no_grad():
         features = model.encode_text(open_clip.get_tokenizer(name)(list(options.texts)))
-    return model, preprocess(photo).unsqueeze(0), features, model.encode_image
+    pixels = preprocess(photo).unsqueeze(0)
+    return Loaded(model, _as_seen(pixels), features, lambda: model.encode_image(pixels))
 
 
 if __name__ == "__main__":

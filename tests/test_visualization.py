@@ -141,6 +141,59 @@ def test_the_command_line_writes_a_picture(tmp_path, monkeypatch):
     assert visualize.main([*arguments, "--output", str(tmp_path / "out.png"), "--layers", "0", "2"]).exists()
 
 
+def stored(name: str, folder) -> str:
+    """A tiny model of transformers in a folder of its own, with a processor whose tokenizer knows no length."""
+    transformers = pytest.importorskip("transformers")
+    tokenizers = pytest.importorskip("tokenizers")
+    vocabulary = {"<pad>": 1, "<eos>": 98, "<unk>": 0, "a": 2, "cat": 3, "and": 4, "dog": 5}
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    ended = tokenizers.processors.TemplateProcessing(single="$A <eos>", special_tokens=[("<eos>", 98)])
+    words.post_processor = ended  # CLIP reads its text there
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>")
+    if name == "clip":
+        images = transformers.CLIPImageProcessor(size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64})
+        processor = transformers.CLIPProcessor(images, tokenizer)
+    else:
+        images = transformers.Siglip2ImageProcessor(max_num_patches=16, patch_size=16)
+        processor = transformers.Siglip2Processor(images, tokenizer)
+    for part in (build(name).model, processor):
+        part.save_pretrained(folder / name)
+    return str(folder / name)
+
+
+@pytest.mark.parametrize("name", ["clip", "siglip2"])
+def test_the_command_line_draws_models_of_transformers(name, tmp_path, monkeypatch):
+    image = pytest.importorskip("PIL.Image")
+    from patchselect import visualize
+
+    photo = tmp_path / "photo.png"
+    image.new("RGB", (90, 60), "orange").save(photo)
+    drawn = {}
+    draw = visualize.draw_selection
+    monkeypatch.setattr(
+        visualize, "draw_selection", lambda *given, **more: drawn.update(given=given) or draw(*given, **more)
+    )
+    written = visualize.main([str(photo), "a cat", "a cat and a dog", "--model", stored(name, tmp_path)])
+    assert written.stat().st_size > 10_000
+    seen, trace, texts = drawn["given"]
+    assert seen.shape == (1, 3, 64, 64) if name == "clip" else (1, 3, 60, 90), "what the model gets to see"
+    assert trace[0].grid == (4, 4) if name == "clip" else (3, 4)
+    assert texts == ["a cat", "a cat and a dog"] and not torch.equal(*trace[0].relevance)
+
+
+def test_the_command_line_refuses_a_model_without_text_features(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    image = pytest.importorskip("PIL.Image")
+    from patchselect import visualize
+
+    image.new("RGB", (90, 60), "orange").save(tmp_path / "photo.png")
+    sizes = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, vocab_size=9)
+    transformers.ViltModel(transformers.ViltConfig(**sizes)).save_pretrained(tmp_path / "vilt")
+    with pytest.raises(SystemExit, match="ViltModel, which has no text features of its own"):
+        visualize.main([str(tmp_path / "photo.png"), "a cat", "--model", str(tmp_path / "vilt")])
+
+
 def test_importing_the_package_imports_nothing_to_draw_with():
     program = """
 import sys, torch
