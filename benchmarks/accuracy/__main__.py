@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .base import RESULTS
+from .base import RESULTS, base
 from .curves import ARMS, run, train_all
 from .report import curve_table, draw_curves, write
 from .studies import QUERIES, STUDIES
@@ -17,8 +17,6 @@ def curves(
     name: str, seeds: tuple[int, ...], arms: tuple[Arm, ...], steps: int, queries: int, pool: int, folder: Path
 ) -> None:
     """Curves over the keep rates: as it is, and after `steps` of training with selection."""
-    from .base import base
-
     records = run(seeds, arms, steps, queries, pool, folder)
     speeds = throughput(base(seeds[0], folder))
     parts = [

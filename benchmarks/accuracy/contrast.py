@@ -161,5 +161,5 @@ def retrieve(model: MiniAlbef, layout: Layout, owners: int = 48) -> dict[str, An
     """R@K of the joint space, over `owners` scenes whose captions fit no other of them."""
     questions = Questions.make(owners, owners, TEST_SEED, layout)
     image, text = features(model, questions.pool_images, questions.pool_captions)
-    own = retrieval_recall(F.normalize(image, dim=-1) @ F.normalize(text, dim=-1).T, torch.arange(owners))
+    own = retrieval_recall(F.normalize(image, dim=-1) @ F.normalize(text, dim=-1).T, torch.arange(len(image)))
     return {"image_to_text": own["image_to_text"], "text_to_image": own["text_to_image"]}

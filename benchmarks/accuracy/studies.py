@@ -188,7 +188,7 @@ def at_resolution(seed: int, size: int, guidance: str, folder: Path, steps: int)
 
 def resolution(folder: Path, seeds: Seeds) -> None:
     """(g) Larger images at equal cost, on scenes of small drawings, after 300 steps of training at that size."""
-    cases = [(80, "none"), (96, "text"), (112, "text"), (96, "image"), (112, "image")]
+    cases = [(80, "none"), (88, "text"), (96, "text"), (88, "image"), (96, "image")]
     tasks = [(at_resolution, (seed, size, guidance, folder, 300)) for size, guidance in cases[::-1] for seed in seeds]
     records = run_all(call, tasks, "resolution")
     rows, bars = [], []

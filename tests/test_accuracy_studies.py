@@ -1,0 +1,86 @@
+"""Every study of the accuracy benchmark runs to its table and its plot, on little data, one step of training each."""
+
+from __future__ import annotations
+
+import json
+from functools import cache, partial
+
+import pytest
+import torch
+
+from benchmarks.accuracy import __main__ as command
+from benchmarks.accuracy import contrast, curves, scratch, studies, train
+from benchmarks.accuracy.evaluate import Questions
+from benchmarks.accuracy.model import MiniAlbef
+from benchmarks.accuracy.scenes import PLAIN, Sampler, make_scenes
+from benchmarks.accuracy.throughput import throughput
+
+
+@cache
+def few_questions(count, pool, seed, layout=PLAIN):
+    return Questions.make(6, 3, seed, layout)
+
+
+@cache
+def few_scenes(layout):
+    return make_scenes(24, 0, False, layout)
+
+
+@pytest.fixture
+def small(monkeypatch, tmp_path):
+    """Untrained bases, a handful of scenes, one step wherever something is trained, and no processes."""
+
+    class Asked:
+        make = staticmethod(few_questions)
+
+    def one_step(model, loss, steps, rate, name):
+        loss(0).backward()
+        assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+
+    def base(seed, *args, **kwargs):
+        torch.manual_seed(seed)
+        return MiniAlbef().eval()
+
+    for module in (train, contrast, scratch):
+        monkeypatch.setattr(module, "fit", one_step)
+    for module in (studies, contrast, curves):
+        monkeypatch.setattr(
+            module,
+            "train_sampler",
+            lambda seed, layout=PLAIN, count=0: Sampler(few_scenes(layout), layout.size // 8, seed),
+        )
+        monkeypatch.setattr(module, "base", base)
+        monkeypatch.setattr(module, "Questions", Asked)
+    for module in (studies, curves):
+        monkeypatch.setattr(module, "run_all", lambda work, tasks, name: [work(task) for task in tasks])
+    monkeypatch.setattr(contrast, "CONTRAST_BATCH", 8)
+    monkeypatch.setattr(studies, "BATCH", 4)
+    monkeypatch.setattr(curves, "BATCH", 4)
+    monkeypatch.setattr(studies, "WHERE", ((1,), (2, 4)))
+    monkeypatch.setattr(command, "base", base)
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", [name for name in studies.STUDIES if name != "speed"])
+def test_a_study_ends_in_a_table_and_a_plot(name, small, capsys):
+    studies.STUDIES[name](small, (0, 1))
+    told = capsys.readouterr().out
+    facts = json.loads((small / f"{name}.json").read_text())
+    assert facts["command"] == f"python -m benchmarks.accuracy study {name}"
+    assert {record["seed"] for record in facts["records"]} == {0, 1}
+    assert "±" in told
+    assert "±" in (small / f"{name}.md").read_text()
+    assert (small / f"{name}.png").stat().st_size > 5000
+
+
+def test_curves_end_in_tables_a_plot_and_the_figure_of_speed(small, monkeypatch, capsys):
+    monkeypatch.setattr(command, "throughput", partial(throughput, rounds=2, batch=2))
+    monkeypatch.setattr(studies, "throughput", partial(throughput, rounds=2, batch=2))
+    with pytest.raises(SystemExit, match="run `python -m benchmarks.accuracy full` first"):
+        studies.speed(small, (0,))
+    command.curves("full", (0,), (train.Arm("text", aligned=True),), 1, 12, 3, small)
+    assert (small / "full.png").stat().st_size > 5000
+    studies.speed(small, (0,))
+    told = capsys.readouterr().out
+    assert "| text (TRIPS), as it is |" in told
+    assert "| no reduction |" in (small / "speed.md").read_text()
