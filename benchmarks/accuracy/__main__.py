@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from . import align, clip_study, zeroshot
 from .base import RESULTS, base
 from .curves import ARMS, run, train_all
 from .report import curve_table, draw_curves, write
@@ -45,7 +46,18 @@ def main() -> None:
         command.add_argument("--seed", type=int, nargs="+", default=[0, 1, 2])
     for command in (train, quick, full, study):
         command.add_argument("--output", type=Path, default=RESULTS)
+    others = {
+        "clip": (clip_study, "frozen small CLIP: relevances and rivals at equal tokens"),
+        "align": (align, "a short alignment under selection, of the small CLIP or of your model and data"),
+        "zeroshot": (zeroshot, "any CLIP on a folder of classes, with and without selection"),
+    }
+    for name, (module, about) in others.items():
+        raw = argparse.RawDescriptionHelpFormatter
+        module.add_arguments(commands.add_parser(name, help=about, description=module.__doc__, formatter_class=raw))
     options = parser.parse_args()
+    if options.command in others:
+        others[options.command][0].main(options)
+        return
     options.output.mkdir(parents=True, exist_ok=True)
     if options.command == "quick":
         curves(
