@@ -87,11 +87,11 @@ class Objective(nn.Module):
         candidates = dict(image_candidates=gather_features(image), text_candidates=gather_features(text))
         loss = itc_loss(image, text, temperature, **candidates)
         if self.plan.alignment:
-            tower = handle.towers[0]
+            tower, texts = handle.towers[0], candidates["text_candidates"]
+            weight = self.plan.alignment / len(trace)
             for entry in trace:
-                loss = loss + self.plan.alignment / len(trace) * selection_alignment_loss(
-                    entry.pooled, text, temperature, lambda pooled: tower.adapter.project(tower, pooled[:, None])[:, 0]
-                )
+                projected = tower.adapter.project(tower, entry.pooled.unsqueeze(1)).squeeze(1)
+                loss = loss + weight * selection_alignment_loss(gather_features(projected), texts, temperature)
         return loss
 
 
