@@ -51,7 +51,7 @@ class Stem(nn.Sequential):
 
 
 def build() -> Any:
-    """An `open_clip.model.CLIP`: ViT of 6 blocks, width 64, 64 patches; text of 2 layers; 0.45 million parameters."""
+    """An `open_clip.model.CLIP`: ViT of 6 blocks, width 64, 64 patches; text of 2 layers; 0.44 million parameters."""
     from open_clip.model import CLIP
 
     vision = dict(layers=DEPTH, width=WIDTH, head_width=16, patch_size=PATCH, image_size=SIZE)
@@ -202,11 +202,11 @@ def main(options: argparse.Namespace) -> dict[str, Any]:
     from .questions import score
 
     torch.set_num_threads(options.threads)
-    plan, began = Training(options.seed, options.steps), (time.time(), time.process_time())
+    plan, began, source = Training(options.seed, options.steps), (time.time(), time.process_time()), commit()
     model = train(plan, watch=lambda model: score(model, 512)["accuracy"])
     about: dict[str, Any] = {
         "command": f"python -m benchmarks.accuracy clip --train --seed {plan.seed} --steps {plan.steps}",
-        "commit": commit(),
+        "commit": source,
         "seconds": round(time.time() - began[0]),
         "cpu_seconds": round(time.process_time() - began[1]),
         "machine": machine(torch.device("cpu")),

@@ -55,7 +55,8 @@ ARMS = (
     Arm("joint, per caption", "text", "joint", "paired"),
     Arm("keys, shared by the candidates", "text", "keys", "candidates"),
     Arm("keys, per caption (TRIPS)", "text", "keys", "paired"),
-    Arm("features, shared by the candidates", "text", "features", "candidates"),
+    Arm("keys, shared by all nouns", "text", "keys", "nouns"),
+    Arm("features, shared by all nouns", "text", "features", "nouns"),
     Arm("image [CLS] (EViT)", "image"),
     Arm("random", "random"),
     Arm("smaller grid, equal tokens", "grid"),
@@ -148,7 +149,7 @@ def answers(model: Any, arm: Arm, rate: float, images: Tensor, texts: Tensor, fu
         pairing = "all" if arm.texts == "paired" else "shared"
         parts = []
         # Texts that one selection shares belong to the whole batch, so that scenes with their own come one by one.
-        for rows in torch.arange(len(images)).split(32 if pairing == "all" else 1):
+        for rows in torch.arange(len(images)).split(8 if pairing == "all" else 1):
             with patchselect.guide(model, texts[rows] if pairing == "all" else texts[rows[0]], pairing):
                 parts.append(model.encode_image(images[rows]))
         found = torch.cat(parts)
