@@ -70,7 +70,7 @@ def main() -> None:
             options.output,
         )
         return
-    train_all(tuple(options.seed), options.output)
+    train_all(tuple(reversed(options.seed)), options.output)
     if options.command == "full":
         curves("full", tuple(options.seed), ARMS, 400, QUERIES, 64, options.output)
     elif options.command == "study":

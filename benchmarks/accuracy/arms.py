@@ -20,6 +20,8 @@ Encode = Callable[[Tensor, Tensor], Tensor]
 """Images `(B, 3, S, S)` and the text [CLS] of their pairs `(B, D)` to image tokens `(B, N, D)`."""
 
 METHODS = ("text", "image", "random", "downsampled", "tome")
+RELEVANCE = {"text": "keys", "values": "values"}
+"""Of the methods that are guided by text."""
 LABELS = {
     "none": "no reduction",
     "text": "text (TRIPS)",
@@ -48,7 +50,7 @@ def reduced(
         return model.encode_image(images)
 
     def guided(images: Tensor, text: Tensor) -> Tensor:
-        with patchselect.guide(model.vision, text):
+        with patchselect.guide(model.vision, lifted(model, method, text)):
             return model.encode_image(images)
 
     def smaller(images: Tensor, text: Tensor) -> Tensor:
@@ -63,7 +65,7 @@ def reduced(
         with token_merging(model.vision, merged(model.vision.patch_embed.num_patches, keep_rate)):
             yield plain
     elif method in ("text", "values", "image", "random"):
-        relevance = {"text": "keys", "values": "values"}.get(method)
+        relevance = RELEVANCE.get(method)
         guidance = "text" if relevance else method
         handle = patchselect.apply(model.vision, keep_rate, layers, guidance, relevance)
         try:
@@ -72,6 +74,11 @@ def reduced(
             handle.remove()
     else:
         raise ValueError(f"method must be one of {', '.join(LABELS)}; got {method!r}")
+
+
+def lifted(model: MiniAlbef, method: str, text: Tensor) -> Tensor:
+    """The text [CLS] `(B, WIDTH)` as the bare tower takes it: as it is, or for "values" through the joint space."""
+    return model.text_proj(text) @ model.vision_proj.weight if method == "values" else text
 
 
 def tokens_per_block(patches: int, keep_rate: float, depth: int = 6) -> list[int]:

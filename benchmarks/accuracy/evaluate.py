@@ -10,7 +10,7 @@ from torch import Tensor
 import patchselect
 from patchselect.metrics import retrieval_recall
 
-from .arms import Encode
+from .arms import RELEVANCE, Encode, lifted
 from .model import LAYERS, PATCH, MiniAlbef
 from .scenes import PLAIN, Layout, Sampler, captions, make_scenes, unique_captions
 
@@ -72,7 +72,7 @@ def retrieval(model: MiniAlbef, encode: Encode, questions: Questions) -> dict[st
 @torch.inference_mode()
 def patch_recall(model: MiniAlbef, method: str, keep_rate: float, questions: Questions) -> float:
     """Share of the named objects' patches that the first selection keeps; chance is about the keep rate."""
-    relevance = {"text": "keys", "values": "values"}.get(method)
+    relevance = RELEVANCE.get(method)
     handle = patchselect.apply(model.vision, keep_rate, LAYERS[:1], "text" if relevance else method, relevance)
     kept = torch.zeros_like(questions.named)
     try:
@@ -80,7 +80,7 @@ def patch_recall(model: MiniAlbef, method: str, keep_rate: float, questions: Que
             text = model.text(questions.fitting[rows])[:, 0]
             with handle.record() as trace:
                 if relevance:
-                    with patchselect.guide(model.vision, text):
+                    with patchselect.guide(model.vision, lifted(model, method, text)):
                         model.encode_image(questions.images[rows])
                 else:
                     model.encode_image(questions.images[rows])

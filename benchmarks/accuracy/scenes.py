@@ -132,9 +132,12 @@ class Layout:
     style: str = "openmoji"
     turn: float = 12.0
     """Largest rotation, degrees."""
+    varied: bool = False
+    """Backgrounds turned, mixed and recoloured: few photographs must stand for many."""
 
 
 PLAIN = Layout()
+VARIED = Layout(varied=True)
 
 
 @dataclass(frozen=True)
@@ -186,6 +189,8 @@ def _scene(
     random: np.random.Generator, photos: Sequence[Image.Image], layout: Layout
 ) -> tuple[np.ndarray, tuple[int, ...], tuple[tuple[int, int, int, int], ...]]:
     canvas = _background(random, photos, layout.size)
+    if layout.varied:
+        canvas = _vary(random, canvas, _background(random, photos, layout.size))
     number = int(random.integers(layout.objects[0], layout.objects[1] + 1))
     chosen = random.permutation(len(EMOJI))[:number]
     cells = random.permutation(9)[:number]
@@ -214,6 +219,17 @@ def _background(random: np.random.Generator, photos: Sequence[Image.Image], size
     left, top = (int(random.integers(0, length - side + 1)) for length in photo.size)
     crop = photo.resize((size, size), Image.Resampling.BILINEAR, (left, top, left + side, top + side))
     return crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if random.random() < 0.5 else crop
+
+
+def _vary(random: np.random.Generator, one: Image.Image, other: Image.Image) -> Image.Image:
+    """Two crops, each turned by quarters and with its colours exchanged, mixed, with a gain and an offset per colour."""
+    turned = [
+        np.rot90(np.asarray(p), random.integers(4))[..., random.permutation(3)].astype(float) for p in (one, other)
+    ]
+    mixed = turned[0] + random.uniform(0, 0.6) * (turned[1] - turned[0])
+    return Image.fromarray(
+        (mixed * random.uniform(0.5, 1.3, 3) + random.uniform(-40, 40, 3)).clip(0, 255).astype("uint8")
+    )
 
 
 def name_some(objects: Sequence[int], random: np.random.Generator, most: int = 2) -> tuple[int, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -168,11 +169,12 @@ SMALL = (11, 15)
 def at_resolution(seed: int, size: int, guidance: str, folder: Path, steps: int) -> Record:
     """A base trained on at another image size with the selection that makes it cost what it cost before."""
     model, layout = base(seed, folder), Layout(size=size, glyph=SMALL)
+    trained_on = replace(layout, varied=True)
     torch.manual_seed(seed)
     rate = 1.0 if size == 80 else keep_rate_for_budget(model.vision, 1.0, LAYERS, size)
     assert isinstance(rate, float)
     arm = Arm("none") if size == 80 else Arm(guidance, aligned=True)
-    tune(model, train_sampler(100 + seed, layout, 3000), arm, steps, BATCH, seed, keep_rates=(rate,))
+    tune(model, train_sampler(100 + seed, trained_on, 3000), arm, steps, BATCH, seed, keep_rates=(rate,))
     with reduced(model, arm.guidance, rate) as encode:
         hits = matching_hits(model, encode, Questions.make(QUERIES // 2, 8, TEST_SEED, layout)).float().mean()
     cost = vision_flops(size, rate) / vision_flops(80, 1.0)

@@ -82,7 +82,7 @@ def stage_one(model: MiniAlbef, sampler: Sampler, steps: int, size: int, rate: f
     fit(model, loss, steps, rate, "stage 1")
 
 
-def stage_two(model: MiniAlbef, sampler: Sampler, steps: int, size: int, rate: float = 5e-4) -> None:
+def stage_two(model: MiniAlbef, sampler: Sampler, steps: int, size: int, rate: float = 1e-3) -> None:
     """Matching, ITC on the image's [CLS] (which gives EViT's attention a meaning) and selection alignment (TRIPS's)."""
     handle = patchselect.apply(model.vision, 1.0, LAYERS, relevance="keys")
 
