@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+
+import hosts
 import pytest
 import torch
 from doubles.text import Output
 from heads import build
+from hosts import ids
 from torch import Tensor, nn
 
 import patchselect
@@ -18,11 +22,8 @@ every_head = pytest.mark.parametrize(
         *("real-albef-retrieval", "real-albef-pretrain", "real-mplug-retrieval-base", "real-mplug-retrieval-large"),
     ],
 )
+scored = functools.partial(patchselect.score_pairs, progress=False)
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
-
-
-def scored(model: nn.Module, images, texts, **options) -> Tensor:
-    return patchselect.score_pairs(model, images, texts, progress=False, **options)
 
 
 def some(text, rows: list[int]) -> Output:
@@ -72,3 +73,63 @@ def test_features_are_no_text_that_a_matching_head_can_read(name):
     patchselect.apply(head.model.eval(), 0.5, LAYERS)
     with pytest.raises(ValueError, match="give score_pairs token ids"):
         scored(head.model, head.batch(0)[0][0], head.text_features())
+
+
+def test_a_matching_head_scores_pairs_by_its_fusion_encoder():
+    transformers = pytest.importorskip("transformers")
+    sizes = dict(hidden_size=48, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4)
+    config = transformers.BlipConfig(
+        text_config=dict(sizes, vocab_size=99, encoder_hidden_size=48, projection_dim=24, bos_token_id=97),
+        vision_config=dict(sizes, image_size=64, patch_size=16),
+    )
+    torch.manual_seed(0)
+    model = transformers.BlipForImageTextRetrieval(config).eval()
+    images, tokens = torch.randn(3, 3, 64, 64), ids(4)
+    mask = torch.ones_like(tokens)
+    mask[1, 5:] = 0
+    handle = patchselect.apply(model, 0.5, layers=[1, 2])
+    expected = torch.empty(3, 4)
+    with torch.no_grad():
+        for i in range(3):
+            for j in range(4):
+                pair = dict(pixel_values=images[i : i + 1], input_ids=tokens[j : j + 1], attention_mask=mask[j : j + 1])
+                expected[i, j] = model(**pair).itm_score.softmax(dim=-1)[0, 1]
+    texts_of = {"input_ids": tokens, "attention_mask": mask}
+    torch.testing.assert_close(scored(model, images, texts_of), expected, rtol=0, atol=1e-5)
+    short = [{"input_ids": tokens[1:2, :5]}, {"input_ids": tokens[:1]}]
+    torch.testing.assert_close(scored(model, images, short), expected[:, [1, 0]], rtol=0, atol=1e-5)
+    torch.testing.assert_close(scored(model, images, texts_of, memory_limit=1e6), expected, rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match="give score_pairs token ids"):
+        scored(model, images, torch.randn(2, 48))
+    handle.remove()
+    patchselect.apply(model, 0.5, layers=[1, 2], guidance="image")
+    with torch.no_grad():
+        pair = dict(pixel_values=images, input_ids=tokens[:3], attention_mask=mask[:3])
+        expected = model(**pair).itm_score.softmax(dim=-1)[:, 1]
+    torch.testing.assert_close(scored(model, images, texts_of).diagonal(), expected, rtol=0, atol=1e-5)
+
+
+def test_a_matching_head_of_the_albef_family_scores_pairs_by_its_fusion_half():
+    case = hosts.build("albef")
+    model, images, tokens = case.model, case.images(2), ids(3)
+    patchselect.apply(model, 0.5)
+    expected = torch.empty(2, 3)
+    with torch.no_grad():
+        read = dict(attention_mask=torch.ones_like(tokens), return_dict=True)
+        states = model.words(tokens, **read, mode="text").last_hidden_state
+        for i in range(2):
+            for j in range(3):
+                with patchselect.guide(model, states[j : j + 1, 0]):
+                    rows = model.eyes(images[i : i + 1])
+                fused = model.words(
+                    encoder_embeds=states[j : j + 1],
+                    attention_mask=torch.ones_like(tokens[:1]),
+                    encoder_hidden_states=rows,
+                    encoder_attention_mask=torch.ones(rows.shape[:2], dtype=torch.long),
+                    return_dict=True,
+                    mode="fusion",
+                ).last_hidden_state
+                expected[i, j] = model.score(fused[:, 0]).softmax(dim=-1)[0, 1]
+    torch.testing.assert_close(scored(model, images, {"input_ids": tokens}), expected, rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match="give score_pairs token ids"):
+        scored(model, images, torch.randn(3, 32))

@@ -7,14 +7,10 @@ import io
 
 import pytest
 import torch
-from hosts import HOSTS, Case, build, ids, take
+from hosts import HOSTS, Case, build, ids, take, texts
 from torch import Tensor
 
 import patchselect
-
-
-def texts(case: Case, *shape: int) -> Tensor:
-    return torch.randn(*shape, case.text_width, generator=torch.Generator().manual_seed(3))
 
 
 def split(images) -> tuple[Tensor, dict]:

@@ -8,7 +8,7 @@ import pickle
 
 import pytest
 import torch
-from hosts import HOSTS, Case, build, ids, take
+from hosts import HOSTS, Case, build, ids, take, texts
 from torch import Tensor
 
 import patchselect
@@ -16,10 +16,6 @@ from patchselect.functional import num_kept
 
 RATE = 0.5
 every_host = pytest.mark.parametrize("name", list(HOSTS))
-
-
-def texts(case: Case, count: int, seed: int = 3) -> Tensor:
-    return torch.randn(count, case.text_width, generator=torch.Generator().manual_seed(seed))
 
 
 def encode(case: Case, images, text: Tensor | None = None, pairing: str = "paired", model=None) -> Tensor:

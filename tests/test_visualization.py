@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from hosts import HOSTS, build
+from hosts import HOSTS, build, texts
 
 import patchselect
 
@@ -18,7 +18,7 @@ visualization = pytest.importorskip("patchselect.visualization")
 def traced(name: str, count: int = 2, rate: float = 0.5, fusion: str = "mean"):
     case = build(name)
     handle = patchselect.apply(case.model, rate, [1, 3], fusion=fusion)
-    text = torch.randn(count, case.text_width, generator=torch.Generator().manual_seed(3))
+    text = texts(case, count)
     with torch.no_grad(), handle.record() as trace, patchselect.guide(case.model, text, "all"):
         case.image_side(case.model, case.images(1))
     return case, trace

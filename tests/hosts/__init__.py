@@ -1,0 +1,68 @@
+"""The table of supported hosts: real classes of each package, tiny, with random weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import of_doubles, of_open_clip, of_transformers
+from .case import Case, ids
+from .of_transformers import VISION
+
+__all__ = ["HOSTS", "VISION", "Case", "build", "ids", "take", "texts"]
+
+HOSTS: dict[str, Callable[[], Case]] = {
+    builder.__name__: builder
+    for builder in (
+        of_transformers.clip,
+        of_transformers.chinese_clip,
+        of_transformers.alt_clip,
+        of_transformers.metaclip2,
+        of_transformers.siglip,
+        of_transformers.siglip2,
+        of_transformers.clip_vision,
+        of_transformers.clip_vision_projected,
+        of_open_clip.open_clip,
+        of_open_clip.open_clip_custom_average,
+        of_open_clip.open_clip_pooler,
+        of_open_clip.open_clip_normalised_keys,
+        of_open_clip.coca,
+        of_open_clip.open_clip_siglip,
+        of_open_clip.timm_class_token,
+        of_open_clip.timm_registers,
+        of_open_clip.timm_average,
+        of_doubles.openai_clip,
+        of_doubles.albef,
+        of_doubles.albef_tower,
+        of_doubles.mplug,
+        of_transformers.blip,
+    )
+}
+
+
+def build(name: str, seed: int = 0) -> Case:
+    """A host of the table in eval mode; norms, biases and scales are random too, so that nothing is hidden by ones."""
+    torch.manual_seed(seed)
+    case = HOSTS[name]()
+    generator = torch.Generator().manual_seed(seed + 1)
+    with torch.no_grad():
+        for parameter in case.model.parameters():
+            if not parameter.abs().max() < 100:  # open_clip leaves some parameters uninitialised
+                parameter.normal_(generator=generator)
+            if parameter.dim() == 1:
+                parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
+    case.model.eval()
+    return case
+
+
+def take(images: Any, rows: Any) -> Any:
+    """Rows of a batch of images, whatever the host calls images."""
+    return {key: value[rows] for key, value in images.items()} if isinstance(images, dict) else images[rows]
+
+
+def texts(case: Case, *shape: int, seed: int = 3) -> Tensor:
+    """Text features `(*shape, width)` that this host takes."""
+    return torch.randn(*shape, case.text_width, generator=torch.Generator().manual_seed(seed))

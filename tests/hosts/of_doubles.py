@@ -1,0 +1,37 @@
+"""Structural doubles of hosts that no package ships: OpenAI CLIP, ALBEF and mPLUG."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from doubles.albef import Retrieval, Vit
+from doubles.clip import Clip
+from doubles.mplug import Answering
+from torch import nn
+
+from .case import Case, pixels
+
+
+def _double(model: nn.Module, tower: str, text_width: int, image_side: Any, *relevances: str) -> Case:
+    size = dict(images=pixels(32, 32), prefix=1, patches=16, grid=(4, 4), relevances=relevances)
+    return Case(model, image_side, text_width, tower=lambda m: m.get_submodule(tower), **size)
+
+
+def openai_clip() -> Case:
+    relevances = ("keys", "features", "values", "joint")
+    case = _double(Clip(), "visual", 24, lambda m, x: m.encode_image(x), *relevances)
+    case.text_side, case.pair = lambda m, t: m.encode_text(t), lambda m, x, t: m(x, t)[0]
+    return case
+
+
+def albef() -> Case:
+    return _double(Retrieval(), "eyes", 32, lambda m, x: m.eyes(x)[:, 0], "keys", "features", "values")
+
+
+def albef_tower() -> Case:
+    return _double(Vit(), "", 32, lambda m, x: m(x)[:, 0], "keys", "features", "values")
+
+
+def mplug() -> Case:
+    model = Answering(large=True)
+    return _double(model, "eyes.visual", 32, lambda m, x: m.eyes.visual(x, True)[:, 0], "keys", "features")

@@ -1,0 +1,118 @@
+"""Hosts of open_clip, with its own tower or with one of timm, and towers of timm alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from .case import VOCABULARY, Case, pixels
+
+
+def _open_clip(name: str, **vision: Any) -> Case:
+    from open_clip import CLIP, CustomTextCLIP
+
+    sizes = dict(image_size=64, layers=6, width=64, head_width=16, patch_size=16) | vision
+    text = dict(context_length=7, vocab_size=VOCABULARY, width=32, heads=2, layers=2)
+    kind = CustomTextCLIP if name == "custom" else CLIP
+    model = kind(embed_dim=24, vision_cfg=sizes, text_cfg=text)
+    return Case(
+        model=model,
+        image_side=lambda m, x: m.encode_image(x),
+        text_side=lambda m, t: m.encode_text(t),
+        pair=lambda m, x, t: m.get_logits(x, t)[0],
+        text_width=24,
+        images=pixels(),
+        tower=lambda m: m.visual.trunk if hasattr(m.visual, "trunk") else m.visual,
+        prefix=1,
+        patches=16,
+        grid=(4, 4),
+    )
+
+
+def open_clip() -> Case:
+    pytest.importorskip("open_clip")
+    return _open_clip("clip")
+
+
+def open_clip_custom_average() -> Case:
+    pytest.importorskip("open_clip")
+    return _open_clip("custom", pool_type="avg", final_ln_after_pool=True, ls_init_value=0.5, no_ln_pre=True)
+
+
+def open_clip_pooler() -> Case:
+    pytest.importorskip("open_clip")
+    case = _open_clip("clip", attentional_pool=True, attn_pooler_queries=8, attn_pooler_heads=2)
+    case.relevances = ("keys", "features", "values")
+    return case
+
+
+def open_clip_normalised_keys() -> Case:
+    pytest.importorskip("open_clip")
+    return _open_clip("clip", qk_norm=True)
+
+
+def coca() -> Case:
+    module = pytest.importorskip("open_clip.coca_model")
+    text = dict(context_length=7, vocab_size=VOCABULARY, width=32, heads=2, layers=2)
+    vision = dict(image_size=64, layers=6, width=64, head_width=16, patch_size=16)
+    pool = dict(attentional_pool=True, attn_pooler_queries=8, attn_pooler_heads=2, output_tokens=True)
+    model = module.CoCa(
+        embed_dim=32,
+        multimodal_cfg=module.MultimodalCfg(width=32, heads=2, layers=2, context_length=7, vocab_size=VOCABULARY),
+        text_cfg=text | {"embed_cls": True, "output_tokens": True},
+        vision_cfg=vision | pool,
+    )
+    case = _open_clip("clip")
+    case.model, case.text_width, case.relevances = model, 32, ("keys", "features", "values")
+    case.text_side = lambda m, t: m.encode_text(t)
+    case.pair = lambda m, x, t: m(x, t)["image_features"]
+    return case
+
+
+def open_clip_siglip() -> Case:
+    pytest.importorskip("open_clip")
+    timm = pytest.importorskip("timm")
+    case = _open_clip("clip")
+    from open_clip.timm_model import TimmModel
+
+    visual = TimmModel.__new__(TimmModel)
+    nn.Module.__init__(visual)
+    sizes = dict(img_size=64, patch_size=16, embed_dim=48, depth=6, num_heads=4, num_classes=0)
+    visual.trunk = timm.models.VisionTransformer(class_token=False, global_pool="map", **sizes)
+    visual.head = nn.Sequential()
+    visual.image_size = (64, 64)
+    case.model.visual = visual
+    case.model.text_projection = nn.Parameter(torch.randn(32, 48) * 0.1)
+    case.text_width, case.prefix = 48, 0
+    return case
+
+
+def _timm(**options: Any) -> Case:
+    timm = pytest.importorskip("timm")
+    sizes = dict(img_size=(48, 80), patch_size=16, embed_dim=48, depth=6, num_heads=4, num_classes=10)
+    model = timm.models.VisionTransformer(**sizes | options)
+    return Case(
+        model=model,
+        image_side=lambda m, x: m(x),
+        text_width=48,
+        images=pixels(48, 80),
+        tower=lambda m: m,
+        prefix=model.num_prefix_tokens,
+        patches=15,
+        grid=(3, 5),
+    )
+
+
+def timm_class_token() -> Case:
+    return _timm(init_values=0.3)
+
+
+def timm_registers() -> Case:
+    return _timm(reg_tokens=4, qk_norm=True)
+
+
+def timm_average() -> Case:
+    return _timm(class_token=False, global_pool="avg")
