@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from patchselect.adapter import Attended, Projections, Tower, gathered, through_norm
+from patchselect.adapter import Attended, Projections, Tower, gathered, patch_grid, through_norm
 
 from .heads import Heads
 
@@ -107,5 +107,4 @@ class Albef(Heads):
         return text.to(into.dtype) @ into.T @ out
 
     def grid(self, tower: Tower, x: Tensor, *args: Any, **kwargs: Any) -> tuple[int, int]:
-        size: Any = tower.module.patch_embed.proj.stride  # type: ignore[union-attr]
-        return x.shape[-2] // size[0], x.shape[-1] // size[1]
+        return patch_grid(x, tower.module.patch_embed.proj)

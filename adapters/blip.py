@@ -23,6 +23,7 @@ from patchselect.adapter import (
     Tower,
     Wrapper,
     gathered,
+    patch_grid,
     through_norm,
 )
 from patchselect.blocks import call_with_text, recall_text
@@ -183,17 +184,15 @@ class TransformersBlip(BlipMatching):
             return None
         encoder = tower.parts["text"]
         run = {"input_ids": torch.as_tensor(ids), "attention_mask": mask}
-        if hasattr(model, "text_model"):
+        joint = hasattr(model, "text_model")
+        if joint:
             run["position_ids"] = given.get("position_ids")
-            result = encoder(**run, return_dict=True)
-            return TextCall(
-                model.text_projection(result.pooler_output), (TextRun(encoder, "forward", (), run, result),)
-            )
-        if not given.get("use_itm_head", True):
-            result = encoder(**run, return_dict=True)
-            return TextCall(result.last_hidden_state[:, 0], (TextRun(encoder, "forward", (), run, result),))
-        with _own_random_stream(encoder):
-            return TextCall(encoder(**run, return_dict=True).last_hidden_state[:, 0], ())
+        elif given.get("use_itm_head", True):
+            with _own_random_stream(encoder):
+                return TextCall(encoder(**run, return_dict=True).last_hidden_state[:, 0], ())
+        result = encoder(**run, return_dict=True)
+        features = model.text_projection(result.pooler_output) if joint else result.last_hidden_state[:, 0]
+        return TextCall(features, (TextRun(encoder, "forward", (), run, result),))
 
     def _prompt(self, model: Any, ids: Any, mask: Tensor | None, labels: Tensor | None) -> TextCall:
         if ids is None or labels is not None:
@@ -212,8 +211,7 @@ class TransformersBlip(BlipMatching):
         return TextCall(states[torch.arange(len(ids), device=states.device), last], ())
 
     def grid(self, tower: Tower, pixel_values: Tensor, *args: Any, **kwargs: Any) -> tuple[int, int]:
-        size: Any = tower.module.embeddings.patch_embedding.stride  # type: ignore[union-attr]
-        return pixel_values.shape[-2] // size[0], pixel_values.shape[-1] // size[1]
+        return patch_grid(pixel_values, tower.module.embeddings.patch_embedding)
 
 
 def _own_random_stream(encoder: Any) -> Any:

@@ -18,6 +18,7 @@ from patchselect.adapter import (
     Tower,
     Wrapper,
     gathered,
+    patch_grid,
     present,
     through_norm,
 )
@@ -195,8 +196,7 @@ class OpenClip(_Paired):
         return normed if visual.proj is None else normed @ gathered(visual.proj)
 
     def grid(self, tower: Tower, x: Tensor, *args: Any, **kwargs: Any) -> tuple[int, int]:
-        size: Any = tower.module.conv1.stride
-        return x.shape[-2] // size[0], x.shape[-1] // size[1]
+        return patch_grid(x, tower.module.conv1)
 
 
 class OpenClipTimm(_Paired, TimmViT):

@@ -7,7 +7,17 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from patchselect.adapter import Adapter, Attended, Projections, TextCall, TextRun, Tower, Wrapper, gathered
+from patchselect.adapter import (
+    Adapter,
+    Attended,
+    Projections,
+    TextCall,
+    TextRun,
+    Tower,
+    Wrapper,
+    gathered,
+    patch_grid,
+)
 from patchselect.blocks import call_with_text, recall_text
 from patchselect.scoring import Texts
 
@@ -65,8 +75,7 @@ class SequenceFirst(Adapter):
         )
 
     def grid(self, tower: Tower, x: Tensor, *args: Any, **kwargs: Any) -> tuple[int, int]:
-        size: Any = tower.module.conv1.stride  # type: ignore[union-attr]
-        return x.shape[-2] // size[0], x.shape[-1] // size[1]
+        return patch_grid(x, tower.module.conv1)
 
 
 class OpenAiClip(SequenceFirst):

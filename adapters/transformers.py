@@ -21,6 +21,7 @@ from patchselect.adapter import (
     Tower,
     Wrapper,
     gathered,
+    patch_grid,
     through_norm,
 )
 from patchselect.blocks import Original, call_tower, call_with_text, recall_text
@@ -150,13 +151,11 @@ class TransformersClip(Adapter):
 
     def projections(self, block: Any) -> Projections:
         attention = block.self_attn
-        return Projections(
-            query=attention.q_proj.weight,
-            query_bias=attention.q_proj.bias,
-            key=attention.k_proj.weight,
-            key_bias=attention.k_proj.bias,
-            value=attention.v_proj.weight,
-            output=attention.out_proj.weight,
+        return Projections.separate(
+            attention.q_proj,
+            attention.k_proj,
+            attention.v_proj,
+            attention.out_proj,
             num_heads=attention.num_heads,
             scale=attention.scale,
             norm=block.layer_norm1,
@@ -203,8 +202,7 @@ class TransformersClip(Adapter):
         return Texts(pooled(model.get_text_features(**named(texts))))
 
     def grid(self, tower: Tower, pixel_values: Tensor, *args: Any, **kwargs: Any) -> tuple[int, int]:
-        size = tower.module.embeddings.patch_embedding.stride  # type: ignore[union-attr]
-        return pixel_values.shape[-2] // size[0], pixel_values.shape[-1] // size[1]  # type: ignore
+        return patch_grid(pixel_values, tower.module.embeddings.patch_embedding)
 
 
 def call_without_full_mask(module: Any, name: str, original: Original, *args: Any, **kwargs: Any) -> Any:

@@ -116,13 +116,11 @@ class TransformersVilt(Adapter):
 
     def projections(self, block: Any) -> Projections:
         attention = block.attention.attention
-        return Projections(
-            query=attention.query.weight,
-            query_bias=attention.query.bias,
-            key=attention.key.weight,
-            key_bias=attention.key.bias,
-            value=attention.value.weight,
-            output=block.attention.output.dense.weight,
+        return Projections.separate(
+            attention.query,
+            attention.key,
+            attention.value,
+            block.attention.output.dense,
             num_heads=attention.num_attention_heads,
             scale=attention.attention_head_size**-0.5,
             norm=block.layernorm_before,

@@ -54,6 +54,12 @@ class Projections:
         query_bias, key_bias, _ = (None, None, None) if bias is None else bias.chunk(3, dim=0)
         return cls(query=query, query_bias=query_bias, key=key, key_bias=key_bias, value=value, **rest)
 
+    @classmethod
+    def separate(cls, query: Any, key: Any, value: Any, output: Any, **rest: Any) -> Projections:
+        """From four linear layers; `rest` are the other fields."""
+        biases = {"query_bias": query.bias, "key_bias": key.bias}
+        return cls(query=query.weight, key=key.weight, value=value.weight, output=output.weight, **biases, **rest)
+
 
 class TextRun(NamedTuple):
     """One run of a text encoder: what was called, with what, and what came out."""
@@ -202,6 +208,12 @@ class Adapter(Scoring):
 def present(module: nn.Module | None) -> bool:
     """Whether an optional part of a host is there and does something."""
     return module is not None and not isinstance(module, nn.Identity)
+
+
+def patch_grid(pixels: Tensor, embedding: Any) -> tuple[int, int]:
+    """Height and width, in patches, of images `(B, 3, H, W)` that this convolution cuts into patches."""
+    height, width = embedding.stride
+    return pixels.shape[-2] // height, pixels.shape[-1] // width
 
 
 def norm_eps(norm: nn.Module) -> float:

@@ -25,14 +25,12 @@ class Fusion(FusionBert):
     def forward(
         self,
         input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
         encoder_embeds: Tensor | None = None,
-        encoder_hidden_states: Tensor | None = None,
-        encoder_attention_mask: Tensor | None = None,
         return_dict: bool | None = None,
+        **given: Tensor,
     ) -> list[Tensor]:
-        given = input_ids, attention_mask, encoder_embeds, encoder_hidden_states, encoder_attention_mask
-        return [encoder_hidden_states, super().forward(*given).last_hidden_state]
+        fused = super().forward(input_ids, encoder_embeds=encoder_embeds, **given).last_hidden_state
+        return [given["encoder_hidden_states"], fused]
 
 
 class Head(nn.Module):
@@ -67,7 +65,8 @@ class Head(nn.Module):
 
     def fuse(self, embeds: Tensor, mask: Tensor, states: Tensor) -> Tensor:
         seen = torch.ones(states.shape[:-1], dtype=torch.long)
-        _, fused = self.fusion(None, mask, embeds, states, seen, return_dict=False)
+        read = dict(attention_mask=mask, encoder_hidden_states=states, encoder_attention_mask=seen)
+        _, fused = self.fusion(encoder_embeds=embeds, **read, return_dict=False)
         return self.score(fused[:, 0])
 
 
