@@ -107,4 +107,4 @@ class Albef(Heads):
         return text.to(into.dtype) @ into.T @ out
 
     def grid(self, tower: Tower, x: Tensor, *args: Any, **kwargs: Any) -> tuple[int, int]:
-        return patch_grid(x, tower.module.patch_embed.proj)
+        return patch_grid(x, tower.module.get_submodule("patch_embed.proj"))

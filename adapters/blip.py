@@ -211,7 +211,7 @@ class TransformersBlip(BlipMatching):
         return TextCall(states[torch.arange(len(ids), device=states.device), last], ())
 
     def grid(self, tower: Tower, pixel_values: Tensor, *args: Any, **kwargs: Any) -> tuple[int, int]:
-        return patch_grid(pixel_values, tower.module.embeddings.patch_embedding)
+        return patch_grid(pixel_values, tower.module.get_submodule("embeddings.patch_embedding"))
 
 
 def _own_random_stream(encoder: Any) -> Any:

@@ -196,7 +196,7 @@ class OpenClip(_Paired):
         return normed if visual.proj is None else normed @ gathered(visual.proj)
 
     def grid(self, tower: Tower, x: Tensor, *args: Any, **kwargs: Any) -> tuple[int, int]:
-        return patch_grid(x, tower.module.conv1)
+        return patch_grid(x, tower.module.get_submodule("conv1"))
 
 
 class OpenClipTimm(_Paired, TimmViT):

@@ -75,7 +75,7 @@ class SequenceFirst(Adapter):
         )
 
     def grid(self, tower: Tower, x: Tensor, *args: Any, **kwargs: Any) -> tuple[int, int]:
-        return patch_grid(x, tower.module.conv1)
+        return patch_grid(x, tower.module.get_submodule("conv1"))
 
 
 class OpenAiClip(SequenceFirst):

@@ -202,7 +202,7 @@ class TransformersClip(Adapter):
         return Texts(pooled(model.get_text_features(**named(texts))))
 
     def grid(self, tower: Tower, pixel_values: Tensor, *args: Any, **kwargs: Any) -> tuple[int, int]:
-        return patch_grid(pixel_values, tower.module.embeddings.patch_embedding)
+        return patch_grid(pixel_values, tower.module.get_submodule("embeddings.patch_embedding"))
 
 
 def call_without_full_mask(module: Any, name: str, original: Original, *args: Any, **kwargs: Any) -> Any:
