@@ -27,7 +27,7 @@ from patchselect.functional import as_ratio, num_kept
 from . import clip
 from .clip import DEPTH, LAYERS, PATCH, SIZE, load, tokenize
 from .clip_report import document, draw
-from .questions import CHOICES, TEST, VALIDATION, Questions, encode, make_questions, right
+from .questions import CHOICES, SEEDS, TEST, Questions, encode, make_questions, right
 from .scenes import EMOJI
 
 RATES = (0.7, 0.5, 0.3, 0.15)
@@ -214,7 +214,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--seeds", type=int, nargs="+", default=[0, 1], help="models of the table")
     add("--count", type=int, default=1024, help="questions")
-    add("--split", choices=(VALIDATION, TEST), default=TEST, help="choices are made on validation")
+    add("--split", choices=tuple(SEEDS), default=TEST, help="choices are made on validation")
     add("--keep-rate", type=float, nargs="+", default=list(RATES))
     add("--arms", nargs="+", default=[], help="those whose names contain one of these; default: all")
     add("--fusion", choices=("mean", "sum", "none"), default="mean")
