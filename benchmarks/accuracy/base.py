@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,11 @@ COMMITTED = Path(__file__).parent / "checkpoints"
 RESULTS = Path("results/accuracy")
 TRAIN_SCENES = 6000
 BATCH = 32
-STEPS = (2600, 1000)
-"""Of stage 1 (matching, known boxes) and stage 2 (ITC, selection alignment)."""
+STEPS = (2600, 1000, 1500)
+"""Of stage 1 (matching, known boxes) and of two cycles of stage 2 (ITC, selection alignment)."""
+RATES = (2e-3, 1e-3, 1.5e-3)
+NAMES = ("-stage1", "-cycle1", "")
+"""Of the files after each of them: the last one is the base."""
 
 
 def train_sampler(seed: int, layout: Layout = VARIED, count: int = TRAIN_SCENES) -> Sampler:
@@ -27,21 +31,23 @@ def train_sampler(seed: int, layout: Layout = VARIED, count: int = TRAIN_SCENES)
     return Sampler(make_scenes(count, 1000 + seed, False, layout), layout.size // PATCH, seed)
 
 
-def train_base(seed: int, folder: Path = RESULTS, steps: tuple[int, int] = STEPS) -> None:
-    """Train and write `albef-{seed}-stage1.pt` and `albef-{seed}.pt` (stage 2), each with a JSON beside it.
+def train_base(seed: int, folder: Path = RESULTS, steps: Sequence[int] = STEPS) -> None:
+    """Train and write `albef-{seed}.pt`, and what came before it (`NAMES`), each with a JSON beside it.
 
     Stage 1 sees the photographs as they are, stage 2 recoloured and mixed: without that a model of four photographs
-    loses ten points on others. A stage 1 that the folder has is taken from there.
+    loses ten points on others. What the folder has is taken from there.
     """
     torch.manual_seed(seed)
-    model, first = MiniAlbef(), folder / f"albef-{seed}-stage1.pt"
-    if first.exists():
-        model = load(first)
-    else:
-        stage_one(model, train_sampler(seed, PLAIN), steps[0], BATCH)
-        save(model, first, seed=seed, steps=steps[0])
-    stage_two(model, train_sampler(seed), steps[1], BATCH)
-    save(model, folder / f"albef-{seed}.pt", seed=seed, steps=sum(steps))
+    model, samplers = MiniAlbef(), {}
+    for index, name in enumerate(NAMES):
+        path = folder / f"albef-{seed}{name}.pt"
+        if path.exists():
+            model = load(path)
+            continue
+        layout, stage = (VARIED, stage_two) if index else (PLAIN, stage_one)
+        sampler = samplers.setdefault(layout, train_sampler(seed, layout))
+        stage(model, sampler, steps[index], BATCH, RATES[index])
+        save(model, path, seed=seed, steps=sum(steps[: index + 1]))
 
 
 def save(model: torch.nn.Module, path: Path, **facts: Any) -> None:

@@ -222,7 +222,7 @@ def _background(random: np.random.Generator, photos: Sequence[Image.Image], size
 
 
 def _vary(random: np.random.Generator, one: Image.Image, other: Image.Image) -> Image.Image:
-    """Two crops, each turned by quarters and with its colours exchanged, mixed, with a gain and an offset per colour."""
+    """Two crops, each turned by quarters and its colours exchanged, mixed, with a gain and an offset per colour."""
     turned = [
         np.rot90(np.asarray(p), random.integers(4))[..., random.permutation(3)].astype(float) for p in (one, other)
     ]

@@ -14,7 +14,7 @@ import torch
 from patchselect import keep_rate_for_budget
 
 from .arms import LABELS, reduced, vision_flops
-from .base import BATCH, STEPS, base, train_sampler
+from .base import BATCH, base, train_sampler
 from .contrast import Objective, Run
 from .contrast import train as contrast
 from .curves import FREE, TEST_SEED, Curve
@@ -30,6 +30,8 @@ from .train import KEEP_RATES, Arm, tune
 
 Seeds = Sequence[int]
 QUERIES = 1280
+SCRATCH = (1800, 600)
+"""Steps of both stages of a training from scratch."""
 
 
 def speed(folder: Path, seeds: Seeds) -> None:
@@ -251,7 +253,7 @@ def from_scratch(seed: int, keep_rate: float, aligned: bool, steps: tuple[int, i
 def scratch(folder: Path, seeds: Seeds) -> None:
     """(i) Training with selection from the first step, as the papers do, against the same training without."""
     cases = [(0.7, True), (0.7, False), (0.5, True), (0.5, False), (1.0, False)]
-    tasks = [(from_scratch, (seed, rate, aligned, STEPS)) for rate, aligned in cases for seed in seeds]
+    tasks = [(from_scratch, (seed, rate, aligned, SCRATCH)) for rate, aligned in cases for seed in seeds]
     records = run_all(call, tasks, "from scratch")
     rows, bars = [], []
     for rate, aligned in cases[::-1]:

@@ -69,7 +69,7 @@ def region_words(model: MiniAlbef, tokens: Tensor, batch: Batch) -> Tensor:
     return F.cross_entropy(cosines / TEMPERATURE, batch.objects[present])
 
 
-def stage_one(model: MiniAlbef, sampler: Sampler, steps: int, size: int, rate: float = 2e-3) -> None:
+def stage_one(model: MiniAlbef, sampler: Sampler, steps: int, size: int, rate: float) -> None:
     """Matching and region-word alignment with known boxes; without boxes matching does not leave chance."""
 
     def loss(step: int) -> Tensor:
@@ -82,7 +82,7 @@ def stage_one(model: MiniAlbef, sampler: Sampler, steps: int, size: int, rate: f
     fit(model, loss, steps, rate, "stage 1")
 
 
-def stage_two(model: MiniAlbef, sampler: Sampler, steps: int, size: int, rate: float = 1e-3) -> None:
+def stage_two(model: MiniAlbef, sampler: Sampler, steps: int, size: int, rate: float) -> None:
     """Matching, ITC on the image's [CLS] (which gives EViT's attention a meaning) and selection alignment (TRIPS's)."""
     handle = patchselect.apply(model.vision, 1.0, LAYERS, relevance="keys")
 
