@@ -89,7 +89,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
     figure = Figure(figsize=(9.5, 5), layout="constrained")
     FigureCanvasAgg(figure)
     axis = figure.subplots()
-    colours = ("tab:red", "tab:purple", "tab:blue", "tab:brown", "tab:gray", "tab:olive", "tab:green")
+    colours = [f"tab:{c}" for c in ("red", "purple", "blue", "brown", "orange", "gray", "olive", "green", "cyan")]
     kinds = list(dict.fromkeys(name.split(",")[0] for name in names if name != "no selection"))
     for position, name in enumerate(names):
         cells = [found[name, rate] for rate in rates]
