@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -168,10 +169,28 @@ def gather_features(features: Tensor) -> Tensor:
     """
     if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
         return features
-    from torch.distributed.nn.functional import all_gather  # the one whose backward goes over the processes
-
-    rows, rank = list(all_gather(features)), dist.get_rank()
+    rows, rank = _AllRows.apply(features), dist.get_rank()
     return torch.cat([rows[rank], *rows[:rank], *rows[rank + 1 :]])
+
+
+class _AllRows(torch.autograd.Function):
+    """`(N, D)` of this process to `(processes, N, D)`; backward sums what all processes want of these rows.
+
+    In place of `torch.distributed.nn.functional.all_gather`, whose backward over gloo, a scatter per process, now and
+    then takes the process down with it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, features: Tensor) -> Tensor:
+        rows = [torch.empty_like(features, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size())]
+        dist.all_gather(rows, features.contiguous())
+        return torch.stack(rows)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        gradient = gradient.contiguous()
+        dist.all_reduce(gradient)
+        return gradient[dist.get_rank()]
 
 
 def cosine_alignment_loss(
