@@ -66,7 +66,7 @@ def test_a_study_ends_in_a_table_and_a_plot(name, small, capsys):
     studies.STUDIES[name](small, (0, 1))
     told = capsys.readouterr().out
     facts = json.loads((small / f"{name}.json").read_text())
-    assert facts["command"] == f"python -m benchmarks.accuracy study {name}"
+    assert facts["command"] == f"python -m benchmarks.accuracy study {name} --seed 0 1"
     assert {record["seed"] for record in facts["records"]} == {0, 1}
     assert "±" in told
     assert "±" in (small / f"{name}.md").read_text()

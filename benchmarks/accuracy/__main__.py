@@ -30,7 +30,10 @@ def curves(
         parts += [f"R@{k} over {pool} images, mean of both directions, %:", curve_table(records, f"r{k}")]
     folder.mkdir(parents=True, exist_ok=True)
     draw_curves(records, speeds, folder / f"{name}.png")
-    write(folder, name, f"python -m benchmarks.accuracy {name}", "\n\n".join(parts), records=records, speeds=speeds)
+    command = f"python -m benchmarks.accuracy {name}"
+    if name == "full":
+        command += " --seed " + " ".join(str(seed) for seed in seeds)
+    write(folder, name, command, "\n\n".join(parts), records=records, speeds=speeds)
 
 
 def main() -> None:
@@ -72,7 +75,7 @@ def main() -> None:
         return
     train_all(tuple(reversed(options.seed)), options.output)
     if options.command == "full":
-        curves("full", tuple(options.seed), ARMS, 400, QUERIES, 64, options.output)
+        curves("full", tuple(options.seed), ARMS, 300, QUERIES, 64, options.output)
     elif options.command == "study":
         STUDIES[options.name](options.output, options.seed)
 

@@ -56,7 +56,11 @@ def speed(folder: Path, seeds: Seeds) -> None:
     rows[0].append("")
     head = ["method", "keep", "pairs/s", "speed-up [quartiles]", "FLOP ratio, image encoder", "as it is", "trained"]
     draw_curves(records, speeds, folder / "speed.png")
-    write(folder, "speed", "python -m benchmarks.accuracy study speed", table(head, rows), speeds=speeds)
+    write(folder, "speed", asked("speed", seeds), table(head, rows), speeds=speeds)
+
+
+def asked(name: str, seeds: Seeds) -> str:
+    return f"python -m benchmarks.accuracy study {name} --seed " + " ".join(str(seed) for seed in seeds)
 
 
 def accuracy(records: Sequence[Record], trained: str, method: str, keep_rate: float) -> str:
@@ -110,7 +114,7 @@ def layers(folder: Path, seeds: Seeds) -> None:
     axis.grid(alpha=0.25)
     figure.savefig(folder / "layers.png", dpi=150)
     head = ["selection inside block", *(f"keep {rate:g}" for rate in KEEP_RATES)]
-    write(folder, "layers", "python -m benchmarks.accuracy study layers", table(head, rows), records=records)
+    write(folder, "layers", asked("layers", seeds), table(head, rows), records=records)
 
 
 def contrasts(folder: Path, seeds: Seeds, objectives: Sequence[Objective], steps: int = 400) -> list[Record]:
@@ -155,7 +159,7 @@ def contrast_study(name: str, question: Sequence[Objective], scenes: Sequence[st
             "weight of true negatives",
             "of false negatives",
         ]
-        write(folder, name, f"python -m benchmarks.accuracy study {name}", table(head, rows), records=records)
+        write(folder, name, asked(name, seeds), table(head, rows), records=records)
 
     return study
 
@@ -210,7 +214,7 @@ def resolution(folder: Path, seeds: Seeds) -> None:
     axis.set_ylabel("matching accuracy at equal cost, %")
     figure.savefig(folder / "resolution.png", dpi=150)
     head = ["image", "guidance", "keep rate", "cost (FLOPs of 80 px = 1)", "accuracy"]
-    write(folder, "resolution", "python -m benchmarks.accuracy study resolution", table(head, rows), records=records)
+    write(folder, "resolution", asked("resolution", seeds), table(head, rows), records=records)
 
 
 def alignment(folder: Path, seeds: Seeds) -> None:
@@ -237,7 +241,7 @@ def alignment(folder: Path, seeds: Seeds) -> None:
         + "\n\nPatches of the named objects kept, %:\n\n"
         + curve_table(records, "patches")
     )
-    write(folder, "alignment", "python -m benchmarks.accuracy study alignment", text, records=records)
+    write(folder, "alignment", asked("alignment", seeds), text, records=records)
 
 
 def from_scratch(seed: int, keep_rate: float, aligned: bool, steps: tuple[int, int]) -> Record:
@@ -268,7 +272,7 @@ def scratch(folder: Path, seeds: Seeds) -> None:
     axis.set_ylabel("matching accuracy, %")
     figure.savefig(folder / "scratch.png", dpi=150)
     head = ["training", "keep", "accuracy"]
-    write(folder, "scratch", "python -m benchmarks.accuracy study scratch", table(head, rows), records=records)
+    write(folder, "scratch", asked("scratch", seeds), table(head, rows), records=records)
 
 
 STUDIES: dict[str, Callable[[Path, Seeds], None]] = {
