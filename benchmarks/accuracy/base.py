@@ -19,10 +19,10 @@ COMMITTED = Path(__file__).parent / "checkpoints"
 RESULTS = Path("results/accuracy")
 TRAIN_SCENES = 6000
 BATCH = 32
-STEPS = (2600, 1000, 1500)
-"""Of stage 1 (matching, known boxes) and of two cycles of stage 2 (ITC, selection alignment)."""
-RATES = (2e-3, 1e-3, 1.5e-3)
-NAMES = ("-stage1", "-cycle1", "")
+STEPS = (2600, 1000, 1500, 1500)
+"""Of stage 1 (matching, known boxes) and of three cycles of stage 2 (ITC, selection alignment)."""
+RATES = (2e-3, 1e-3, 1.5e-3, 1.5e-3)
+NAMES = ("-stage1", "-cycle1", "-cycle2", "")
 """Of the files after each of them: the last one is the base."""
 
 

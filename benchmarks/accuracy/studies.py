@@ -224,7 +224,7 @@ def alignment(folder: Path, seeds: Seeds) -> None:
         Curve(
             seed,
             arm,
-            400 if arm else 0,
+            300 if arm else 0,
             ("text", "image", "random") if arm is None else (arm.guidance,),
             QUERIES,
             32,
