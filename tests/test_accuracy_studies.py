@@ -12,7 +12,8 @@ from benchmarks.accuracy import __main__ as command
 from benchmarks.accuracy import contrast, curves, scratch, studies, train
 from benchmarks.accuracy.evaluate import Questions
 from benchmarks.accuracy.model import MiniAlbef
-from benchmarks.accuracy.scenes import PLAIN, Sampler, make_scenes
+from benchmarks.accuracy.sampling import Sampler
+from benchmarks.accuracy.scenes import PLAIN, make_scenes
 from benchmarks.accuracy.throughput import throughput
 
 

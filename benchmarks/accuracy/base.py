@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from .model import PATCH, MiniAlbef
-from .scenes import PLAIN, VARIED, Layout, Sampler, make_scenes
+from .sampling import Sampler
+from .scenes import PLAIN, VARIED, Layout, make_scenes
 from .train import stage_one, stage_two
 
 COMMITTED = Path(__file__).parent / "checkpoints"

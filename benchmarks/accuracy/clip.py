@@ -26,7 +26,8 @@ from tqdm import tqdm
 from benchmarks.report import machine, versions
 from patchselect.losses import itc_loss
 
-from .scenes import PAD, Layout, caption_ids, make_scenes, vocabulary_size
+from .captions import PAD, caption_ids, vocabulary_size
+from .scenes import Layout, make_scenes
 
 SIZE, PATCH, WIDTH, DEPTH = 64, 8, 64, 6
 LAYERS = (2, 4)

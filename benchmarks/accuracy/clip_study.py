@@ -25,10 +25,10 @@ from benchmarks.tome import schedule, token_merging
 from patchselect.functional import as_ratio, num_kept
 
 from . import clip
+from .captions import EMOJI
 from .clip import DEPTH, LAYERS, PATCH, SIZE, load, tokenize
 from .clip_report import document, draw
 from .questions import CHOICES, SEEDS, TEST, Questions, encode, make_questions, right
-from .scenes import EMOJI
 
 RATES = (0.7, 0.5, 0.3, 0.15)
 GRID = SIZE // PATCH

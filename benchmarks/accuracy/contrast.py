@@ -18,9 +18,11 @@ from patchselect.losses import cosine_alignment_loss, itc_loss, negative_weights
 from patchselect.metrics import retrieval_recall
 
 from .base import base, train_sampler
+from .captions import AND
 from .evaluate import Questions
 from .model import MiniAlbef
-from .scenes import AND, PLAIN, Batch, Layout, noto_font
+from .sampling import Batch
+from .scenes import PLAIN, Layout, noto_font
 from .train import TEMPERATURE, fit
 
 CONTRAST_BATCH = 64

@@ -11,8 +11,10 @@ import patchselect
 from patchselect.metrics import retrieval_recall
 
 from .arms import RELEVANCE, Encode, lifted
+from .captions import captions, unique_captions
 from .model import LAYERS, PATCH, MiniAlbef
-from .scenes import PLAIN, Layout, Sampler, captions, make_scenes, unique_captions
+from .sampling import Sampler
+from .scenes import PLAIN, Layout, make_scenes
 
 CHUNK = 128
 
@@ -36,7 +38,7 @@ class Questions:
         sampler = Sampler(scenes, layout.size // PATCH, seed)
         batch = sampler.ask(range(count))
         more = make_scenes(24 * pool, seed + 1, True, layout)
-        rows, texts = unique_captions(more, pool, seed)
+        rows, texts = unique_captions(more.objects, pool, seed)
         pool_images = more.images(torch.tensor(rows))
         return cls(batch.images, batch.fitting, batch.other, batch.named, pool_images, captions(texts))
 

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from patchselect.metrics import retrieval_recall
 
+from .captions import name_some, swap_one
 from .clip import SIZE, tokenize
-from .scenes import Layout, Scenes, make_scenes, name_some, swap_one
+from .scenes import Layout, Scenes, make_scenes
 
 CHOICES = 16
 VALIDATION, TEST, SHIFTED = "validation", "test", "shifted"

@@ -7,7 +7,7 @@ Drawings: OpenMoji (CC BY-SA 4.0, https://openmoji.org, from the PyPI package `o
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -19,8 +19,7 @@ from torch import Tensor
 
 from benchmarks.data import SOURCES, load_photos
 
-EMOJI = "🌵🐟🚲🎸🐢🔑🚀🍕🐝🍄⚓🎈🦋🚗🏆🪁🍌🐘🌻🎩👑🥕🐧💡🎁🐌🍓🦉⏰🥁🐞🌈"
-"""The drawn things, one character each."""
+from .captions import EMOJI
 
 TRAIN_PHOTOS = {
     "astronaut": "NASA, public domain",
@@ -36,43 +35,6 @@ TEST_PHOTOS = {
 """Backgrounds and their licences, as scikit-image and scikit-learn, which ship them, state them."""
 
 NOTO_FOLDERS = ("/usr/share/fonts", "/usr/local/share/fonts", "~/.fonts", "~/.local/share/fonts")
-
-PAD, CLS, ARTICLE, COMMA, AND = range(5)
-CAPTION_LENGTH = 9
-"""Tokens of the longest caption: [CLS] a X , a Y and a Z."""
-
-
-@cache
-def concepts() -> tuple[str, ...]:
-    """The names of the drawn things, in the order of `EMOJI`."""
-    import emoji
-
-    return tuple(emoji.demojize(drawing).strip(":").replace("_", " ") for drawing in EMOJI)
-
-
-def vocabulary_size() -> int:
-    return AND + 1 + len(EMOJI)
-
-
-def caption_ids(named: Sequence[int]) -> list[int]:
-    """Token ids of "a X", "a X and a Y" or "a X, a Y and a Z" behind a [CLS], padded to `CAPTION_LENGTH`."""
-    ids = [CLS]
-    for place, concept in enumerate(named):
-        if place:
-            ids.append(AND if place == len(named) - 1 else COMMA)
-        ids += [ARTICLE, AND + 1 + concept]
-    return ids + [PAD] * (CAPTION_LENGTH - len(ids))
-
-
-def captions(named: Sequence[Sequence[int]]) -> Tensor:
-    """`(B, CAPTION_LENGTH)` token ids of many captions."""
-    return torch.tensor([caption_ids(one) for one in named])
-
-
-def caption_text(named: Sequence[int]) -> str:
-    """The caption in words."""
-    words = [concepts()[concept] for concept in named]
-    return " and ".join(part for part in (", ".join(f"a {w}" for w in words[:-1]), f"a {words[-1]}") if part)
 
 
 def noto_font() -> Path | None:
@@ -230,103 +192,3 @@ def _vary(random: np.random.Generator, one: Image.Image, other: Image.Image) -> 
     return Image.fromarray(
         (mixed * random.uniform(0.5, 1.3, 3) + random.uniform(-40, 40, 3)).clip(0, 255).astype("uint8")
     )
-
-
-def name_some(objects: Sequence[int], random: np.random.Generator, most: int = 2) -> tuple[int, ...]:
-    """One to `most` of the objects of a scene, in random order: what a caption names."""
-    number = int(random.integers(1, most + 1))
-    return tuple(objects[i] for i in random.permutation(len(objects))[:number])
-
-
-def swap_one(named: Sequence[int], objects: Sequence[int], random: np.random.Generator) -> tuple[int, ...]:
-    """The same caption with one object swapped for one that the scene does not have."""
-    absent = [concept for concept in range(len(EMOJI)) if concept not in objects]
-    swapped = list(named)
-    swapped[int(random.integers(len(named)))] = absent[int(random.integers(len(absent)))]
-    return tuple(swapped)
-
-
-def unique_captions(scenes: Scenes, pool: int, seed: int, named: int = 2) -> tuple[list[int], list[tuple[int, ...]]]:
-    """Scenes and captions for retrieval, where no caption fits another scene of the pool.
-
-    Returns:
-        Rows of `scenes` and, for each, its caption's concepts.
-
-    Raises:
-        ValueError: not enough scenes with a caption of their own.
-    """
-    random = np.random.default_rng(seed)
-    rows: list[int] = []
-    texts: list[tuple[int, ...]] = []
-    for row in range(len(scenes)):
-        here = set(scenes.objects[row])
-        if any(here >= set(text) for text in texts):
-            continue
-        own = next(
-            (
-                c
-                for c in _choices(scenes.objects[row], named, random)
-                if not any(set(c) <= set(scenes.objects[r]) for r in rows)
-            ),
-            None,
-        )
-        if own is not None:
-            rows.append(row)
-            texts.append(own)
-        if len(rows) == pool:
-            return rows, texts
-    raise ValueError(f"only {len(rows)} of {len(scenes)} scenes have a caption of their own; {pool} are needed")
-
-
-def _choices(
-    objects: Sequence[int], named: int, random: np.random.Generator, tries: int = 40
-) -> Iterator[tuple[int, ...]]:
-    for _ in range(tries):
-        yield tuple(objects[i] for i in random.permutation(len(objects))[:named])
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Pictures with a caption that fits and one that does not."""
-
-    images: Tensor
-    """`(B, 3, S, S)`"""
-    fitting: Tensor
-    """`(B, L)` token ids; `other` is the same caption with one object swapped for an absent one."""
-    other: Tensor
-    objects: Tensor
-    """`(B, most)` concepts, -1 where a scene has fewer."""
-    masks: Tensor
-    """`(B, most, patches)`: which patches each object covers."""
-    named: Tensor
-    """`(B, patches)`: which patches the objects that the fitting caption names cover."""
-
-
-class Sampler:
-    """Draws batches from scenes, each time with new captions."""
-
-    def __init__(self, scenes: Scenes, grid: int, seed: int, most: int = 2) -> None:
-        self.scenes, self.most = scenes, most
-        self.random = np.random.default_rng(seed)
-        width = max(len(objects) for objects in scenes.objects)
-        self.objects = torch.full((len(scenes), width), -1)
-        self.masks = torch.zeros(len(scenes), width, grid * grid, dtype=torch.bool)
-        for row, objects in enumerate(scenes.objects):
-            self.objects[row, : len(objects)] = torch.tensor(objects)
-            self.masks[row, : len(objects)] = scenes.patch_masks(row, grid)
-
-    def draw(self, size: int, device: torch.device | str = "cpu") -> Batch:
-        """A batch of random scenes."""
-        return self.ask(self.random.integers(0, len(self.scenes), size).tolist(), device)
-
-    def ask(self, rows: Sequence[int], device: torch.device | str = "cpu") -> Batch:
-        """These scenes, with captions drawn now."""
-        chosen = [self.scenes.objects[row] for row in rows]
-        named = [name_some(objects, self.random, self.most) for objects in chosen]
-        other = [swap_one(names, objects, self.random) for names, objects in zip(named, chosen, strict=True)]
-        here = torch.tensor(rows)
-        mentioned = torch.zeros(len(rows), self.masks.shape[-1], dtype=torch.bool)
-        for place, (row, names, objects) in enumerate(zip(rows, named, chosen, strict=True)):
-            mentioned[place] = self.masks[row, [objects.index(name) for name in names]].any(0)
-        parts = (captions(named), captions(other), self.objects[here], self.masks[here], mentioned)
-        return Batch(self.scenes.images(here, device), *(part.to(device) for part in parts))

@@ -11,7 +11,7 @@ import patchselect
 from patchselect.losses import itc_loss
 
 from .model import LAYERS, MiniAlbef
-from .scenes import Batch, Sampler
+from .sampling import Batch, Sampler
 from .train import TEMPERATURE, alignment, both, fit, matching_loss, region_words
 
 

@@ -12,9 +12,9 @@ from tqdm import tqdm
 from benchmarks.measure import timed
 
 from .arms import METHODS, reduced, smaller_side, vision_flops
+from .captions import captions
 from .evaluate import match_logits
 from .model import MiniAlbef
-from .scenes import captions
 from .train import KEEP_RATES
 
 

@@ -15,8 +15,9 @@ from tqdm import tqdm
 import patchselect
 from patchselect.losses import itc_loss, selection_alignment_loss
 
+from .captions import EMOJI, captions
 from .model import LAYERS, MiniAlbef
-from .scenes import EMOJI, Batch, Sampler, captions
+from .sampling import Batch, Sampler
 
 TEMPERATURE = 0.1
 KEEP_RATES = (0.7, 0.5, 0.3, 0.15)

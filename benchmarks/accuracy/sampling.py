@@ -1,0 +1,60 @@
+"""Batches of scenes with captions, drawn anew each time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .captions import captions, name_some, swap_one
+from .scenes import Scenes
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Pictures with a caption that fits and one that does not."""
+
+    images: Tensor
+    """`(B, 3, S, S)`"""
+    fitting: Tensor
+    """`(B, L)` token ids; `other` is the same caption with one object swapped for an absent one."""
+    other: Tensor
+    objects: Tensor
+    """`(B, most)` concepts, -1 where a scene has fewer."""
+    masks: Tensor
+    """`(B, most, patches)`: which patches each object covers."""
+    named: Tensor
+    """`(B, patches)`: which patches the objects that the fitting caption names cover."""
+
+
+class Sampler:
+    """Draws batches from scenes, each time with new captions."""
+
+    def __init__(self, scenes: Scenes, grid: int, seed: int, most: int = 2) -> None:
+        self.scenes, self.most = scenes, most
+        self.random = np.random.default_rng(seed)
+        width = max(len(objects) for objects in scenes.objects)
+        self.objects = torch.full((len(scenes), width), -1)
+        self.masks = torch.zeros(len(scenes), width, grid * grid, dtype=torch.bool)
+        for row, objects in enumerate(scenes.objects):
+            self.objects[row, : len(objects)] = torch.tensor(objects)
+            self.masks[row, : len(objects)] = scenes.patch_masks(row, grid)
+
+    def draw(self, size: int, device: torch.device | str = "cpu") -> Batch:
+        """A batch of random scenes."""
+        return self.ask(self.random.integers(0, len(self.scenes), size).tolist(), device)
+
+    def ask(self, rows: Sequence[int], device: torch.device | str = "cpu") -> Batch:
+        """These scenes, with captions drawn now."""
+        chosen = [self.scenes.objects[row] for row in rows]
+        named = [name_some(objects, self.random, self.most) for objects in chosen]
+        other = [swap_one(names, objects, self.random) for names, objects in zip(named, chosen, strict=True)]
+        here = torch.tensor(rows)
+        mentioned = torch.zeros(len(rows), self.masks.shape[-1], dtype=torch.bool)
+        for place, (row, names, objects) in enumerate(zip(rows, named, chosen, strict=True)):
+            mentioned[place] = self.masks[row, [objects.index(name) for name in names]].any(0)
+        parts = (captions(named), captions(other), self.objects[here], self.masks[here], mentioned)
+        return Batch(self.scenes.images(here, device), *(part.to(device) for part in parts))
