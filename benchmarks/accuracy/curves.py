@@ -23,6 +23,7 @@ ARMS = (
     Arm("random"),
     Arm("text", aligned=True),
     Arm("image", aligned=True),
+    Arm("values"),
 )
 
 

@@ -15,6 +15,7 @@ from tqdm import tqdm
 import patchselect
 from patchselect.losses import itc_loss, selection_alignment_loss
 
+from .arms import RELEVANCE, lifted
 from .captions import EMOJI, captions
 from .model import LAYERS, MiniAlbef
 from .sampling import Batch, Sampler
@@ -117,7 +118,7 @@ class Arm:
     """One way to go on training with selection."""
 
     guidance: str
-    """`none`, `text`, `image` or `random`."""
+    """`none`, `text`, `values`, `image` or `random`, as in `arms.reduced`."""
     aligned: bool = False
     """Keep the loss that makes its relevance mean something: selection alignment, or ITC on the [CLS] for `image`."""
 
@@ -147,17 +148,18 @@ def tune(
         if arm.guidance == "none":
             tokens = model.encode_image(batch.images).repeat(2, 1, 1)
             return matching_loss(model.match(tokens, text, ids))
-        relevance = "keys" if arm.guidance == "text" else None
-        handle = patchselect.apply(model.vision, draw.choice(keep_rates), layers, arm.guidance, relevance)
+        relevance = RELEVANCE.get(arm.guidance)
+        guidance = "text" if relevance else arm.guidance
+        handle = patchselect.apply(model.vision, draw.choice(keep_rates), layers, guidance, relevance)
         with handle.record() if arm.aligned else nullcontext() as trace:
-            if arm.guidance == "text":
-                with patchselect.guide(model.vision, text[:, 0]):
+            if relevance:
+                with patchselect.guide(model.vision, lifted(model, arm.guidance, text[:, 0])):
                     tokens = model.encode_image(batch.images.repeat(2, 1, 1, 1))
             else:
                 tokens = model.encode_image(batch.images).repeat(2, 1, 1)
         handle.remove()
         total = matching_loss(model.match(tokens, text, ids))
-        if arm.aligned and arm.guidance == "text":
+        if arm.aligned and relevance:
             total = total + alignment(model, trace, own)
         elif arm.aligned:
             total = total + itc_loss(model.vision_proj(tokens[:size, 0]), own, TEMPERATURE)

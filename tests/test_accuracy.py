@@ -1,0 +1,220 @@
+"""The accuracy benchmark: its scenes say what they show, and its methods are what their names say."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+import patchselect
+from benchmarks.accuracy import base, contrast, curves, scratch
+from benchmarks.accuracy.arms import METHODS, merged, reduced, smaller_side, tokens_per_block, vision_flops
+from benchmarks.accuracy.captions import (
+    AND,
+    CAPTION_LENGTH,
+    EMOJI,
+    PAD,
+    caption_ids,
+    caption_text,
+    concepts,
+    swap_one,
+    unique_captions,
+)
+from benchmarks.accuracy.evaluate import Questions, match_logits, matching_hits, patch_recall, retrieval
+from benchmarks.accuracy.model import LAYERS, PATCH, MiniAlbef
+from benchmarks.accuracy.report import curve_table, error, pick, spread
+from benchmarks.accuracy.sampling import Sampler
+from benchmarks.accuracy.scenes import TEST_PHOTOS, Layout, backgrounds, make_scenes
+from benchmarks.accuracy.train import Arm, matching_loss, tune
+from benchmarks.tome import schedule
+
+
+@pytest.fixture(scope="module")
+def scenes():
+    return make_scenes(24, seed=3)
+
+
+@pytest.fixture(scope="module")
+def questions():
+    return Questions.make(8, 4, seed=5)
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return MiniAlbef().eval()
+
+
+def test_a_drawing_is_where_its_box_says(scenes):
+    """The same scene without its drawings differs inside of the boxes and nowhere else."""
+    empty = make_scenes(1, seed=3, layout=Layout(objects=(0, 0)))
+    row = next(i for i in range(len(scenes)) if len(scenes.objects[i]) >= 5)
+    assert len(scenes.boxes[row]) == len(scenes.objects[row]) == len(set(scenes.objects[row]))
+    assert empty.objects == ((),)
+    first = make_scenes(1, seed=3)  # the background is drawn before anything else, so both have the same one
+    changed = (first.pixels[0].int() - empty.pixels[0].int()).abs().sum(0) > 0
+    inside = torch.zeros(80, 80, dtype=torch.bool)
+    for left, top, right, bottom in first.boxes[0]:
+        inside[top:bottom, left:right] = True
+        assert changed[top:bottom, left:right].float().mean() > 0.2
+    assert not changed[~inside].any()
+
+
+def test_masks_are_the_patches_that_a_box_covers(scenes):
+    masks = scenes.patch_masks(0, 10)
+    for mask, (left, top, right, bottom) in zip(masks, scenes.boxes[0], strict=True):
+        full = torch.zeros(80, 80)
+        full[top:bottom, left:right] = 1
+        share = full.view(10, 8, 10, 8).mean((1, 3)).flatten()
+        assert torch.equal(mask, share >= 0.5)
+
+
+def test_training_and_test_share_no_photograph():
+    everything = {id(photo) for photo in (*backgrounds(True), *backgrounds(False))}
+    assert len(everything) == len(backgrounds(True)) + len(backgrounds(False))
+    assert len(backgrounds(True)) == len(TEST_PHOTOS)
+
+
+def test_captions_name_what_they_should(scenes):
+    assert len(set(concepts())) == len(EMOJI)
+    assert caption_text([0, 1, 2]) == "a cactus, a fish and a bicycle"
+    ids = caption_ids([0, 31])
+    assert len(ids) == CAPTION_LENGTH
+    assert [i - AND - 1 for i in ids if i > AND] == [0, 31]
+    assert caption_ids([0])[-1] == PAD
+    batch = Sampler(scenes, 10, seed=0).draw(16)
+    for fitting, other, objects in zip(batch.fitting, batch.other, batch.objects, strict=True):
+        here = set(objects.tolist())
+        named, swapped = ({i - AND - 1 for i in ids.tolist() if i > AND} for ids in (fitting, other))
+        assert named <= here
+        assert len(swapped - here) == 1
+        assert len(named) == len(swapped)
+    assert swap_one((1,), tuple(range(31)), np.random.default_rng(0)) == (31,)
+
+
+def test_retrieval_captions_fit_one_scene_alone():
+    many = make_scenes(150, seed=9)
+    rows, texts = unique_captions(many.objects, 12, seed=0)
+    for place, text in enumerate(texts):
+        assert [i for i, row in enumerate(rows) if set(text) <= set(many.objects[row])] == [place]
+    with pytest.raises(ValueError, match="have a caption of their own"):
+        unique_captions(many.objects, 150, seed=0)
+
+
+def test_false_negatives_are_the_captions_that_truly_fit(scenes):
+    batch = Sampler(scenes, 10, seed=1).draw(12)
+    found = contrast.fits(batch)
+    assert found.diagonal().all()
+    for i, objects in enumerate(batch.objects):
+        for j, ids in enumerate(batch.fitting):
+            assert bool(found[i, j]) == ({k - AND - 1 for k in ids.tolist() if k > AND} <= set(objects.tolist()))
+    cleaned = contrast.clean(batch)
+    assert torch.equal(contrast.fits(cleaned), torch.eye(len(cleaned.images), dtype=torch.bool))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("keep_rate", [0.5, 0.15])
+def test_every_method_spends_what_text_guidance_spends(method, keep_rate, model, questions):
+    """Tokens out of the encoder, and the model unchanged afterwards."""
+    with torch.inference_mode():
+        plain = model.encode_image(questions.images)
+        text = model.text(questions.fitting)[:, 0]
+        with reduced(model, method, keep_rate) as encode:
+            tokens = encode(questions.images, text)
+        assert torch.equal(model.encode_image(questions.images), plain)
+    seen = tokens_per_block(100, keep_rate)
+    if method in ("text", "image", "random"):
+        kept = patchselect.num_kept(1 + patchselect.num_kept(100, keep_rate), keep_rate)
+        assert tokens.shape[1] == 2 + kept
+    elif method == "tome":
+        step = merged(100, keep_rate) / 6
+        assert sum(101 - (block + 0.5) * step for block in range(6)) == pytest.approx(
+            sum(seen), rel=0.06
+        )  # evenly spread, it cannot reach the least
+        left = 100
+        for step in schedule(merged(100, keep_rate), 6):
+            left -= min(step, left // 2)
+        assert tokens.shape[1] == 1 + left
+    else:
+        side = smaller_side(80, keep_rate)
+        assert tokens.shape[1] == 1 + (side // PATCH) ** 2
+        assert vision_flops(side, 1.0) == pytest.approx(vision_flops(80, keep_rate), rel=0.15)  # whole patches only
+
+
+def test_without_reduction_a_method_is_the_model_itself(model, questions):
+    with reduced(model, "none") as encode, torch.inference_mode():
+        expected = model(questions.images, questions.fitting)
+        found = match_logits(model, encode, questions.images, questions.fitting)
+    torch.testing.assert_close(found, expected[:, 1] - expected[:, 0], rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="method must be one of"):
+        with reduced(model, "magic"):
+            pass
+
+
+def test_patch_recall_counts_the_patches_of_named_objects(model, questions):
+    assert patch_recall(model, "random", 1.0, questions) == 1.0
+    half = patch_recall(model, "random", 0.5, questions)
+    assert 0.2 < half < 0.8
+
+
+def test_losses_over_boxes_follow_the_surviving_patches(model, scenes):
+    batch = Sampler(scenes, 10, seed=2).draw(4)
+    handle = patchselect.apply(model.vision, 0.5, LAYERS, relevance="keys")
+    with handle.record() as trace, patchselect.guide(model.vision, model.text(batch.fitting)[:, 0]):
+        tokens = model.encode_image(batch.images)
+    handle.remove()
+    tokens, left = scratch.surviving(tokens, batch, trace)
+    assert left.masks.shape == (4, batch.masks.shape[1], tokens.shape[1] - 1)
+    kept = trace[-1].kept
+    for row in range(4):
+        alive = [place for place in kept[row].tolist() if place >= 0]
+        assert torch.equal(left.masks[row].sum(-1), batch.masks[row][:, alive].sum(-1))
+    assert not left.masks[..., -1].any()  # the fused token
+
+
+@pytest.mark.parametrize("arm", curves.ARMS, ids=str)
+def test_every_arm_trains_what_it_says(arm, model, scenes):
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    tune(model, Sampler(scenes, 10, seed=4), arm, 12, 4, seed=0)
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert "vision.blocks.0.attn.qkv.weight" in changed
+    with pytest.raises(ValueError, match="is not patched"):
+        patchselect.handle_of(model.vision)
+    assert ("vision_proj.weight" in changed) == arm.aligned
+
+
+def test_the_committed_base_is_what_its_record_says():
+    """Loads, is small, and answers about as well as it did when it was committed."""
+    path = base.COMMITTED / "albef-0.pt"
+    assert path.stat().st_size < 2_000_000
+    model = base.base(0, folder=base.COMMITTED)
+    asked = Questions.make(64, 16, seed=5)
+    with reduced(model, "none") as encode:
+        assert matching_hits(model, encode, asked).float().mean() > 0.85
+        assert retrieval(model, encode, asked)["image_to_text"][1] > 50
+    with reduced(model, "text", 0.5) as guided:
+        text = matching_hits(model, guided, asked).float().mean()
+    with reduced(model, "random", 0.5) as guided:
+        assert text > matching_hits(model, guided, asked).float().mean()
+    assert patch_recall(model, "text", 0.3, asked) > 0.45
+    with pytest.raises(FileNotFoundError, match="accuracy train --seed 99"):
+        base.base(99)
+
+
+def test_tables_give_means_and_standard_errors_over_seeds():
+    records = [
+        {"seed": seed, "trained": curves.FREE, "method": method, "keep_rate": 0.5, "accuracy": value, "patches": None}
+        for method, values in (("text", (90.0, 92.0)), ("none", (97.0, 97.0)))
+        for seed, value in enumerate(values)
+    ]
+    assert pick(records, method="text", keep_rate=0.5) == [90.0, 92.0]
+    assert error([90.0, 92.0]) == pytest.approx(1.0)
+    assert spread([90.0, 92.0]) == "91.0 ± 1.0"
+    assert "| text (TRIPS), as it is |" in curve_table(records, "accuracy")
+
+
+def test_matching_loss_knows_which_half_fits():
+    sure = torch.tensor([[-9.0, 9.0], [9.0, -9.0]])
+    assert matching_loss(sure) < 1e-6
+    assert matching_loss(sure.flip(0)) > 10
+    assert str(Arm("text", aligned=True)) == "text + alignment"
