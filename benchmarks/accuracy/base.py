@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -39,16 +40,17 @@ def train_base(seed: int, folder: Path = RESULTS, steps: Sequence[int] = STEPS) 
     loses ten points on others. What the folder has is taken from there.
     """
     torch.manual_seed(seed)
-    model, samplers = MiniAlbef(), {}
+    model, samplers, stages = MiniAlbef(), {}, []
     for index, name in enumerate(NAMES):
         path = folder / f"albef-{seed}{name}.pt"
         if path.exists():
-            model = load(path)
+            model, stages = load(path), json.loads(path.with_suffix(".json").read_text())["stages"]
             continue
         layout, stage = (VARIED, stage_two) if index else (PLAIN, stage_one)
         sampler = samplers.setdefault(layout, train_sampler(seed, layout))
         stage(model, sampler, steps[index], BATCH, RATES[index])
-        save(model, path, seed=seed, steps=sum(steps[: index + 1]))
+        stages = [*stages, {"steps": steps[index], "commit": commit()}]
+        save(model, path, seed=seed, stages=stages)
 
 
 def save(model: torch.nn.Module, path: Path, **facts: Any) -> None:
@@ -56,12 +58,13 @@ def save(model: torch.nn.Module, path: Path, **facts: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save({name: value.half() for name, value in model.state_dict().items()}, path)
     command = "python -m benchmarks.accuracy " + " ".join(sys.argv[1:])
-    made = {"command": command, "commit": commit(), "torch": torch.__version__, **facts}
+    made = {"command": command, "torch": torch.__version__, **facts}
     path.with_suffix(".json").write_text(json.dumps(made, indent=1) + "\n")
 
 
+@cache
 def commit() -> str:
-    """The commit of the code that runs, marked where files were changed."""
+    """The commit of the code that runs, marked where files were changed; asked for once, when a run starts."""
     here = Path(__file__).parent
     answer = subprocess.run(
         ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True, text=True

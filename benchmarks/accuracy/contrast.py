@@ -6,6 +6,7 @@ whose scene has all that the caption names is a FALSE negative.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,8 +96,14 @@ def teach(seed: int, steps: int, folder: Path) -> MiniAlbef:
 
 
 def train(run: Run) -> list[dict[str, Any]]:
-    """One objective from the stage-1 base, and what came of it on both distributions."""
+    """One objective from the stage-1 base, and what came of it on every distribution.
+
+    Kept in the folder, for the studies share runs: delete it to run anew.
+    """
     objective = run.objective
+    path = run.folder / f"run-{str(objective).replace(', ', '-').replace(' ', '')}-{run.seed}-{run.steps}.json"
+    if path.exists():
+        return json.loads(path.read_text())
     taught = objective.loss == "srcl" and objective.similarity != "own"
     teacher = teach(run.seed, run.steps, run.folder) if taught else None
     model, sampler = base(run.seed, run.folder, stage=1), train_sampler(100 + run.seed, count=3000)
@@ -125,7 +132,7 @@ def train(run: Run) -> list[dict[str, Any]]:
     places = {"same": PLAIN, "crowded": CROWDED}
     if noto_font() is not None:
         places["noto"] = Layout(style="noto")
-    return [
+    records = [
         {
             "seed": run.seed,
             "objective": str(objective),
@@ -136,6 +143,8 @@ def train(run: Run) -> list[dict[str, Any]]:
         }
         for place, layout in places.items()
     ]
+    path.write_text(json.dumps(records))
+    return records
 
 
 def note_weights(

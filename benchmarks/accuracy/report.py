@@ -51,12 +51,13 @@ def pick(records: Sequence[Record], value: str = "accuracy", **where: Any) -> li
     found = [record for record in records if all(record[key] == wanted for key, wanted in where.items())]
     if value in ("r1", "r5", "r10"):
         k = int(value[1:])
-        return [statistics.fmean(float(_at(way, k)) for way in record["recall"].values()) for record in found]
+        return [statistics.fmean(float(at(way, k)) for way in record["recall"].values()) for record in found]
     return [record[value] for record in found if record[value] is not None]
 
 
-def _at(recall: dict[Any, float], k: int) -> float:
-    return recall[k] if k in recall else recall[str(k)]  # JSON has made strings of the keys
+def at(recall: dict[Any, float], k: int) -> float:
+    """R@K of a record, as it was made or as JSON gives it back."""
+    return recall[k] if k in recall else recall[str(k)]
 
 
 def lines_of(records: Sequence[Record]) -> list[tuple[str, str]]:

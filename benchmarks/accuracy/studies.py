@@ -22,7 +22,7 @@ from .curves import measure as measure_curve
 from .evaluate import Questions, matching_hits
 from .jobs import call, run_all
 from .model import LAYERS, MiniAlbef
-from .report import Record, axes, curve_table, draw_curves, error, pick, spread, table, write
+from .report import Record, at, axes, curve_table, draw_curves, error, pick, spread, table, write
 from .scenes import Layout
 from .scratch import train_from_scratch
 from .throughput import throughput
@@ -139,12 +139,12 @@ def contrast_study(name: str, question: Sequence[Objective], scenes: Sequence[st
             for objective in question:
                 found = [r for r in records if r["objective"] == str(objective) and r["scenes"] == place]
                 cells = [
-                    " / ".join(spread([float(r[way][k]) for r in found]) for k in (1, 5, 10))
+                    " / ".join(spread([at(r[way], k) for r in found]) for k in (1, 5, 10))
                     for way in ("image_to_text", "text_to_image")
                 ]
                 weights = [spread_fine([r[kind] for r in found]) for kind in ("weight_true", "weight_false")]
                 rows.append([str(objective), place, *cells, *weights])
-                firsts = [statistics.fmean((r["image_to_text"][1], r["text_to_image"][1])) for r in found]
+                firsts = [statistics.fmean(at(r[way], 1) for way in ("image_to_text", "text_to_image")) for r in found]
                 bars.append((f"{objective}\n{place}", statistics.fmean(firsts), error(firsts)))
         figure, (axis,) = axes(max(6.4, 1.1 * len(bars)), 4.2)
         axis.bar(range(len(bars)), [b[1] for b in bars], yerr=[b[2] for b in bars], color="tab:blue", capsize=3)
