@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -26,6 +25,7 @@ from tqdm import tqdm
 from benchmarks.report import machine, versions
 from patchselect.losses import itc_loss
 
+from .base import commit
 from .captions import PAD, caption_ids, vocabulary_size
 from .scenes import Layout, make_scenes
 
@@ -178,15 +178,6 @@ def load(seed: int, folder: Path = CHECKPOINTS) -> Any:
     model = build()
     model.load_state_dict(torch.load(path, weights_only=True))
     return model.float().eval()
-
-
-def commit() -> str:
-    """The git commit of this source tree, or "unknown"."""
-    asked = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    try:
-        return subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
