@@ -210,7 +210,9 @@ def test_tables_give_means_and_standard_errors_over_seeds():
     assert pick(records, method="text", keep_rate=0.5) == [90.0, 92.0]
     assert error([90.0, 92.0]) == pytest.approx(1.0)
     assert spread([90.0, 92.0]) == "91.0 ± 1.0"
-    assert "| text (TRIPS), as it is |" in curve_table(records, "accuracy")
+    assert "| text (TRIPS), as it is | – | 91.0 ± 1.0 | – | – |" in curve_table(records, "accuracy")
+    alone = [record | {"error": 0.25} for record in records if record["seed"] == 0]
+    assert "| text (TRIPS), as it is | – | 90.0 ± 0.2 | – | – |" in curve_table(alone, "accuracy")
 
 
 def test_matching_loss_knows_which_half_fits():

@@ -65,17 +65,29 @@ def lines_of(records: Sequence[Record]) -> list[tuple[str, str]]:
     return list(dict.fromkeys((r["trained"], r["method"]) for r in records if r["method"] != "none"))
 
 
+def cell(records: Sequence[Record], value: str, **where: Any) -> str:
+    """`mean ± standard error` over seeds; of a single seed, over its questions where that is known."""
+    values = pick(records, value, **where)
+    if not values:
+        return ""
+    if len(values) == 1 and value == "accuracy":
+        return f"{values[0]:.1f} ± {pick(records, 'error', **where)[0]:.1f}"
+    return spread(values)
+
+
 def curve_table(records: Sequence[Record], value: str) -> str:
     """One line per method and training, one column per keep rate."""
     rows = []
     for trained in dict.fromkeys(record["trained"] for record in records):
         plain = pick(records, value, trained=trained, method="none")
         if plain and value != "patches" and (trained == FREE or not any(t == trained for t, _ in lines_of(records))):
-            rows.append([name_of(trained, "none"), *[spread(plain)] * len(KEEP_RATES)])
+            rows.append(
+                [name_of(trained, "none"), *[cell(records, value, trained=trained, method="none")] * len(KEEP_RATES)]
+            )
     for trained, method in lines_of(records):
-        cells = [pick(records, value, trained=trained, method=method, keep_rate=rate) for rate in KEEP_RATES]
+        cells = [cell(records, value, trained=trained, method=method, keep_rate=rate) for rate in KEEP_RATES]
         if any(cells):
-            rows.append([name_of(trained, method), *(spread(cell) if cell else "–" for cell in cells)])
+            rows.append([name_of(trained, method), *(one or "–" for one in cells)])
     return table(["", *(f"keep {rate:g}" for rate in KEEP_RATES)], rows)
 
 
@@ -150,6 +162,7 @@ def draw_curves(records: Sequence[Record], speeds: Sequence[Record], path: Path)
     left.invert_xaxis()
     left.set_xlabel("keep rate of each selection layer")
     right.set_xlabel("measured speed-up of pair inference")
-    right.text(1.0, plain, " no reduction", va="bottom", fontsize=8)
+    right.plot([1.0], [plain], "k^", label="no reduction")
+    right.text(1.0, plain - 0.8, " no reduction", va="top", fontsize=8)
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     figure.savefig(path, dpi=150)
