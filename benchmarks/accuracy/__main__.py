@@ -66,8 +66,8 @@ def main() -> None:
         curves(
             "quick",
             (0,),
-            (Arm("text", aligned=True), Arm("image", aligned=True), Arm("random")),
-            60,
+            tuple(Arm(guidance) for guidance in ("text", "values", "image", "random")),
+            100,
             640,
             32,
             options.output,
