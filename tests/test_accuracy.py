@@ -180,7 +180,8 @@ def test_every_arm_trains_what_it_says(arm, model, scenes):
     assert "vision.blocks.0.attn.qkv.weight" in changed
     with pytest.raises(ValueError, match="is not patched"):
         patchselect.handle_of(model.vision)
-    assert ("vision_proj.weight" in changed) == arm.aligned
+    through_joint_space = arm.aligned or arm.guidance == "values"
+    assert ("vision_proj.weight" in changed) == through_joint_space
 
 
 def test_the_committed_base_is_what_its_record_says():
