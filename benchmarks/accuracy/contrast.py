@@ -128,7 +128,7 @@ def train(run: Run) -> list[dict[str, Any]]:
         return srcl_loss(image, text, TEMPERATURE, *taught, alpha=alpha(step), delta=objective.delta)
 
     fit(model, loss, run.steps, 5e-4, f"{objective} {run.seed}")
-    mean = {kind: float(torch.cat(found).mean()) if found else 1.0 for kind, found in weights.items()}
+    mean = {kind: float(torch.cat(found).mean()) if found else None for kind, found in weights.items()}
     places = {"same": PLAIN, "crowded": CROWDED}
     if noto_font() is not None:
         places["noto"] = Layout(style="noto")

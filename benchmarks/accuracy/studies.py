@@ -142,7 +142,10 @@ def contrast_study(name: str, question: Sequence[Objective], scenes: Sequence[st
                     " / ".join(spread([at(r[way], k) for r in found]) for k in (1, 5, 10))
                     for way in ("image_to_text", "text_to_image")
                 ]
-                weights = [spread_fine([r[kind] for r in found]) for kind in ("weight_true", "weight_false")]
+                weights = [
+                    spread_fine([r[kind] for r in found]) if objective.loss == "srcl" else "–"
+                    for kind in ("weight_true", "weight_false")
+                ]
                 rows.append([str(objective), place, *cells, *weights])
                 firsts = [statistics.fmean(at(r[way], 1) for way in ("image_to_text", "text_to_image")) for r in found]
                 bars.append((f"{objective}\n{place}", statistics.fmean(firsts), error(firsts)))
