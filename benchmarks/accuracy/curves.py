@@ -52,6 +52,7 @@ def measure(curve: Curve) -> list[dict[str, Any]]:
     records = []
     for method in ("none", *curve.methods):
         for keep_rate in KEEP_RATES if method != "none" else (1.0,):
+            torch.manual_seed(curve.seed)  # of random guidance
             with reduced(model, method, keep_rate) as encode:
                 hits = matching_hits(model, encode, questions).float()
                 recall = retrieval(model, encode, questions)
