@@ -169,13 +169,17 @@ def test_cosine_alignment_is_torchs_loss_on_drawn_pairs(shape, margin):
     found = losses.cosine_alignment_loss(image, text, margin, torch.Generator().manual_seed(seed))
     generator = torch.Generator().manual_seed(seed)
     embedding_loss = torch.nn.CosineEmbeddingLoss(margin=margin)
-    total = 0.0
+    total = theirs = 0.0
     for one, other in ((image, text), (text, image)):
         partner = (torch.arange(size) + torch.randint(1, size, (size,), generator=generator)) % size
         assert not (partner == torch.arange(size)).any()
         label = torch.cat([torch.ones(size), -torch.ones(size)])
-        total += float(embedding_loss(torch.cat([one, one]), torch.cat([other, other[partner]]), label))
+        theirs += float(embedding_loss(torch.cat([one, one]), torch.cat([other, other[partner]]), label))
+        matching = sum(1 - cosine(one[i], other[i]) for i in range(size))
+        mismatched = sum(max(0.0, cosine(one[i], other[partner[i]]) - margin) for i in range(size))
+        total += (matching + mismatched) / (2 * size)
     assert float(found) == pytest.approx(total / 2, rel=1e-9, abs=1e-12)
+    assert float(found) == pytest.approx(theirs / 2, rel=1e-4, abs=1e-4)  # torch adds 1e-12 to squared lengths
 
 
 def test_selection_alignment_trains_what_selects():
