@@ -22,7 +22,7 @@ from benchmarks.accuracy.captions import (
 )
 from benchmarks.accuracy.evaluate import Questions, match_logits, matching_hits, patch_recall, retrieval
 from benchmarks.accuracy.model import LAYERS, PATCH, MiniAlbef
-from benchmarks.accuracy.report import curve_table, error, pick, spread
+from benchmarks.accuracy.report import FREE, curve_table, error, pick, spread
 from benchmarks.accuracy.sampling import Sampler
 from benchmarks.accuracy.scenes import TEST_PHOTOS, Layout, backgrounds, make_scenes
 from benchmarks.accuracy.train import Arm, matching_loss, tune
@@ -204,7 +204,7 @@ def test_the_committed_base_is_what_its_record_says():
 
 def test_tables_give_means_and_standard_errors_over_seeds():
     records = [
-        {"seed": seed, "trained": curves.FREE, "method": method, "keep_rate": 0.5, "accuracy": value, "patches": None}
+        {"seed": seed, "trained": FREE, "method": method, "keep_rate": 0.5, "accuracy": value, "patches": None}
         for method, values in (("text", (90.0, 92.0)), ("none", (97.0, 97.0)))
         for seed, value in enumerate(values)
     ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +11,11 @@ import torch
 from .arms import METHODS, reduced
 from .base import BATCH, base, train_base, train_sampler
 from .evaluate import Questions, matching_hits, patch_recall, retrieval
-from .jobs import run_all
+from .jobs import call, run_all
+from .report import FREE
 from .train import KEEP_RATES, Arm, tune
 
 TEST_SEED = 77
-FREE = "training-free"
 ARMS = (
     Arm("none"),
     Arm("text"),
@@ -82,7 +82,6 @@ def curves(
         for arm in arms:
             methods = () if arm.guidance == "none" else (arm.guidance,)
             made.append(Curve(seed, arm, steps, methods, queries, pool, folder))
-    # In halves: what takes longest should not be last and alone.
     for seed in seeds:
         made.append(Curve(seed, None, 0, (*METHODS, "values"), queries, pool, folder))
     return made
@@ -99,22 +98,12 @@ def run(
     ]
 
 
-@dataclass(frozen=True)
-class Training:
-    """A base to train, and where it is kept."""
-
-    seed: int
-    folder: Path
-
-
-def train(task: Training) -> None:
+def train(seed: int, folder: Path) -> None:
     """One base, unless its folder has it."""
-    if not (task.folder / f"albef-{task.seed}.pt").exists():
-        train_base(task.seed, task.folder)
+    if not (folder / f"albef-{seed}.pt").exists():
+        train_base(seed, folder)
 
 
 def train_all(seeds: tuple[int, ...], folder: Path) -> None:
-    run_all(train, [Training(seed, folder) for seed in seeds], "bases")
-
-
-__all__ = ["ARMS", "Curve", "asdict", "curves", "measure", "run", "train_all"]
+    """The bases of all seeds, side by side over the cores."""
+    run_all(call, [(train, (seed, folder)) for seed in seeds], "bases")

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from benchmarks import report
 
 from .arms import LABELS
 from .base import commit
@@ -98,18 +99,9 @@ def name_of(trained: str, method: str) -> str:
 
 
 def machine() -> str:
-    cores = os.cpu_count()
-    name = next(
-        (line.split(":", 1)[1].strip() for line in _cpuinfo().splitlines() if line.startswith("model name")), "CPU"
-    )
-    return f"{name}, {cores} cores, torch {torch.__version__}"
-
-
-def _cpuinfo() -> str:
-    try:
-        return Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return ""
+    """What the figures were measured on, in a line."""
+    about = report.machine(torch.device("cpu"))
+    return f"{about['processor']}, {about['cores']} cores, torch {torch.__version__}"
 
 
 def write(folder: Path, name: str, command: str, text: str, **data: Any) -> None:

@@ -17,12 +17,12 @@ from .arms import LABELS, reduced, vision_flops
 from .base import BATCH, base, train_sampler
 from .contrast import Objective, Run
 from .contrast import train as contrast
-from .curves import FREE, TEST_SEED, Curve
+from .curves import TEST_SEED, Curve
 from .curves import measure as measure_curve
 from .evaluate import Questions, matching_hits
 from .jobs import call, run_all
 from .model import LAYERS, MiniAlbef
-from .report import Record, at, axes, curve_table, draw_curves, error, pick, spread, table, write
+from .report import FREE, Record, at, axes, curve_table, draw_curves, error, pick, spread, table, write
 from .scenes import Layout
 from .scratch import train_from_scratch
 from .throughput import throughput
