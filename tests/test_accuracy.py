@@ -163,13 +163,14 @@ def test_losses_over_boxes_follow_the_surviving_patches(model, scenes):
     with handle.record() as trace, patchselect.guide(model.vision, model.text(batch.fitting)[:, 0]):
         tokens = model.encode_image(batch.images)
     handle.remove()
-    tokens, left = scratch.surviving(tokens, batch, trace)
-    assert left.masks.shape == (4, batch.masks.shape[1], tokens.shape[1] - 1)
+    patches, left = scratch.surviving(tokens, batch, trace[-1].kept)
+    assert left.masks.shape == (4, batch.masks.shape[1], patches.shape[1])
     kept = trace[-1].kept
     for row in range(4):
         alive = [place for place in kept[row].tolist() if place >= 0]
         assert torch.equal(left.masks[row].sum(-1), batch.masks[row][:, alive].sum(-1))
     assert not left.masks[..., -1].any()  # the fused token
+    assert scratch.surviving(tokens, batch, None)[1] is batch
 
 
 @pytest.mark.parametrize("arm", curves.ARMS, ids=str)
