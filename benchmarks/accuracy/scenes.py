@@ -89,12 +89,8 @@ def backgrounds(test: bool) -> tuple[Image.Image, ...]:
         FileNotFoundError: one of them is not shipped by the installed packages.
     """
     names = TEST_PHOTOS if test else TRAIN_PHOTOS
-    photos = [
-        photo.image
-        for photo in load_photos(
-            [(from_sklearn if name.endswith(".jpg") else from_skimage, name, "") for name in names]
-        )
-    ]
+    sources = [(from_sklearn if name.endswith(".jpg") else from_skimage, name, "") for name in names]
+    photos = [photo.image for photo in load_photos(sources)]
     if len(photos) < len(names):
         raise FileNotFoundError(f"scikit-image and scikit-learn must ship all of {', '.join(names)}: update them")
     return tuple(photo.resize((320, max(160, 320 * photo.height // photo.width))) for photo in photos)

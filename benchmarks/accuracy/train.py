@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -105,32 +105,34 @@ def pretrain(
         steps: how many.
         size: scenes of a batch.
         rate: highest learning rate.
-        aligned: with ITC on the image's [CLS] (for EViT's attention) and selection alignment (for TRIPS's).
+        aligned: with ITC on the image's [CLS] and selection alignment, of the text's attention (TRIPS's relevance) and
+            of the image [CLS]'s (EViT's) in turns, so that neither is at a disadvantage.
         name: for the progress bar.
     """
-    handle = patchselect.apply(model.vision, 1.0, LAYERS, relevance="keys") if aligned else None
+
+    def encode(images: Tensor, text: Tensor, guidance: str) -> tuple[Tensor, patchselect.Trace]:
+        handle = patchselect.apply(model.vision, 1.0, LAYERS, guidance, "keys" if guidance == "text" else None)
+        with handle.record() as trace, patchselect.guide(model.vision, text) if guidance == "text" else nullcontext():
+            tokens = model.encode_image(images)
+        handle.remove()
+        return tokens, trace
 
     def loss(step: int) -> Tensor:
         batch = sampler.draw(size, CAPTIONS)
         ids = both(batch)
         text = model.text(ids)
-        with ExitStack() as watching:
-            middle = watching.enter_context(selection_inputs(model))
-            trace = watching.enter_context(handle.record()) if handle else None
-            watching.enter_context(patchselect.guide(model.vision, text[:size, 0]) if handle else nullcontext())
-            tokens = model.encode_image(batch.images)
+        with selection_inputs(model) as middle:
+            tokens, trace = encode(batch.images, text[:size, 0], ("text", "image")[step % 2])
         total = matching_loss(model.match(tokens.repeat(2 * CAPTIONS, 1, 1), text, ids))
         for patches in (tokens, *(model.vision.norm(seen) for seen in middle)):
             total = total + region_words(model, patches[:, 1:], batch)
-        if trace is not None:
+        if aligned:
             own = model.text_proj(text[:size, 0])
             contrastive = itc_loss(model.vision_proj(tokens[:, 0]), own, TEMPERATURE)
             total = total + contrastive + alignment(model, trace, own)
         return total
 
     fit(model, loss, steps, rate, name)
-    if handle:
-        handle.remove()
 
 
 def alignment(model: MiniAlbef, trace: patchselect.Trace, text: Tensor) -> Tensor:
@@ -149,7 +151,7 @@ class Arm:
     guidance: str
     """`none`, `text`, `values`, `image` or `random`, as in `arms.reduced`."""
     aligned: bool = False
-    """Keep the loss that makes its relevance mean something: selection alignment, or ITC on the [CLS] for `image`."""
+    """With what makes its relevance mean something: selection alignment, and for `image` ITC on the [CLS] too."""
 
     def __str__(self) -> str:
         return self.guidance + (" + alignment" if self.aligned else "")
@@ -188,10 +190,10 @@ def tune(
                 tokens = model.encode_image(batch.images).repeat(2, 1, 1)
         handle.remove()
         total = matching_loss(model.match(tokens, text, ids))
-        if arm.aligned and relevance:
+        if arm.aligned:
             total = total + alignment(model, trace, own)
-        elif arm.aligned:
-            total = total + itc_loss(model.vision_proj(tokens[:size, 0]), own, TEMPERATURE)
+            if not relevance:
+                total = total + itc_loss(model.vision_proj(tokens[:size, 0]), own, TEMPERATURE)
         return total
 
     fit(model, loss, steps, rate, str(arm))
