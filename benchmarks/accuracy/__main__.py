@@ -77,7 +77,7 @@ def main() -> None:
         return
     train_all(tuple(reversed(options.seed)), options.output)
     if options.command == "full":
-        curves("full", tuple(options.seed), ARMS, 300, QUERIES, 64, options.output)
+        curves("full", tuple(options.seed), ARMS, 400, QUERIES, 48, options.output)
     elif options.command == "study":
         STUDIES[options.name](options.output, options.seed)
 

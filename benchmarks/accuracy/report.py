@@ -98,6 +98,11 @@ def name_of(trained: str, method: str) -> str:
     return f"{LABELS[method]}, trained" + (" with its alignment" if "alignment" in trained else "")
 
 
+def asked(name: str, seeds: Sequence[int]) -> str:
+    """The command of a study."""
+    return f"python -m benchmarks.accuracy study {name} --seed " + " ".join(str(seed) for seed in seeds)
+
+
 def machine() -> str:
     """What the figures were measured on, in a line."""
     about = report.machine(torch.device("cpu"))
