@@ -38,6 +38,7 @@ def train_base(seed: int, folder: Path = RESULTS, steps: Sequence[int] = STEPS) 
 
     All scenes are recoloured and mixed (`VARIED`), for photographs are few. What the folder has is taken from there.
     """
+    source = commit()
     torch.manual_seed(seed)
     model, sampler, stages = MiniAlbef(), train_sampler(seed), []
     for index, name in enumerate(NAMES):
@@ -46,7 +47,7 @@ def train_base(seed: int, folder: Path = RESULTS, steps: Sequence[int] = STEPS) 
             model, stages = load(path), json.loads(path.with_suffix(".json").read_text())["stages"]
             continue
         pretrain(model, sampler, steps[index], BATCH, RATES[index], index > 0, f"base {seed}, stage {index + 1}")
-        stages = [*stages, {"steps": steps[index], "commit": commit()}]
+        stages = [*stages, {"steps": steps[index], "commit": source}]
         save(model, path, seed=seed, stages=stages)
 
 
