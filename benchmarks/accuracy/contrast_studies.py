@@ -15,7 +15,7 @@ Seeds = Sequence[int]
 Study = Callable[[Path, Seeds], None]
 
 
-def contrasts(folder: Path, seeds: Seeds, objectives: Sequence[Objective], steps: int = 400) -> list[Record]:
+def contrasts(folder: Path, seeds: Seeds, objectives: Sequence[Objective], steps: int = 300) -> list[Record]:
     """The objectives on every seed; a run that the folder has is read, for the studies share some."""
     runs = [Run(seed, objective, steps, folder) for seed in seeds for objective in objectives]
     return [record for made in run_all(contrast, runs, "objectives") for record in made]
