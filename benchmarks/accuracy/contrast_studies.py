@@ -22,7 +22,7 @@ def contrasts(folder: Path, seeds: Seeds, objectives: Sequence[Objective], steps
 
 
 ITC, COSINE = Objective("itc"), Objective("cosine")
-DELTAS = tuple(Objective("srcl", delta) for delta in (0.5, 1.0, 2.0, 4.0))
+DELTAS = tuple(Objective("srcl", delta) for delta in (1.0, 2.0, 4.0))
 SIMILARITIES = tuple(Objective("srcl", 2.0, similarity) for similarity in ("teacher", "own", "progressive"))
 
 
