@@ -15,14 +15,14 @@ class Photo(NamedTuple):
     caption: str
 
 
-def _skimage(name: str) -> np.ndarray:
+def from_skimage(name: str) -> np.ndarray:
     from skimage import data
 
     picture = getattr(data, name)()
     return picture[0] if isinstance(picture, tuple) else picture  # stereo pairs: the left one
 
 
-def _sklearn(name: str) -> np.ndarray:
+def from_sklearn(name: str) -> np.ndarray:
     from sklearn.datasets import load_sample_image
 
     return load_sample_image(name)
@@ -31,14 +31,18 @@ def _sklearn(name: str) -> np.ndarray:
 Source = tuple[Callable[[str], np.ndarray], str, str]
 
 SOURCES: tuple[Source, ...] = (
-    (_skimage, "astronaut", "a smiling astronaut in an orange space suit in front of a flag and a model of a shuttle"),
-    (_skimage, "chelsea", "the face of a ginger tabby cat with green eyes"),
-    (_skimage, "coffee", "a cup of espresso and a spoon on a red saucer on a wooden table"),
-    (_skimage, "rocket", "a white rocket on its launch pad at dusk, between tall lattice towers"),
-    (_sklearn, "china.jpg", "a tower with several curved roofs above the trees beside a lake"),
-    (_sklearn, "flower.jpg", "an orange flower with many petals in front of dark green leaves"),
-    (_skimage, "stereo_motorcycle", "a red motorcycle parked in a garage in front of shelves full of boxes"),
-    (_skimage, "camera", "a black and white photo of a man in a dark coat looking through a camera on a tripod"),
+    (
+        from_skimage,
+        "astronaut",
+        "a smiling astronaut in an orange space suit in front of a flag and a model of a shuttle",
+    ),
+    (from_skimage, "chelsea", "the face of a ginger tabby cat with green eyes"),
+    (from_skimage, "coffee", "a cup of espresso and a spoon on a red saucer on a wooden table"),
+    (from_skimage, "rocket", "a white rocket on its launch pad at dusk, between tall lattice towers"),
+    (from_sklearn, "china.jpg", "a tower with several curved roofs above the trees beside a lake"),
+    (from_sklearn, "flower.jpg", "an orange flower with many petals in front of dark green leaves"),
+    (from_skimage, "stereo_motorcycle", "a red motorcycle parked in a garage in front of shelves full of boxes"),
+    (from_skimage, "camera", "a black and white photo of a man in a dark coat looking through a camera on a tripod"),
 )
 """Who ships it, its name there, and what is to be seen on it."""
 

@@ -106,19 +106,20 @@ class Layer:
         return after
 
     def texts(self, guidance: Guidance, tokens: Tensor) -> Tensor:
-        """The texts `(B', 1, D_text)` of the rows, in tiles, or `(1, T, D_text)` where every row has all texts."""
+        """Texts of the rows: `(B', 1, D_text)` in tiles, `(B, T, D_text)`, or `(1, T, D_text)` where all share them."""
         # A view of a text that needs a gradient would still claim to need one where none is taken (momentum towers).
         text = guidance.text if torch.is_grad_enabled() else guidance.text.detach()
         rows = tokens.shape[0]
         if text.device != tokens.device:
             raise ValueError(f"text_features are on {text.device}, the images on {tokens.device}: move one of them")
         if text.dim() == 3:
-            if self.first and rows != text.shape[0]:
+            own = self.first or guidance.pairing == "shared"
+            if own and rows != text.shape[0]:
                 raise ValueError(
                     f"text_features are (images, texts, width) = {tuple(text.shape)}, but {rows} images came: give "
                     "each image its texts, or all images the same ones as (texts, width)"
                 )
-            if self.first:
+            if own:
                 return text
             text = text.flatten(0, 1)
         if guidance.pairing == "shared" or (guidance.pairing == "all" and self.first):

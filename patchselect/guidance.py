@@ -107,7 +107,7 @@ class guide(scope):
         pairing: `"paired"`: text i guides image i; a batch that is a whole multiple of the texts is paired in tiles
             (`torch.cat([image0, image1])`). `"shared"`: all texts guide every image in one pass, a patch counts by
             the text that needs it most. `"all"`: every image with every text, the encoder returns `B * T` rows,
-            image-major; with texts `(B, T, D)`, every image with its own T texts.
+            image-major. With texts `(B, T, D)` both give every image its own T texts (the candidates of a ranking).
         prefix: what `patchselect.encode_prefix` kept of some images: the blocks before the first selection are
             skipped, and what the encoder is called with counts by its shape alone (`prefix.images` is a stand-in).
 
@@ -124,7 +124,7 @@ class guide(scope):
 
         owner = handle_of(model)
         check_choice("pairing", pairing, PAIRINGS)
-        owner.check_text(text_features, per_image=pairing == "all")
+        owner.check_text(text_features, per_image=pairing != "paired")
         if prefix is not None:
             prefix.check(owner)
         super().__init__(owner, text_features, pairing, prefix=prefix)

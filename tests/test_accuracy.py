@@ -16,6 +16,7 @@ from benchmarks.accuracy.captions import (
     PAD,
     caption_ids,
     caption_text,
+    captions,
     concepts,
     swap_one,
     unique_captions,
@@ -25,7 +26,7 @@ from benchmarks.accuracy.model import LAYERS, PATCH, MiniAlbef
 from benchmarks.accuracy.report import FREE, curve_table, error, pick, spread
 from benchmarks.accuracy.sampling import Sampler
 from benchmarks.accuracy.scenes import TEST_PHOTOS, Layout, backgrounds, make_scenes
-from benchmarks.accuracy.train import Arm, matching_loss, tune
+from benchmarks.accuracy.train import Arm, matching_loss, pretrain, region_words, selection_inputs, tune
 from benchmarks.tome import schedule
 
 
@@ -163,13 +164,50 @@ def test_losses_over_boxes_follow_the_surviving_patches(model, scenes):
     with handle.record() as trace, patchselect.guide(model.vision, model.text(batch.fitting)[:, 0]):
         tokens = model.encode_image(batch.images)
     handle.remove()
-    tokens, left = scratch.surviving(tokens, batch, trace)
-    assert left.masks.shape == (4, batch.masks.shape[1], tokens.shape[1] - 1)
+    patches, left = scratch.surviving(tokens, batch, trace[-1].kept)
+    assert left.masks.shape == (4, batch.masks.shape[1], patches.shape[1])
     kept = trace[-1].kept
     for row in range(4):
         alive = [place for place in kept[row].tolist() if place >= 0]
         assert torch.equal(left.masks[row].sum(-1), batch.masks[row][:, alive].sum(-1))
     assert not left.masks[..., -1].any()  # the fused token
+    assert scratch.surviving(tokens, batch, None)[1] is batch
+
+
+def test_words_are_asked_of_every_patch_of_a_box_and_of_no_other(model, scenes):
+    batch = Sampler(scenes, 10, seed=3).draw(4, captions=3)
+    assert batch.fitting.shape == batch.other.shape == (12, CAPTION_LENGTH) and batch.named.shape == (12, 100)
+    with torch.no_grad():
+        words = model.text(captions([[concept] for concept in range(len(EMOJI))]))[:, 2]
+    patches = torch.zeros(4, 100, words.shape[1])
+    row, thing, patch = batch.masks.nonzero(as_tuple=True)
+    patches[row, patch] = words[batch.objects[row, thing]]
+    right = region_words(model, patches, batch)
+    chance = region_words(model, patches.roll(1, 0), batch)
+    assert right < chance
+    patches[~batch.masks.any(1)] = torch.randn(words.shape[1])  # what no box covers does not count
+    torch.testing.assert_close(region_words(model, patches, batch), right)
+
+
+@pytest.mark.parametrize("aligned", [False, True])
+def test_a_base_trains_the_joint_space_in_its_second_stage(aligned, model, scenes):
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    pretrain(model, Sampler(scenes, 10, seed=4), 12, 4, 1e-3, aligned)
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert {"vision.blocks.0.attn.qkv.weight", "matching.weight"} <= changed
+    assert ("vision_proj.weight" in changed) == ("text_proj.weight" in changed) == aligned
+    with pytest.raises(ValueError, match="is not patched"):
+        patchselect.handle_of(model.vision)
+
+
+def test_selection_layers_are_watched_and_left_alone(model, scenes):
+    images = scenes.images(slice(0, 2))
+    with torch.no_grad(), selection_inputs(model) as seen:
+        model.encode_image(images)
+        model.vision.blocks[LAYERS[0]](seen[0])
+    assert [one.shape[:2] for one in seen] == [(2, 101)] * 3 and torch.equal(seen[2], seen[0])
+    model.encode_image(images)
+    assert len(seen) == 3
 
 
 @pytest.mark.parametrize("arm", curves.ARMS, ids=str)
@@ -197,7 +235,7 @@ def test_the_committed_base_is_what_its_record_says():
         text = matching_hits(model, guided, asked).float().mean()
     with reduced(model, "random", 0.5) as guided:
         assert text > matching_hits(model, guided, asked).float().mean()
-    assert patch_recall(model, "text", 0.3, asked) > 0.45
+    assert patch_recall(model, "text", 0.3, asked) > 0.7
     with pytest.raises(FileNotFoundError, match="accuracy train --seed 99"):
         base.base(99)
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks.accuracy import __main__ as command
-from benchmarks.accuracy import contrast, curves, scratch, studies, train
+from benchmarks.accuracy import contrast, contrast_studies, curves, scratch, studies, train
 from benchmarks.accuracy.evaluate import Questions
 from benchmarks.accuracy.model import MiniAlbef
 from benchmarks.accuracy.sampling import Sampler
@@ -52,9 +52,10 @@ def small(monkeypatch, tmp_path):
         )
         monkeypatch.setattr(module, "base", base)
         monkeypatch.setattr(module, "Questions", Asked)
-    for module in (studies, curves):
+    for module in (studies, contrast_studies, curves):
         monkeypatch.setattr(module, "run_all", lambda work, tasks, name: [work(task) for task in tasks])
     monkeypatch.setattr(contrast, "CONTRAST_BATCH", 8)
+    monkeypatch.setattr(contrast, "POOLS", 2)
     monkeypatch.setattr(studies, "BATCH", 4)
     monkeypatch.setattr(curves, "BATCH", 4)
     monkeypatch.setattr(studies, "WHERE", ((1,), (2, 4)))

@@ -196,6 +196,13 @@ def test_pairings(name):
         torch.testing.assert_close(one, encode(case, images, text[:1].repeat(2, 1)), rtol=1e-4, atol=1e-5)
         shuffled = encode(case, images, text[[2, 0, 1]], "shared")
         torch.testing.assert_close(encode(case, images, text, "shared"), shuffled, rtol=1e-4, atol=1e-5)
+        own = torch.stack([text[:2], text[1:]])  # (images, texts, width): each image is shared by texts of its own
+        each = encode(case, images, own, "shared")
+        for image in range(2):
+            alone = encode(case, take(images, slice(image, image + 1)), own[image], "shared")
+            torch.testing.assert_close(each[image], alone[0], rtol=1e-3, atol=1e-4)
+        with pytest.raises(ValueError, match=r"\(images, texts, width\) = \(3, 2, .*, but 2 images came"):
+            encode(case, images, own[[0, 1, 0]], "shared")
 
 
 @every_host

@@ -39,11 +39,11 @@ def curves(
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.accuracy", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    train = commands.add_parser("train", help="train bases (about half an hour each on one core)")
+    train = commands.add_parser("train", help="train bases (about 10 minutes each on one core)")
     train.add_argument("--seed", type=int, nargs="+", default=[0, 1, 2])
     quick = commands.add_parser("quick", help="curves from the committed base, at most 5 minutes on 2 cores")
     full = commands.add_parser(
-        "full", help="3 bases, all arms, standard errors; about 80 minutes on 2 cores, 25 of them without the bases"
+        "full", help="3 bases, all arms, standard errors; about an hour on 2 cores, a third of it for the bases"
     )
     study = commands.add_parser("study", help="one question each", description="; ".join(STUDIES))
     study.add_argument("name", choices=list(STUDIES))
@@ -77,7 +77,7 @@ def main() -> None:
         return
     train_all(tuple(reversed(options.seed)), options.output)
     if options.command == "full":
-        curves("full", tuple(options.seed), ARMS, 300, QUERIES, 64, options.output)
+        curves("full", tuple(options.seed), ARMS, 400, QUERIES, 48, options.output)
     elif options.command == "study":
         STUDIES[options.name](options.output, options.seed)
 

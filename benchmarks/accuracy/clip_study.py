@@ -148,9 +148,8 @@ def answers(model: Any, arm: Arm, rate: float, images: Tensor, texts: Tensor, fu
                 return encode(model, images)
         pairing = "all" if arm.texts == "paired" else "shared"
         parts = []
-        # Texts that one selection shares belong to the whole batch, so that scenes with their own come one by one.
-        for rows in torch.arange(len(images)).split(8 if pairing == "all" else 1):
-            with patchselect.guide(model, texts[rows] if pairing == "all" else texts[rows[0]], pairing):
+        for rows in torch.arange(len(images)).split(8 if pairing == "all" else 128):
+            with patchselect.guide(model, texts[rows], pairing):
                 parts.append(model.encode_image(images[rows]))
         found = torch.cat(parts)
         return found.unflatten(0, (-1, CHOICES)) if pairing == "all" else found

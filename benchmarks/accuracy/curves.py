@@ -24,6 +24,7 @@ ARMS = (
     Arm("text", aligned=True),
     Arm("image", aligned=True),
     Arm("values"),
+    Arm("values", aligned=True),
 )
 
 

@@ -17,7 +17,7 @@ from .captions import CAPTION_LENGTH, PAD, vocabulary_size
 
 WIDTH = 64
 JOINT = 32
-HEADS = 2
+HEADS = 4
 PATCH = 8
 LAYERS = (2, 4)
 """Selection inside the 3rd and the 5th of the ViT's 6 blocks."""

@@ -98,6 +98,11 @@ def name_of(trained: str, method: str) -> str:
     return f"{LABELS[method]}, trained" + (" with its alignment" if "alignment" in trained else "")
 
 
+def asked(name: str, seeds: Sequence[int]) -> str:
+    """The command of a study."""
+    return f"python -m benchmarks.accuracy study {name} --seed " + " ".join(str(seed) for seed in seeds)
+
+
 def machine() -> str:
     """What the figures were measured on, in a line."""
     about = report.machine(torch.device("cpu"))
@@ -125,19 +130,21 @@ def axes(width: float = 6.4, height: float = 4.2, columns: int = 1) -> tuple[Any
 
 
 def draw_curves(records: Sequence[Record], speeds: Sequence[Record], path: Path) -> None:
-    """Left: accuracy against keep rate. Right: accuracy against measured speed-up."""
+    """Left: accuracy against keep rate. Right: accuracy against measured speed-up.
+
+    Dashed: as it is; solid: trained with selection; dotted with stars: trained with its alignment too.
+    """
     figure, (left, right) = axes(5.6, 4.6, 2)
     faster = {(s["method"], s["keep_rate"]): s["speed_up"]["median"] for s in speeds}
     for trained, method in lines_of(records):
         rates = [rate for rate in KEEP_RATES if pick(records, trained=trained, method=method, keep_rate=rate)]
         values = [pick(records, trained=trained, method=method, keep_rate=rate) for rate in rates]
-        if "alignment" in trained and method != "text":
-            continue
+        line, marker = ("--", "o") if trained == FREE else (":", "*") if "alignment" in trained else ("-", "s")
         style = dict(
             color=COLOURS[method],
-            linestyle="--" if trained == FREE else "-",
-            marker="o" if trained == FREE else ("*" if "alignment" in trained else "s"),
-            markersize=8 if "alignment" in trained else 4,
+            linestyle=line,
+            marker=marker,
+            markersize=8 if marker == "*" else 4,
             capsize=2,
             label=name_of(trained, method),
         )

@@ -9,25 +9,26 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .captions import captions, name_some, swap_one
+from .captions import captions as token_ids
+from .captions import name_some, swap_one
 from .scenes import Scenes
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Pictures with a caption that fits and one that does not."""
+    """Pictures with captions that fit and ones that do not; caption c of picture i lies in row `c * B + i`."""
 
     images: Tensor
     """`(B, 3, S, S)`"""
     fitting: Tensor
-    """`(B, L)` token ids; `other` is the same caption with one object swapped for an absent one."""
+    """`(captions * B, L)` token ids; `other` is the same caption with one object swapped for an absent one."""
     other: Tensor
     objects: Tensor
     """`(B, most)` concepts, -1 where a scene has fewer."""
     masks: Tensor
     """`(B, most, patches)`: which patches each object covers."""
     named: Tensor
-    """`(B, patches)`: which patches the objects that the fitting caption names cover."""
+    """`(captions * B, patches)`: which patches the objects that the fitting caption names cover."""
 
 
 class Sampler:
@@ -43,18 +44,19 @@ class Sampler:
             self.objects[row, : len(objects)] = torch.tensor(objects)
             self.masks[row, : len(objects)] = scenes.patch_masks(row, grid)
 
-    def draw(self, size: int, device: torch.device | str = "cpu") -> Batch:
-        """A batch of random scenes."""
-        return self.ask(self.random.integers(0, len(self.scenes), size).tolist(), device)
+    def draw(self, size: int, captions: int = 1) -> Batch:
+        """A batch of random scenes, with so many captions of either kind for each."""
+        return self.ask(self.random.integers(0, len(self.scenes), size).tolist(), captions)
 
-    def ask(self, rows: Sequence[int], device: torch.device | str = "cpu") -> Batch:
+    def ask(self, rows: Sequence[int], captions: int = 1) -> Batch:
         """These scenes, with captions drawn now."""
-        chosen = [self.scenes.objects[row] for row in rows]
+        asked = list(rows) * captions
+        chosen = [self.scenes.objects[row] for row in asked]
         named = [name_some(objects, self.random, self.most) for objects in chosen]
         other = [swap_one(names, objects, self.random) for names, objects in zip(named, chosen, strict=True)]
         here = torch.tensor(rows)
-        mentioned = torch.zeros(len(rows), self.masks.shape[-1], dtype=torch.bool)
-        for place, (row, names, objects) in enumerate(zip(rows, named, chosen, strict=True)):
+        mentioned = torch.zeros(len(asked), self.masks.shape[-1], dtype=torch.bool)
+        for place, (row, names, objects) in enumerate(zip(asked, named, chosen, strict=True)):
             mentioned[place] = self.masks[row, [objects.index(name) for name in names]].any(0)
-        parts = (captions(named), captions(other), self.objects[here], self.masks[here], mentioned)
-        return Batch(self.scenes.images(here, device), *(part.to(device) for part in parts))
+        texts = (token_ids(named), token_ids(other))
+        return Batch(self.scenes.images(here), *texts, self.objects[here], self.masks[here], mentioned)

@@ -17,7 +17,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from benchmarks.data import SOURCES, load_photos
+from benchmarks.data import from_skimage, from_sklearn, load_photos
 
 from .captions import EMOJI
 
@@ -26,6 +26,13 @@ TRAIN_PHOTOS = {
     "camera": "Lav Varshney, CC0",
     "chelsea": "Stefan van der Walt, CC0",
     "china.jpg": "danielbuechele, CC BY 2.0",
+    "brick": "CC0Textures, CC0",
+    "gravel": "CC0Textures, CC0",
+    "grass": "linolafett, CC0",
+    "clock": "Stefan van der Walt, public domain",
+    "hubble_deep_field": "NASA, public domain",
+    "retina": "Mikael Häggström, CC0",
+    "cell": "Paul Müller and others, CC0",
 }
 TEST_PHOTOS = {
     "coffee": "Rachel Michetti, CC0",
@@ -76,9 +83,16 @@ def drawings(style: str = "openmoji") -> tuple[Image.Image, ...]:
 
 @cache
 def backgrounds(test: bool) -> tuple[Image.Image, ...]:
-    """Photographs, no smaller than 160 pixels; those of the test are never seen in training."""
-    sources = [source for source in SOURCES if source[1] in (TEST_PHOTOS if test else TRAIN_PHOTOS)]
+    """Photographs, no smaller than 160 pixels; those of the test are never seen in training.
+
+    Raises:
+        FileNotFoundError: one of them is not shipped by the installed packages.
+    """
+    names = TEST_PHOTOS if test else TRAIN_PHOTOS
+    sources = [(from_sklearn if name.endswith(".jpg") else from_skimage, name, "") for name in names]
     photos = [photo.image for photo in load_photos(sources)]
+    if len(photos) < len(names):
+        raise FileNotFoundError(f"scikit-image and scikit-learn must ship all of {', '.join(names)}: update them")
     return tuple(photo.resize((320, max(160, 320 * photo.height // photo.width))) for photo in photos)
 
 

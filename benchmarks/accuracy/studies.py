@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -15,22 +14,21 @@ from patchselect import keep_rate_for_budget
 
 from .arms import LABELS, reduced, vision_flops
 from .base import BATCH, base, train_sampler
-from .contrast import Objective, Run
-from .contrast import train as contrast
+from .contrast import Objective
+from .contrast_studies import COSINE, DELTAS, ITC, SIMILARITIES, Seeds, Study, contrast_study
 from .curves import TEST_SEED, Curve
 from .curves import measure as measure_curve
 from .evaluate import Questions, matching_hits
 from .jobs import call, run_all
 from .model import LAYERS, MiniAlbef
-from .report import FREE, Record, at, axes, curve_table, draw_curves, error, pick, spread, table, write
+from .report import FREE, Record, asked, axes, curve_table, draw_curves, error, pick, spread, table, write
 from .scenes import Layout
 from .scratch import train_from_scratch
 from .throughput import throughput
 from .train import KEEP_RATES, Arm, tune
 
-Seeds = Sequence[int]
 QUERIES = 1280
-SCRATCH = (1800, 600)
+SCRATCH = (1000, 500)
 """Steps of both stages of a training from scratch."""
 
 
@@ -48,7 +46,7 @@ def speed(folder: Path, seeds: Seeds) -> None:
     for one in speeds:
         method, rate, ratio = one["method"], one["keep_rate"], one["speed_up"]
         if method != "none":
-            trained = f"{method} + alignment" if method == "text" else method
+            trained = f"{method} + alignment" if method in ("text", "values") else method
             after = accuracy(records, trained, method, rate) if any(pick(records, trained=trained)) else ""
             speed_up = f"{ratio['median']:.2f} [{ratio['q1']:.2f}, {ratio['q3']:.2f}]"
             cells = [f"{one['pairs_per_second']:.0f}", speed_up, f"{one['flop_ratio']:.2f}"]
@@ -59,15 +57,11 @@ def speed(folder: Path, seeds: Seeds) -> None:
     write(folder, "speed", asked("speed", seeds), table(head, rows), speeds=speeds)
 
 
-def asked(name: str, seeds: Seeds) -> str:
-    return f"python -m benchmarks.accuracy study {name} --seed " + " ".join(str(seed) for seed in seeds)
-
-
 def accuracy(records: Sequence[Record], trained: str, method: str, keep_rate: float) -> str:
     return spread(pick(records, trained=trained, method=method, keep_rate=keep_rate))
 
 
-WHERE = ((0,), (1,), (2,), (3,), (4,), (1, 3), (2, 4), (3, 5))
+WHERE = ((0,), (2,), (4,), (1, 3), (2, 4), (3, 5))
 
 
 def tuned_at(seed: int, layers: tuple[int, ...], folder: Path, steps: int) -> list[Record]:
@@ -115,60 +109,6 @@ def layers(folder: Path, seeds: Seeds) -> None:
     figure.savefig(folder / "layers.png", dpi=150)
     head = ["selection inside block", *(f"keep {rate:g}" for rate in KEEP_RATES)]
     write(folder, "layers", asked("layers", seeds), table(head, rows), records=records)
-
-
-def contrasts(folder: Path, seeds: Seeds, objectives: Sequence[Objective], steps: int = 400) -> list[Record]:
-    """The objectives on every seed; a run that the folder has is read, for the studies share some."""
-    runs = [Run(seed, objective, steps, folder) for seed in seeds for objective in objectives]
-    return [record for made in run_all(contrast, runs, "objectives") for record in made]
-
-
-ITC, COSINE = Objective("itc"), Objective("cosine")
-DELTAS = tuple(Objective("srcl", delta) for delta in (0.0, 0.5, 1.0, 2.0, 4.0))
-SIMILARITIES = tuple(Objective("srcl", 2.0, similarity) for similarity in ("teacher", "own", "progressive"))
-
-
-def contrast_study(name: str, question: Sequence[Objective], scenes: Sequence[str] | None = None) -> Any:
-    """A study over contrastive objectives: R@K both ways, and the weights that negatives got."""
-
-    def study(folder: Path, seeds: Seeds) -> None:
-        records = contrasts(folder, seeds, question)
-        places = list(dict.fromkeys(r["scenes"] for r in records if scenes is None or r["scenes"] in scenes))
-        rows, bars = [], []
-        for place in places:
-            for objective in question:
-                found = [r for r in records if r["objective"] == str(objective) and r["scenes"] == place]
-                cells = [
-                    " / ".join(spread([at(r[way], k) for r in found]) for k in (1, 5, 10))
-                    for way in ("image_to_text", "text_to_image")
-                ]
-                weights = [
-                    spread_fine([r[kind] for r in found]) if objective.loss == "srcl" else "–"
-                    for kind in ("weight_true", "weight_false")
-                ]
-                rows.append([str(objective), place, *cells, *weights])
-                firsts = [statistics.fmean(at(r[way], 1) for way in ("image_to_text", "text_to_image")) for r in found]
-                bars.append((f"{objective}\n{place}", statistics.fmean(firsts), error(firsts)))
-        figure, (axis,) = axes(max(6.4, 1.1 * len(bars)), 4.2)
-        axis.bar(range(len(bars)), [b[1] for b in bars], yerr=[b[2] for b in bars], color="tab:blue", capsize=3)
-        axis.set_xticks(range(len(bars)), [b[0].replace(", ", "\n") for b in bars], fontsize=7)
-        axis.set_ylabel("R@1, mean of both directions, %")
-        figure.savefig(folder / f"{name}.png", dpi=150)
-        head = [
-            "objective",
-            "scenes",
-            "image to text R@1/5/10",
-            "text to image R@1/5/10",
-            "weight of true negatives",
-            "of false negatives",
-        ]
-        write(folder, name, asked(name, seeds), table(head, rows), records=records)
-
-    return study
-
-
-def spread_fine(values: Sequence[float]) -> str:
-    return f"{statistics.fmean(values):.3f} ± {error(values):.3f}"
 
 
 SMALL = (11, 15)
@@ -278,7 +218,7 @@ def scratch(folder: Path, seeds: Seeds) -> None:
     write(folder, "scratch", asked("scratch", seeds), table(head, rows), records=records)
 
 
-STUDIES: dict[str, Callable[[Path, Seeds], None]] = {
+STUDIES: dict[str, Study] = {
     "speed": speed,
     "layers": layers,
     "delta": contrast_study("delta", (ITC, *DELTAS), ("same",)),

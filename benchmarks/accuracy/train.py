@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +21,8 @@ from .model import LAYERS, MiniAlbef
 from .sampling import Batch, Sampler
 
 TEMPERATURE = 0.1
+CAPTIONS = 3
+"""Of each kind for one scene of a base's batch: matching learns by far faster for little more work."""
 KEEP_RATES = (0.7, 0.5, 0.3, 0.15)
 
 
@@ -61,47 +63,76 @@ def matching_loss(logits: Tensor) -> Tensor:
     return F.cross_entropy(logits, target)
 
 
-def region_words(model: MiniAlbef, tokens: Tensor, batch: Batch) -> Tensor:
-    """Which thing is in this box: the mean of its patches against what the text encoder says of every word."""
-    present = (batch.objects >= 0) & batch.masks.any(-1)
-    weight = batch.masks.float()
-    regions = weight @ tokens[:, 1:] / weight.sum(-1, keepdim=True).clamp_min(1)
-    words = model.text(captions([[concept] for concept in range(len(EMOJI))]).to(tokens.device))[:, 2]
-    cosines = F.normalize(regions[present], dim=-1) @ F.normalize(words, dim=-1).T
-    return F.cross_entropy(cosines / TEMPERATURE, batch.objects[present])
+def region_words(model: MiniAlbef, patches: Tensor, batch: Batch) -> Tensor:
+    """Which thing is in this patch: every patch of a known box against what the text encoder says of every word.
+
+    Args:
+        model: whose text encoder names the things.
+        patches: `(B, P, WIDTH)`, normalised as at the end of the encoder, without [CLS].
+        batch: `masks` must speak of these patches.
+    """
+    row, thing, patch = batch.masks.nonzero(as_tuple=True)
+    words = model.text(captions([[concept] for concept in range(len(EMOJI))]).to(patches.device))[:, 2]
+    cosines = F.normalize(patches[row, patch], dim=-1) @ F.normalize(words, dim=-1).T
+    return F.cross_entropy(cosines / TEMPERATURE, batch.objects[row, thing])
 
 
-def stage_one(model: MiniAlbef, sampler: Sampler, steps: int, size: int, rate: float) -> None:
-    """Matching and region-word alignment with known boxes; without boxes matching does not leave chance."""
+@contextmanager
+def selection_inputs(model: MiniAlbef, layers: Sequence[int] = LAYERS) -> Iterator[list[Tensor]]:
+    """The tokens `(B, N, WIDTH)` that the selection layers are given, one more for each pass through each of them."""
+    seen: list[Tensor] = []
+    hooks = [
+        model.vision.blocks[layer].register_forward_pre_hook(lambda _, args: seen.append(args[0])) for layer in layers
+    ]
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def pretrain(
+    model: MiniAlbef, sampler: Sampler, steps: int, size: int, rate: float, aligned: bool, name: str = "base"
+) -> None:
+    """Matching and region-word alignment with known boxes, and what makes attention mean something.
+
+    Without boxes matching does not leave chance in this budget. The words are asked for at the end of the encoder and
+    where selection will take place: a model of this size does not place them there by itself.
+
+    Args:
+        model: in place.
+        sampler: of scenes.
+        steps: how many.
+        size: scenes of a batch.
+        rate: highest learning rate.
+        aligned: with ITC on the image's [CLS] and selection alignment, of the text's attention (TRIPS's relevance) and
+            of the image [CLS]'s (EViT's) in turns, so that neither is at a disadvantage.
+        name: for the progress bar.
+    """
+
+    def encode(images: Tensor, text: Tensor, guidance: str) -> tuple[Tensor, patchselect.Trace]:
+        handle = patchselect.apply(model.vision, 1.0, LAYERS, guidance, "keys" if guidance == "text" else None)
+        with handle.record() as trace, patchselect.guide(model.vision, text) if guidance == "text" else nullcontext():
+            tokens = model.encode_image(images)
+        handle.remove()
+        return tokens, trace
 
     def loss(step: int) -> Tensor:
-        batch = sampler.draw(size)
-        tokens, ids = model.encode_image(batch.images), both(batch)
-        return matching_loss(model.match(tokens.repeat(2, 1, 1), model.text(ids), ids)) + region_words(
-            model, tokens, batch
-        )
-
-    fit(model, loss, steps, rate, "stage 1")
-
-
-def stage_two(model: MiniAlbef, sampler: Sampler, steps: int, size: int, rate: float) -> None:
-    """Matching, ITC on the image's [CLS] (which gives EViT's attention a meaning) and selection alignment (TRIPS's)."""
-    handle = patchselect.apply(model.vision, 1.0, LAYERS, relevance="keys")
-
-    def loss(step: int) -> Tensor:
-        batch = sampler.draw(size)
+        batch = sampler.draw(size, CAPTIONS)
         ids = both(batch)
         text = model.text(ids)
-        with handle.record() as trace, patchselect.guide(model.vision, text[:size, 0]):
-            tokens = model.encode_image(batch.images)
-        own = model.text_proj(text[:size, 0])
-        contrastive = itc_loss(model.vision_proj(tokens[:, 0]), own, TEMPERATURE)
-        return (
-            matching_loss(model.match(tokens.repeat(2, 1, 1), text, ids)) + contrastive + alignment(model, trace, own)
-        )
+        with selection_inputs(model) as middle:
+            tokens, trace = encode(batch.images, text[:size, 0], ("text", "image")[step % 2])
+        total = matching_loss(model.match(tokens.repeat(2 * CAPTIONS, 1, 1), text, ids))
+        for patches in (tokens, *(model.vision.norm(seen) for seen in middle)):
+            total = total + region_words(model, patches[:, 1:], batch)
+        if aligned:
+            own = model.text_proj(text[:size, 0])
+            contrastive = itc_loss(model.vision_proj(tokens[:, 0]), own, TEMPERATURE)
+            total = total + contrastive + alignment(model, trace, own)
+        return total
 
-    fit(model, loss, steps, rate, "stage 2")
-    handle.remove()
+    fit(model, loss, steps, rate, name)
 
 
 def alignment(model: MiniAlbef, trace: patchselect.Trace, text: Tensor) -> Tensor:
@@ -120,7 +151,7 @@ class Arm:
     guidance: str
     """`none`, `text`, `values`, `image` or `random`, as in `arms.reduced`."""
     aligned: bool = False
-    """Keep the loss that makes its relevance mean something: selection alignment, or ITC on the [CLS] for `image`."""
+    """With what makes its relevance mean something: selection alignment, and for `image` ITC on the [CLS] too."""
 
     def __str__(self) -> str:
         return self.guidance + (" + alignment" if self.aligned else "")
@@ -159,10 +190,10 @@ def tune(
                 tokens = model.encode_image(batch.images).repeat(2, 1, 1)
         handle.remove()
         total = matching_loss(model.match(tokens, text, ids))
-        if arm.aligned and relevance:
+        if arm.aligned:
             total = total + alignment(model, trace, own)
-        elif arm.aligned:
-            total = total + itc_loss(model.vision_proj(tokens[:size, 0]), own, TEMPERATURE)
+            if not relevance:
+                total = total + itc_loss(model.vision_proj(tokens[:size, 0]), own, TEMPERATURE)
         return total
 
     fit(model, loss, steps, rate, str(arm))
