@@ -179,7 +179,8 @@ def test_cosine_alignment_is_torchs_loss_on_drawn_pairs(shape, margin):
         mismatched = sum(max(0.0, cosine(one[i], other[partner[i]]) - margin) for i in range(size))
         total += (matching + mismatched) / (2 * size)
     assert float(found) == pytest.approx(total / 2, rel=1e-9, abs=1e-12)
-    assert float(found) == pytest.approx(theirs / 2, rel=1e-4, abs=1e-4)  # torch adds 1e-12 to squared lengths
+    if torch.cat([image, text]).norm(dim=-1).min() > 1e-3:  # torch adds 1e-12 to squared lengths
+        assert float(found) == pytest.approx(theirs / 2, rel=1e-4, abs=1e-4)
 
 
 def test_selection_alignment_trains_what_selects():
