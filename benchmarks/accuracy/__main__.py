@@ -8,7 +8,7 @@ from pathlib import Path
 from . import align, clip_study, zeroshot
 from .base import RESULTS, base
 from .curves import ARMS, run, train_all
-from .report import curve_table, draw_curves, write
+from .report import curve_table, differences, draw_curves, write
 from .studies import QUERIES, STUDIES
 from .throughput import throughput
 from .train import Arm
@@ -26,6 +26,11 @@ def curves(
         "Patches of the named objects that the first selection keeps, %:",
         curve_table(records, "patches"),
     ]
+    if len(seeds) > 1:
+        parts += [
+            "Differences of the same base, in points, ± their standard error over the bases:",
+            differences(records),
+        ]
     for k in (1, 5, 10):
         parts += [f"R@{k} over {pool} images, mean of both directions, %:", curve_table(records, f"r{k}")]
     folder.mkdir(parents=True, exist_ok=True)

@@ -92,6 +92,25 @@ def curve_table(records: Sequence[Record], value: str) -> str:
     return table(["", *(f"keep {rate:g}" for rate in KEEP_RATES)], rows)
 
 
+def differences(records: Sequence[Record]) -> str:
+    """What text guidance is ahead of its rivals after the same training: differences of the same base, in points."""
+    arms = {trained: method for trained, method in lines_of(records) if trained != FREE}
+    pairs = [("text", "image"), ("text + alignment", "image + alignment")]
+    pairs += [(arm, rival) for arm in arms if arm.startswith(("text", "values")) for rival in ("none", FREE)]
+    rows = []
+    for one, other in pairs:
+        if one in arms and (other in arms or pick(records, trained=other)):
+            cells = []
+            for rate in KEEP_RATES:
+                rival = dict(method=arms.get(other, "none"), keep_rate=rate if other in arms else 1.0)
+                seeds = {r["seed"]: r["accuracy"] for r in records if (r["trained"], r["method"]) == (one, arms[one])
+                         and r["keep_rate"] == rate}  # fmt: skip
+                gaps = [own - pick(records, seed=seed, trained=other, **rival)[0] for seed, own in seeds.items()]
+                cells.append(f"{statistics.fmean(gaps):+.1f} ± {error(gaps):.1f}")
+            rows.append([f"{name_of(one, arms[one])} − {name_of(other, arms.get(other, 'none'))}", *cells])
+    return table(["", *(f"keep {rate:g}" for rate in KEEP_RATES)], rows)
+
+
 def name_of(trained: str, method: str) -> str:
     if trained == FREE:
         return f"{LABELS[method]}, as it is"
