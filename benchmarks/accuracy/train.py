@@ -122,7 +122,10 @@ def pretrain(
         ids = both(batch)
         text = model.text(ids)
         with selection_inputs(model) as middle:
-            tokens, trace = encode(batch.images, text[:size, 0], ("text", "image")[step % 2])
+            if aligned:
+                tokens, trace = encode(batch.images, text[:size, 0], ("text", "image")[step % 2])
+            else:
+                tokens = model.encode_image(batch.images)
         total = matching_loss(model.match(tokens.repeat(2 * CAPTIONS, 1, 1), text, ids))
         for patches in (tokens, *(model.vision.norm(seen) for seen in middle)):
             total = total + region_words(model, patches[:, 1:], batch)
