@@ -6,9 +6,9 @@ import argparse
 from pathlib import Path
 
 from . import align, clip_study, zeroshot
-from .base import RESULTS, base
+from .base import RESULTS, base, commit
 from .curves import ARMS, run, train_all
-from .report import curve_table, differences, draw_curves, write
+from .report import asked, curve_table, differences, draw_curves, write
 from .studies import QUERIES, STUDIES
 from .throughput import throughput
 from .train import Arm
@@ -35,9 +35,7 @@ def curves(
         parts += [f"R@{k} over {pool} images, mean of both directions, %:", curve_table(records, f"r{k}")]
     folder.mkdir(parents=True, exist_ok=True)
     draw_curves(records, speeds, folder / f"{name}.png")
-    command = f"python -m benchmarks.accuracy {name}"
-    if name == "full":
-        command += " --seed " + " ".join(str(seed) for seed in seeds)
+    command = asked("full", seeds) if name == "full" else f"python -m benchmarks.accuracy {name}"
     write(folder, name, command, "\n\n".join(parts), records=records, speeds=speeds)
 
 
@@ -65,6 +63,7 @@ def main() -> None:
         raw = argparse.RawDescriptionHelpFormatter
         module.add_arguments(commands.add_parser(name, help=about, description=module.__doc__, formatter_class=raw))
     options = parser.parse_args()
+    commit()  # asked for now: files may be changed while this runs
     if options.command in others:
         others[options.command][0].main(options)
         return
@@ -80,7 +79,8 @@ def main() -> None:
             options.output,
         )
         return
-    train_all(tuple(reversed(options.seed)), options.output)
+    if options.command != "study" or options.name != "scratch":
+        train_all(tuple(reversed(options.seed)), options.output)
     if options.command == "full":
         curves("full", tuple(options.seed), ARMS, 400, QUERIES, 48, options.output)
     elif options.command == "study":

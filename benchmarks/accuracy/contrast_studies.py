@@ -60,7 +60,7 @@ def contrast_study(name: str, question: Sequence[Objective], scenes: Sequence[st
             "weight of true negatives",
             "of false negatives",
         ]
-        write(folder, name, asked(name, seeds), table(head, rows), records=records)
+        write(folder, name, asked(f"study {name}", seeds), table(head, rows), records=records)
 
     return study
 

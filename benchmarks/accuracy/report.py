@@ -118,8 +118,8 @@ def name_of(trained: str, method: str) -> str:
 
 
 def asked(name: str, seeds: Sequence[int]) -> str:
-    """The command of a study."""
-    return f"python -m benchmarks.accuracy study {name} --seed " + " ".join(str(seed) for seed in seeds)
+    """The command that measures it for these bases."""
+    return f"python -m benchmarks.accuracy {name} --seed " + " ".join(str(seed) for seed in seeds)
 
 
 def machine() -> str:

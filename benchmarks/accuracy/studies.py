@@ -28,7 +28,7 @@ from .throughput import throughput
 from .train import KEEP_RATES, Arm, tune
 
 QUERIES = 1280
-SCRATCH = (700, 300)
+SCRATCH = (1000, 500)
 """Steps of both stages of a training from scratch."""
 
 
@@ -54,7 +54,7 @@ def speed(folder: Path, seeds: Seeds) -> None:
     rows[0].append("")
     head = ["method", "keep", "pairs/s", "speed-up [quartiles]", "FLOP ratio, image encoder", "as it is", "trained"]
     draw_curves(records, speeds, folder / "speed.png")
-    write(folder, "speed", asked("speed", seeds), table(head, rows), speeds=speeds)
+    write(folder, "speed", asked("study speed", seeds), table(head, rows), speeds=speeds)
 
 
 def accuracy(records: Sequence[Record], trained: str, method: str, keep_rate: float) -> str:
@@ -108,7 +108,7 @@ def layers(folder: Path, seeds: Seeds) -> None:
     axis.grid(alpha=0.25)
     figure.savefig(folder / "layers.png", dpi=150)
     head = ["selection inside block", *(f"keep {rate:g}" for rate in KEEP_RATES)]
-    write(folder, "layers", asked("layers", seeds), table(head, rows), records=records)
+    write(folder, "layers", asked("study layers", seeds), table(head, rows), records=records)
 
 
 SMALL = (11, 15)
@@ -116,13 +116,13 @@ SMALL = (11, 15)
 
 
 def at_resolution(seed: int, size: int, guidance: str, folder: Path, steps: int) -> Record:
-    """A base trained on at another image size with the selection that makes it cost what it cost before."""
+    """A base trained on at another image size; with guidance at the keep rate that costs what 80 px cost without."""
     model, layout = base(seed, folder), Layout(size=size, glyph=SMALL)
     trained_on = replace(layout, varied=True)
     torch.manual_seed(seed)
-    rate = 1.0 if size == 80 else keep_rate_for_budget(model.vision, 1.0, LAYERS, size)
+    arm = Arm(guidance, aligned=guidance != "none")
+    rate = keep_rate_for_budget(model.vision, 1.0, LAYERS, size) if arm.aligned else 1.0
     assert isinstance(rate, float)
-    arm = Arm("none") if size == 80 else Arm(guidance, aligned=True)
     tune(model, train_sampler(100 + seed, trained_on, 3000), arm, steps, BATCH, seed, keep_rates=(rate,))
     with reduced(model, arm.guidance, rate) as encode:
         hits = matching_hits(model, encode, Questions.make(QUERIES // 2, 8, TEST_SEED, layout)).float().mean()
@@ -139,7 +139,7 @@ def at_resolution(seed: int, size: int, guidance: str, folder: Path, steps: int)
 
 def resolution(folder: Path, seeds: Seeds) -> None:
     """(g) Larger images at equal cost, on scenes of small drawings, after 300 steps of training at that size."""
-    cases = [(80, "none"), (88, "text"), (96, "text"), (88, "image"), (96, "image")]
+    cases = [(80, "none"), (88, "text"), (96, "text"), (88, "image"), (96, "image"), (96, "none")]
     tasks = [(at_resolution, (seed, size, guidance, folder, 300)) for size, guidance in cases[::-1] for seed in seeds]
     records = run_all(call, tasks, "resolution")
     rows, bars = [], []
@@ -149,15 +149,15 @@ def resolution(folder: Path, seeds: Seeds) -> None:
         rows.append(
             [f"{size} px", LABELS[guidance], f"{found[0]['rate']:.3f}", f"{found[0]['cost']:.3f}", spread(values)]
         )
-        bars.append((f"{size} px\n{guidance}", statistics.fmean(values), error(values)))
+        bars.append((f"{size} px\n{guidance}\ncost {found[0]['cost']:.2f}", statistics.fmean(values), error(values)))
     figure, (axis,) = axes()
     axis.bar(range(len(bars)), [b[1] for b in bars], yerr=[b[2] for b in bars], capsize=3, color="tab:orange")
     axis.set_xticks(range(len(bars)), [b[0] for b in bars])
     axis.set_ylim(50, 100)
-    axis.set_ylabel("matching accuracy at equal cost, %")
+    axis.set_ylabel("matching accuracy, %")
     figure.savefig(folder / "resolution.png", dpi=150)
     head = ["image", "guidance", "keep rate", "cost (FLOPs of 80 px = 1)", "accuracy"]
-    write(folder, "resolution", asked("resolution", seeds), table(head, rows), records=records)
+    write(folder, "resolution", asked("study resolution", seeds), table(head, rows), records=records)
 
 
 def alignment(folder: Path, seeds: Seeds) -> None:
@@ -184,7 +184,7 @@ def alignment(folder: Path, seeds: Seeds) -> None:
         + "\n\nPatches of the named objects kept, %:\n\n"
         + curve_table(records, "patches")
     )
-    write(folder, "alignment", asked("alignment", seeds), text, records=records)
+    write(folder, "alignment", asked("study alignment", seeds), text, records=records)
 
 
 def from_scratch(seed: int, keep_rate: float, aligned: bool, steps: tuple[int, int]) -> Record:
@@ -216,7 +216,7 @@ def scratch(folder: Path, seeds: Seeds) -> None:
     axis.set_ylabel("matching accuracy, %")
     figure.savefig(folder / "scratch.png", dpi=150)
     head = ["training", "keep", "accuracy"]
-    write(folder, "scratch", asked("scratch", seeds), table(head, rows), records=records)
+    write(folder, "scratch", asked("study scratch", seeds), table(head, rows), records=records)
 
 
 STUDIES: dict[str, Study] = {
