@@ -25,7 +25,7 @@ from benchmarks.accuracy.evaluate import Questions, match_logits, matching_hits,
 from benchmarks.accuracy.model import LAYERS, PATCH, MiniAlbef
 from benchmarks.accuracy.report import FREE, curve_table, differences, error, pick, spread
 from benchmarks.accuracy.sampling import Sampler
-from benchmarks.accuracy.scenes import TEST_PHOTOS, Layout, backgrounds, make_scenes
+from benchmarks.accuracy.scenes import TEST_PHOTOS, TRAIN_PHOTOS, Layout, backgrounds, make_scenes
 from benchmarks.accuracy.train import Arm, matching_loss, pretrain, region_words, selection_inputs, tune
 from benchmarks.tome import schedule
 
@@ -71,9 +71,9 @@ def test_masks_are_the_patches_that_a_box_covers(scenes):
 
 
 def test_training_and_test_share_no_photograph():
-    everything = {id(photo) for photo in (*backgrounds(True), *backgrounds(False))}
-    assert len(everything) == len(backgrounds(True)) + len(backgrounds(False))
-    assert len(backgrounds(True)) == len(TEST_PHOTOS)
+    shown = [{photo.tobytes() for photo in backgrounds(test)} for test in (False, True)]
+    assert [len(photos) for photos in shown] == [len(TRAIN_PHOTOS), len(TEST_PHOTOS)]
+    assert not shown[0] & shown[1] and not set(TRAIN_PHOTOS) & set(TEST_PHOTOS)
 
 
 def test_captions_name_what_they_should(scenes):

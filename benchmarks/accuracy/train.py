@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import patchselect
-from patchselect.losses import itc_loss, selection_alignment_loss
+from patchselect.losses import itc_loss, itm_loss, selection_alignment_loss
 
 from .arms import RELEVANCE, lifted
 from .captions import EMOJI, captions
@@ -58,9 +58,8 @@ def both(batch: Batch) -> Tensor:
 
 
 def matching_loss(logits: Tensor) -> Tensor:
-    """Cross-entropy of `(2 B, 2)` logits: the first half fits, the second does not."""
-    target = (torch.arange(len(logits), device=logits.device) < len(logits) // 2).long()
-    return F.cross_entropy(logits, target)
+    """Of `(2 B, 2)` logits: the first half fits, the second does not."""
+    return itm_loss(*logits.chunk(2))
 
 
 def region_words(model: MiniAlbef, patches: Tensor, batch: Batch) -> Tensor:
