@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
 
 import patchselect
+from patchselect.prefix import checksums
 
 scored = functools.partial(patchselect.score_pairs, progress=False)
 
@@ -89,6 +90,34 @@ def test_finished_chunks_are_not_computed_again(tmp_path):
     case.model.vision_model.encoder.layers[5].mlp.fc1.weight.data.mul_(2)
     with pytest.raises(ValueError, match="other images, texts, weights"):
         scored(case.model, loader, text, resume=tmp_path)
+
+
+@pytest.mark.parametrize("changed", ["texts", "images", "candidates"])
+def test_finished_chunks_of_another_order_are_refused(tmp_path, changed):
+    case = build("clip")
+    patchselect.apply(case.model, 0.5, layers=[1, 3])
+    given = {"images": case.images(3), "texts": texts(case, 4), "candidates": torch.tensor([[0, 3], [1, 2], [2, 0]])}
+
+    def score():
+        return scored(case.model, given["images"], given["texts"], candidates=given["candidates"], resume=tmp_path)
+
+    expected = score()
+    assert torch.equal(score(), expected)
+    given[changed] = given[changed].flip(0)
+    with pytest.raises(ValueError, match="scores of other images, texts, weights or settings"):
+        score()
+
+
+def test_checksums_tell_orders_types_and_shapes_apart():
+    generator = torch.Generator().manual_seed(0)
+    big = torch.randn(70_001, 2, generator=generator)
+    one, two = torch.tensor([[1.0, 2.0]]), torch.tensor([[2.0, 1.0]])
+    different = [big, big.flip(0), big.flip(1), one, two, one.T, one.half(), one.double()]
+    different += [torch.stack(rows) for rows in ([one, two, two, one], [two, one, one, two])]
+    different += [torch.zeros(3), torch.zeros(4), torch.zeros(0), torch.tensor(True), torch.tensor(False)]
+    assert len(set(checksums(different))) == len(different)
+    assert checksums([big[1:], big[2:, 1]]) == checksums([big[1:].clone(), big[2:, 1].clone()])
+    assert checksums([]) == ()
 
 
 def _one_process(rank: int, port: int, folder: str) -> None:
