@@ -182,3 +182,49 @@ def test_checkpointing_changes_no_loss_and_no_gradient(name, kind):
 def test_reentrant_checkpointing_without_a_detached_text_is_an_error(name):
     with pytest.raises(RuntimeError, match=r"use_reentrant=False\), or give guide\(\) detached text features"):
         step(name, CheckpointImpl.REENTRANT)
+
+
+class Wrapped(nn.Module):
+    """Some wrapper that is not torch's."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.inner = block
+
+    def forward(self, *args, **kwargs):
+        return self.inner(*args, **kwargs)
+
+
+def blocks_of(tower) -> nn.ModuleList:
+    return tower.module.transformer.resblocks if hasattr(tower.module, "transformer") else tower.module.blocks
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["wrapped first", "applied again"])
+@pytest.mark.parametrize("name", ["albef-retrieval", "albef-pairs", "mplug-retrieval-base"])
+def test_blocks_in_a_checkpoint_wrapper_are_found_inside_of_it(name, again):
+    """Not those of the momentum twin alone, which nobody wraps."""
+    plain, head = build(name), build(name)
+    towers = head.towers()
+    patchselect.apply(plain.model.eval(), 0.5, LAYERS)
+    if again:
+        patchselect.apply(head.model.eval(), 0.7, LAYERS)
+    for index, block in enumerate(towers[0].blocks):
+        blocks_of(towers[0])[index] = checkpoint_wrapper(block, CheckpointImpl.NO_REENTRANT)
+    handle = patchselect.apply(head.model.eval(), 0.5, LAYERS)
+    assert [tower.module for tower in handle.towers] == [tower.module for tower in towers]
+    assert list(map(type, blocks_of(towers[0]))) == [type(checkpoint_wrapper(nn.Identity()))] * 6
+    assert all(map(torch.equal, floats(head.call()), floats(plain.call())))
+    handle.remove()
+    assert not any("_patchselect" in vars(part) for part in head.model.modules())
+
+
+@pytest.mark.parametrize("name", ["albef-retrieval", "albef-pairs", "mplug-retrieval-base"])
+def test_blocks_in_another_wrapper_are_refused_by_its_name(name):
+    head = build(name)
+    towers = head.towers()
+    for index, block in enumerate(towers[0].blocks):
+        blocks_of(towers[0])[index] = Wrapped(block)
+    classes = [type(part) for part in head.model.modules()]
+    with pytest.raises(ValueError, match=r"wrapped in .*test_albef_stack\.Wrapped, .*apply first and wrap after it"):
+        patchselect.apply(head.model, 0.5, LAYERS)
+    assert [type(part) for part in head.model.modules()] == classes
