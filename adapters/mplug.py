@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from patchselect.adapter import Tower, Wrapper, gathered
 from patchselect.guidance import current, scope
+from patchselect.recording import active_recorder
 
 from .heads import Heads
 from .openai_clip import SequenceFirst, is_tower
@@ -27,16 +28,20 @@ TRANSFORMER_ARGUMENTS = {"self", "x", "text_mask", "use_checkpoint"}
 def run_transformer(
     module: Any, name: str, original: Any, x: Tensor, text_mask: Tensor | None = None, use_checkpoint: bool = True
 ) -> Tensor:
-    """mPLUG's loop over its blocks; where they are checkpointed, selecting blocks get the text as an argument."""
-    guidance = current(module._patchselect)
-    if not use_checkpoint or guidance is None:
+    """mPLUG's loop over its blocks; where they are checkpointed, selecting blocks get the text as an argument.
+
+    While recording they are not checkpointed reentrantly, which would keep no graph of what is recorded.
+    """
+    guidance, recorder = current(module._patchselect), active_recorder(module._patchselect)
+    if not use_checkpoint or (guidance is None and recorder is None):
         return original(x, text_mask, use_checkpoint)
+    how = {} if recorder is None else {"use_reentrant": False}
     for block in module.resblocks:
         run: Any = block
         text: tuple[Tensor, ...] = ()
-        if "_patchselect" in vars(block):
+        if "_patchselect" in vars(block) and guidance is not None:
             run, text = functools.partial(block, _patchselect_guidance=guidance), (guidance.text,)
-        x = torch.utils.checkpoint.checkpoint(run, x, text_mask, *text)
+        x = torch.utils.checkpoint.checkpoint(run, x, text_mask, *text, **how)
     return x
 
 

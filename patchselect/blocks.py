@@ -20,6 +20,7 @@ from .guidance import (
     note_recording,
     recalled,
     scope,
+    without_grad_in_training,
     was_recorded,
 )
 from .recording import active_recorder, note_grid, note_selection, pool
@@ -99,8 +100,9 @@ class Layer:
         if recorder is not None:
             note_recording(hidden, self)
             note_selection(
-                recorder, self.tower, self.index, self.first, chosen, flat, after, tokens[:, prefix:], prefix
-            )
+                recorder, self.tower, self.index, self.first, chosen, flat, after, tokens[:, prefix:], prefix,
+                loses_graph=without_grad_in_training(hidden),
+            )  # fmt: skip
         elif again:
             pool(flat, tokens[:, prefix:])
         return after

@@ -162,6 +162,11 @@ def _may_be_recomputed(hidden: Tensor, *others: Tensor) -> bool:
     return any(tensor.requires_grad for tensor in (hidden, *others))
 
 
+def without_grad_in_training(hidden: Tensor) -> bool:
+    """Whether a block runs without gradients on an input that has one: the first run of reentrant checkpointing."""
+    return _may_be_recomputed(hidden) and not torch.is_grad_enabled()
+
+
 def note_for_recomputation(hidden: Tensor, reader: object, guidance: Guidance) -> None:
     if not _may_be_recomputed(hidden, guidance.text):
         return

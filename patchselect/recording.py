@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -31,7 +31,10 @@ class Selected:
     num_tokens: int
     """Length of the sequence after the selection, prefix and fused token included."""
     pooled: Tensor
-    """`(B, D)`: relevance-weighted mean of the patches after attention; differentiable."""
+    """`(B, D)`: relevance-weighted mean of the patches after attention; differentiable.
+
+    Reentrant gradient checkpointing keeps no graph of it: there its backward pass is an error.
+    """
     layer: int
     """0-based index of the block."""
     num_prefix_tokens: int
@@ -90,9 +93,32 @@ def pool(relevance: Tensor, patches: Tensor) -> Tensor:
     return (weights @ patches).flatten(0, 1)
 
 
+class _WithoutGraph(torch.autograd.Function):
+    """A tensor to look at; a loss that reads it must not come out without a gradient unseen."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> NoReturn:
+        raise RuntimeError(
+            "a loss reads `pooled` of record(), but reentrant gradient checkpointing keeps no graph of it: call "
+            "checkpoint(..., use_reentrant=False) (transformers: gradient_checkpointing_enable("
+            "gradient_checkpointing_kwargs={'use_reentrant': False})), or read pooled.detach() if no gradient is meant"
+        )
+
+
+@torch.enable_grad()
+def without_graph(value: Tensor) -> Tensor:
+    """`value`, which was computed without a graph; a backward pass through it says what to do."""
+    found: Tensor = _WithoutGraph.apply(value.detach().requires_grad_())
+    return found
+
+
 def note_selection(
     recorder: _Recorder, tower: Tower, layer: int, first: bool, chosen: Tensor, relevance: Tensor, after: Tensor,
-    patches: Tensor, num_prefix_tokens: int,
+    patches: Tensor, num_prefix_tokens: int, loses_graph: bool = False,
 ) -> None:  # fmt: skip
     """Add an entry; `chosen` `(B, k)` counts the n tokens of `relevance` `(B, n)`, `patches` is `(B, n, D)`."""
     rows, num_patches = relevance.shape
@@ -115,13 +141,14 @@ def note_selection(
     fused = after.shape[1] > num_prefix_tokens + chosen.shape[1]
     lost = torch.full((rows, 1), -1, device=kept.device, dtype=kept.dtype)
     recorder.sources[id(tower)] = torch.cat([kept, lost], dim=1) if fused else kept
+    pooled = pool(relevance, patches)
     entry = Selected(
         kept=kept,
         relevance=relevance,
         places=sources,
         removed_share=(1 - relevance.detach().gather(1, chosen).sum(dim=1)).clamp(0, 1),
         num_tokens=after.shape[1],
-        pooled=pool(relevance, patches),
+        pooled=without_graph(pooled) if loses_graph else pooled,
         layer=layer,
         num_prefix_tokens=num_prefix_tokens,
         grid=grid,

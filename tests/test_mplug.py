@@ -45,6 +45,24 @@ def test_two_forwards_and_one_backward_have_the_gradients_without_checkpointing(
         )
 
 
+@pytest.mark.parametrize("guidance", ["text", "image"])
+def test_pooled_patches_train_in_blocks_that_are_checkpointed_by_default(guidance):
+    found = {}
+    for checkpointing in (True, False):
+        head = build("mplug-answering-base")
+        head.model.train().use_checkpoint = checkpointing
+        handle = patchselect.apply(head.model, 0.5, LAYERS, guidance=guidance)
+        with handle.record() as trace:
+            loss = loss_of(head.call())
+        (loss + sum(entry.pooled.square().sum() for entry in trace)).backward()
+        found[checkpointing] = gradients(head.model)
+    assert found[True].keys() == found[False].keys()
+    for key, expected in found[False].items():
+        torch.testing.assert_close(
+            found[True][key], expected, rtol=1e-4, atol=1e-6 * float(expected.abs().max()) + 1e-9
+        )
+
+
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_the_gradient_of_the_text_itself(use_reentrant, monkeypatch):
     """The text reaches the loss through the selection alone here."""
