@@ -173,7 +173,8 @@ def normalised_scores(direction: Tensor, patches: Tensor, eps: float) -> Tensor:
     probes = torch.cat([centred, torch.full_like(centred[:, :1], 1 / width)], dim=1)
     scores, mean = (probes @ patches.transpose(-1, -2)).split([direction.shape[1], 1], dim=1)
     square = torch.linalg.vector_norm(patches, dim=-1).square().unsqueeze(1) / width
-    return scores * (square - mean.square() + eps).rsqrt()
+    # Where all entries of a patch are nearly the same, the difference may round to less than nothing.
+    return scores * ((square - mean.square()).clamp_min(0) + eps).rsqrt()
 
 
 def linear_scores(direction: Tensor, patches: Tensor) -> Tensor:
@@ -212,19 +213,22 @@ def keep_and_fuse(
 
     Args:
         tokens: `(B, P + n, D)`.
-        relevance: `(B, n)`, or `(B, T, n)` to select T times from each image.
+        relevance: `(B, n)`, or `(B, T, n)` to select T times from each image; weights >= 0, any scale. Pass signed
+            scores through a softmax first: weights that cancel out would blow up the fused token.
         num_keep: `k` in `[1, n]`; the first of equals stay.
         num_prefix_tokens: `P` >= 0, tokens in front that always stay.
         fusion: `"mean"`, `"sum"` or `"none"` (the rest is dropped).
 
     Returns:
         `(B, P + k + 1, D)` (no fused token if nothing was left to fuse or `fusion="none"`) and the kept patches
-        `(B, k)`, ascending indices among the n; with `(B, T, n)` both have `B * T` rows, image-major.
+        `(B, k)`, ascending indices among the n; with `(B, T, n)` both have `B * T` rows, image-major. A row with a
+        NaN among its weights has one in its tokens (the fused one or, without, the first).
     """
     single = relevance.dim() == 2
     weights = relevance.unsqueeze(1) if single else relevance
     num_patches, width = weights.shape[-1], tokens.shape[-1]
     kept = _most_relevant(weights, num_keep)
+    unknown = weights.isnan().any(dim=-1, keepdim=True)
     prefix = torch.arange(num_prefix_tokens, device=tokens.device).expand(*kept.shape[:2], -1)
     start = torch.arange(tokens.shape[0], device=tokens.device).view(-1, 1, 1) * tokens.shape[1]
     index = torch.cat([prefix, kept + num_prefix_tokens], dim=-1) + start
@@ -236,6 +240,9 @@ def keep_and_fuse(
             total = rest.sum(dim=-1, keepdim=True)
             even = torch.ones_like(weights).scatter(-1, kept, 0.0) / (num_patches - num_keep)
             rest = torch.where(total > 0, rest / torch.where(total > 0, total, 1.0), even)
+        rest = rest.masked_fill(unknown, float("nan"))
         fused = rest.to(tokens.dtype) @ tokens[:, num_prefix_tokens:]
         out = torch.cat([out, fused.unsqueeze(2)], dim=2)
+    elif num_keep < num_patches:
+        out[:, :, 0].masked_fill_(unknown, float("nan"))
     return out.flatten(0, 1), kept.flatten(0, 1)

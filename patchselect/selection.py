@@ -24,7 +24,9 @@ class PatchSelection(nn.Module):
         num_prefix_tokens: tokens in front of the patches that take no part ([CLS], registers).
 
     Raises:
-        ValueError: a rate, fusion or prefix outside of these ranges; tokens and relevance that do not fit.
+        ValueError: a rate, fusion or prefix outside of these ranges; tokens and relevance that do not fit; on the
+            CPU and outside of compiled or exported programs also a relevance below 0 (elsewhere reading it would make
+            the device wait).
     """
 
     def __init__(self, keep_rate: float = 0.7, fusion: Fusion = "mean", num_prefix_tokens: int = 1) -> None:
@@ -37,13 +39,20 @@ class PatchSelection(nn.Module):
         self.num_prefix_tokens = num_prefix_tokens
 
     def forward(self, tokens: Tensor, relevance: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens `(B, P + n, D)` and relevance `(B, n)` to shorter tokens and the kept patches `(B, k)`."""
+        """Tokens `(B, P + n, D)` and relevance `(B, n)`, >= 0, to shorter tokens and the kept patches `(B, k)`."""
+        if tokens.dim() != 3:
+            raise ValueError(f"tokens must be (B, prefix tokens + patches, D), got {tuple(tokens.shape)}")
         patches = tokens.shape[1] - self.num_prefix_tokens
-        if tokens.dim() != 3 or patches < 1 or relevance.shape != (tokens.shape[0], patches):
+        if patches < 1 or relevance.shape != (tokens.shape[0], patches):
             raise ValueError(
                 f"relevance must have one weight for each of the patches: tokens {tuple(tokens.shape)} with "
                 f"{self.num_prefix_tokens} prefix tokens need ({tokens.shape[0]}, {patches}), "
                 f"got {tuple(relevance.shape)}"
+            )
+        if _readable(relevance) and bool((relevance < 0).any()):
+            raise ValueError(
+                f"relevance must be weights of 0 or more, got {float(relevance.detach().min()):.3g}: pass scores "
+                "through a softmax over the patches first"
             )
         keep = num_kept(patches, self.ratio)
         if keep == patches:
@@ -52,3 +61,10 @@ class PatchSelection(nn.Module):
 
     def extra_repr(self) -> str:
         return f"keep_rate={self.keep_rate}, fusion={self.fusion!r}, num_prefix_tokens={self.num_prefix_tokens}"
+
+
+def _readable(x: Tensor) -> bool:
+    """Whether reading a value costs nothing: it is a plain tensor on the CPU, and nothing traces the program."""
+    if torch.compiler.is_compiling() or type(x) is not Tensor or x.device.type != "cpu":
+        return False
+    return not torch._C._are_functorch_transforms_active()

@@ -140,6 +140,21 @@ def test_normalised_scores_are_those_of_a_layer_norm(seed):
     torch.testing.assert_close(op.normalised_scores(v, x, 1e-5), expected)
 
 
+def test_normalised_scores_of_nearly_constant_patches_are_finite():
+    x = torch.full((1, 64, 512), 300.0) + torch.randn(1, 64, 512, generator=torch.Generator().manual_seed(0)) * 1e-4
+    assert op.normalised_scores(torch.randn(1, 1, 512), x, 1e-6).isfinite().all()
+
+
+@pytest.mark.parametrize("fusion", ["mean", "sum", "none"])
+@pytest.mark.parametrize("unknown", [slice(None), 2], ids=["all", "one"])
+def test_a_relevance_that_is_not_a_number_shows_in_its_row_alone(fusion, unknown):
+    tokens, relevance = torch.randn(2, 7, 4), torch.rand(2, 6).softmax(dim=-1)
+    expected, _ = op.keep_and_fuse(tokens, relevance, 3, 1, fusion)
+    relevance[1, unknown] = float("nan")
+    out, _ = op.keep_and_fuse(tokens, relevance, 3, 1, fusion)
+    assert torch.equal(out[0], expected[0]) and out[1].isnan().any()
+
+
 def test_standardise():
     scores = torch.tensor([[1.0, 2.0, 6.0], [4.0, 4.0, 4.0]], dtype=torch.float64)
     out = op.standardise(scores)
@@ -186,6 +201,10 @@ def test_the_module_is_the_op():
     assert whole is tokens and every.tolist() == [list(range(8))] * 2
     with pytest.raises(ValueError, match=r"need \(2, 8\), got \(2, 9\)"):
         layer(tokens, torch.rand(2, 9))
+    with pytest.raises(ValueError, match=r"tokens must be \(B, .*got \(9,\)"):
+        layer(tokens[0, :, 0], relevance)
+    with pytest.raises(ValueError, match="weights of 0 or more, got -1"):
+        layer(tokens, relevance - relevance.amin() - 1)
     for wrong in (dict(keep_rate=0), dict(fusion="max"), dict(num_prefix_tokens=-1)):
         with pytest.raises(ValueError):
             patchselect.PatchSelection(**wrong)
