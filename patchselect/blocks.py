@@ -22,6 +22,7 @@ from .guidance import (
     scope,
     without_grad_in_training,
     was_recorded,
+    without_grad_in_training,
 )
 from .recording import active_recorder, note_grid, note_selection, pool
 from .relevance import combine, relevance_of, separate

@@ -42,6 +42,9 @@ class Selected:
     """Height and width of the original grid, in patches; `None` where the tower was not called as a whole."""
     fused: bool
     """Whether the last token is a fused one."""
+    holders: Tensor | None = None
+    """`(B, H * W)`: the token after the prefix that each place of the grid is in: its own, or the fused one that it
+    went into; -1 is in none (`fusion="none"`, or dropped by the host); `None` where `grid` is."""
 
 
 class Trace(list[Selected]):
@@ -56,6 +59,7 @@ class _Recorder:
     grids: dict[int, tuple[int, int] | None] = field(default_factory=dict)
     sources: dict[int, Tensor] = field(default_factory=dict)
     orders: dict[int, Tensor] = field(default_factory=dict)
+    holders: dict[int, Tensor | None] = field(default_factory=dict)
 
 
 _recorder: ContextVar[_Recorder | None] = ContextVar("patchselect_recorder", default=None)
@@ -116,6 +120,29 @@ def without_graph(value: Tensor) -> Tensor:
     return found
 
 
+class _WithoutGraph(torch.autograd.Function):
+    """A tensor to look at; a loss that reads it must not come out without a gradient unseen."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> NoReturn:
+        raise RuntimeError(
+            "a loss reads `pooled` of record(), but reentrant gradient checkpointing keeps no graph of it: call "
+            "checkpoint(..., use_reentrant=False) (transformers: gradient_checkpointing_enable("
+            "gradient_checkpointing_kwargs={'use_reentrant': False})), or read pooled.detach() if no gradient is meant"
+        )
+
+
+@torch.enable_grad()
+def without_graph(value: Tensor) -> Tensor:
+    """`value`, which was computed without a graph; a backward pass through it says what to do."""
+    found: Tensor = _WithoutGraph.apply(value.detach().requires_grad_())
+    return found
+
+
 def note_selection(
     recorder: _Recorder, tower: Tower, layer: int, first: bool, chosen: Tensor, relevance: Tensor, after: Tensor,
     patches: Tensor, num_prefix_tokens: int, loses_graph: bool = False,
@@ -134,13 +161,22 @@ def note_selection(
             )
         sources = torch.arange(num_patches, device=chosen.device).expand(rows, -1)
     else:
-        sources = recorder.sources[id(tower)]
-        if sources.shape[0] != rows:
-            sources = sources.repeat_interleave(rows // sources.shape[0], dim=0)
+        sources = _for_rows(recorder.sources[id(tower)], rows)
     kept = sources.gather(1, chosen)
     fused = after.shape[1] > num_prefix_tokens + chosen.shape[1]
+    if first:
+        held = None if grid is None else _inverse(sources, grid[0] * grid[1])
+    else:
+        found = recorder.holders[id(tower)]
+        held = None if found is None else _for_rows(found, rows)
+    if held is not None:
+        count = torch.arange(chosen.shape[1], device=chosen.device).expand(rows, -1)
+        moved = torch.full_like(sources, chosen.shape[1] if fused else -1).scatter(1, chosen, count)
+        held = torch.where(held < 0, -1, moved.gather(1, held.clamp(min=0)))
+    recorder.holders[id(tower)] = held
     lost = torch.full((rows, 1), -1, device=kept.device, dtype=kept.dtype)
     recorder.sources[id(tower)] = torch.cat([kept, lost], dim=1) if fused else kept
+    pooled = pool(relevance, patches)
     pooled = pool(relevance, patches)
     entry = Selected(
         kept=kept,
@@ -153,8 +189,20 @@ def note_selection(
         num_prefix_tokens=num_prefix_tokens,
         grid=grid,
         fused=fused,
+        holders=held,
     )
     recorder.trace.append(entry)
+
+
+def _for_rows(per_image: Tensor, rows: int) -> Tensor:
+    """`(B, m)` for the `B * T` rows of `pairing="all"`."""
+    return per_image if per_image.shape[0] == rows else per_image.repeat_interleave(rows // per_image.shape[0], dim=0)
+
+
+def _inverse(places: Tensor, size: int) -> Tensor:
+    """`(B, n)` places of tokens to `(B, size)` tokens of places; -1 where there is none."""
+    count = torch.arange(places.shape[1], device=places.device).expand(places.shape[0], -1)
+    return places.new_full((places.shape[0], size), -1).scatter(1, places, count)
 
 
 def restore(tokens: Tensor, trace: list[Selected] | Selected, fill: float | Tensor | str = 0.0) -> Tensor:
@@ -165,7 +213,7 @@ def restore(tokens: Tensor, trace: list[Selected] | Selected, fill: float | Tens
             prefix).
         trace: the `record()` of that call (its last entry counts), or one entry.
         fill: what stands where a patch was removed: a number, a tensor that broadcasts to `(B, H, W, D)`, or
-            `"fused"` for the fused token.
+            `"fused"` for the fused token that the patch went into.
 
     Returns:
         `(B, H, W, D)`.
@@ -176,7 +224,7 @@ def restore(tokens: Tensor, trace: list[Selected] | Selected, fill: float | Tens
     entry = trace if isinstance(trace, Selected) else (trace[-1] if trace else None)
     if entry is None:
         raise ValueError("the trace is empty: run the model inside of `with handle.record() as trace:`")
-    if entry.grid is None:
+    if entry.grid is None or entry.holders is None:
         raise ValueError("the trace does not know its grid: record a call of the whole tower, not of its blocks")
     rows, width = tokens.shape[0], tokens.shape[-1]
     patches = entry.num_tokens - entry.num_prefix_tokens
@@ -187,15 +235,14 @@ def restore(tokens: Tensor, trace: list[Selected] | Selected, fill: float | Tens
         )
     tokens = tokens[:, tokens.shape[1] - patches :]
     height, breadth = entry.grid
-    if isinstance(fill, str):
-        if fill != "fused" or not entry.fused:
-            raise ValueError(f'fill must be a number, a tensor or "fused" where a fused token exists, got {fill!r}')
-        base = tokens[:, -1:].expand(-1, height * breadth, -1)
-    else:
-        value = torch.as_tensor(fill, dtype=tokens.dtype, device=tokens.device)
-        base = value.expand(rows, height, breadth, width).reshape(rows, height * breadth, width)
     survived = entry.kept.shape[1]
-    # One place more than the grid has, for tokens that fused patches: it is cut off again.
-    place = torch.where(entry.kept < 0, height * breadth, entry.kept).unsqueeze(-1).expand(-1, -1, width)
-    board = torch.cat([base, base[:, :1]], dim=1).scatter(1, place, tokens[:, :survived])
-    return board[:, :-1].unflatten(1, (height, breadth))
+    own = (entry.holders >= 0) & (entry.holders < survived)
+    own &= entry.kept.gather(1, entry.holders.clamp(0, survived - 1)) >= 0
+    if isinstance(fill, str):
+        if fill != "fused" or not (entry.fused or bool((entry.kept < 0).any())):
+            raise ValueError(f'fill must be a number, a tensor or "fused" where a fused token exists, got {fill!r}')
+        own, fill = entry.holders >= 0, 0.0
+    value = torch.as_tensor(fill, dtype=tokens.dtype, device=tokens.device)
+    base = value.expand(rows, height, breadth, width).flatten(1, 2)
+    found = tokens.gather(1, entry.holders.clamp(min=0).unsqueeze(-1).expand(-1, -1, width))
+    return torch.where(own.unsqueeze(-1), found, base).unflatten(1, (height, breadth))

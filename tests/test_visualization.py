@@ -105,10 +105,57 @@ def test_class_scores_of_the_tokens_that_are_left_make_a_dense_map():
     logits = torch.nn.functional.normalize(grid, dim=-1) @ torch.nn.functional.normalize(classes, dim=-1).T
     assert logits.shape == (2, 4, 4, 5)
     for row in range(2):
-        places = trace[-1].kept[row].tolist()
-        for place in range(16):
-            token = 1 + places.index(place) if place in places else tokens.shape[1] - 1
-            assert torch.equal(grid[row].flatten(0, 1)[place], patches[row, token])
+        for token, places in enumerate(places_of_tokens(trace, row)):
+            for place in places:
+                assert torch.equal(grid[row].flatten(0, 1)[place], patches[row, 1 + token])
+
+
+def places_of_tokens(trace, row: int) -> list[set[int]]:
+    """For each token after the prefix, the places of the grid that it holds, layer by layer from the relevance."""
+    tokens = [{place} for place in range(trace[0].relevance.shape[1])]
+    for entry in trace:
+        stays = set(entry.relevance[row].topk(entry.kept.shape[1]).indices.tolist())
+        goes = [places for index, places in enumerate(tokens) if index not in stays]
+        tokens = [places for index, places in enumerate(tokens) if index in stays]
+        tokens += [set().union(*goes)] if entry.fused else []
+    return tokens
+
+
+@pytest.mark.parametrize("pairing", ["paired", "all"])
+@pytest.mark.parametrize("layers", [[1, 3], [0, 1, 2, 3, 4]])
+def test_every_removed_place_gets_the_token_that_it_went_into(layers, pairing):
+    """Fused tokens are chosen again by later layers, or fused again."""
+    case = build("clip_vision")
+    handle = patchselect.apply(case.model, 0.6, layers, relevance="keys")
+    fused_again, fused_twice = 0, 0
+    for seed in range(6):
+        text = torch.randn(4, case.text_width, generator=torch.Generator().manual_seed(seed))
+        images = case.images(4 if pairing == "paired" else 2)
+        with torch.no_grad(), handle.record() as trace, patchselect.guide(case.model, text, pairing):
+            tokens = case.model(images).last_hidden_state
+        grid = patchselect.restore(tokens, trace, fill="fused").flatten(1, 2)
+        plain = patchselect.restore(tokens, trace, fill=float("nan")).flatten(1, 2)
+        for row in range(len(tokens)):
+            held = places_of_tokens(trace, row)
+            assert set().union(*held) == set(range(16))
+            for token, places in enumerate(held):
+                for place in places:
+                    assert torch.equal(grid[row, place], tokens[row, 1 + token])
+                    alone = int(trace[-1].kept[row, token]) == place if token < len(held) - 1 else False
+                    assert alone != bool(plain[row, place].isnan().all())
+            fused = trace[-1].kept[row] < 0
+            fused_again, fused_twice = fused_again + int(fused.any()), fused_twice + int(fused.sum() > 1)
+    assert fused_again and (fused_twice or len(layers) == 2)
+
+
+def test_a_place_that_nothing_holds_any_more_has_no_fused_token():
+    case = build("clip_vision")
+    handle = patchselect.apply(case.model, 0.5, [1, 3], guidance="image", fusion="none")
+    with torch.no_grad(), handle.record() as trace:
+        tokens = case.model(case.images(2)).last_hidden_state
+    assert trace[-1].holders.min() == -1
+    with pytest.raises(ValueError, match='"fused" where a fused token exists'):
+        patchselect.restore(tokens, trace, fill="fused")
 
 
 def test_what_does_not_fit_is_refused():
