@@ -54,7 +54,8 @@ class Prefix:
     """Images on the way through the encoder, up to the attention of the first selection layer.
 
     `prefix[i]`, `prefix[2:5]` and `prefix[index]` choose images, `len(prefix)` counts them, `prefix.to(device)` moves
-    them, and `torch.save` stores them. It holds no pixels, and two tensors of `(B, N, D)` in the dtype of the tokens.
+    them, and `torch.save` stores them; `torch.load` reads them wherever patchselect is imported. It holds no pixels,
+    and two tensors of `(B, N, D)` in the dtype of the tokens.
     """
 
     tokens: Tensor
@@ -69,8 +70,11 @@ class Prefix:
 
     @property
     def images(self) -> Tensor:
-        """A stand-in for the images, `(B, 3, H, W)` without memory: hosts want something to be called with."""
-        return self.tokens.new_zeros(()).expand(len(self), *self.shape)
+        """A stand-in for the images, `(B, 3, H, W)` without memory: hosts want something to be called with.
+
+        It is NaN, so that a call without `prefix=` gives no features of images that are not there.
+        """
+        return self.tokens.new_full((), float("nan")).expand(len(self), *self.shape)
 
     def __len__(self) -> int:
         return self.tokens.shape[0]
@@ -139,6 +143,9 @@ class Prefix:
                 "a prefix holds the first vision tower alone, but this call runs another one too (a momentum encoder): "
                 "use prefixes for inference, with model.eval()"
             )
+
+
+torch.serialization.add_safe_globals([Prefix, Origin])
 
 
 class _Taking:
