@@ -20,7 +20,6 @@ from .guidance import (
     note_recording,
     recalled,
     scope,
-    without_grad_in_training,
     was_recorded,
     without_grad_in_training,
 )
