@@ -2,6 +2,7 @@
 
 import json
 import re
+from unittest import mock
 
 import pytest
 import torch
@@ -200,6 +201,49 @@ def test_resumed_run_ends_with_the_same_weights(tmp_path, pairing, alignment):
     assert not any("_patchselect" in vars(module) for module in rest.model.modules())
     with pytest.raises(ValueError, match="another --output"):
         align.align(small_copy(), data, align.Plan(steps=6, batch=4), tmp_path, progress=False)
+
+
+PAIRINGS = {"shared": ("shared", 0.0), "paired": ("paired", 0.0), "paired, aligned": ("paired", 1.0)}
+
+
+def one_step(rank: int, world: int, folder: str) -> None:
+    """One step of the small CLIP per pairing, of plain descent: what the weights change by is the gradient."""
+    torch.set_num_threads(1)
+    if world > 1:
+        torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+    found, data = {}, pairs.scene_pairs(32, 0)
+    for name, (pairing, alignment) in PAIRINGS.items():
+        host = pairs.small_host(0)
+        plan = align.Plan("values", (0.3,), clip.LAYERS, pairing, alignment, steps=1, batch=16 // world, rate=25.0)
+        with (
+            mock.patch.object(torch.optim, "AdamW", lambda weights, rate, **_: torch.optim.SGD(weights, rate, 0.9)),
+            mock.patch.object(torch.nn.utils, "clip_grad_norm_", lambda *_: torch.zeros(())),
+        ):
+            (loss,) = align.align(host, data, plan, progress=False)
+        found[name] = loss, host.model.state_dict()
+    torch.save(found, f"{folder}/{world}-{rank}.pt")
+    if world > 1:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def stepped(tmp_path_factory):
+    """What one process made of 16 pairs, and each of two of 8 of them."""
+    folder = tmp_path_factory.mktemp("processes")
+    one_step(0, 1, str(folder))
+    torch.multiprocessing.spawn(one_step, args=(2, str(folder)), nprocs=2)
+    return [torch.load(folder / f"{name}.pt") for name in ("1-0", "2-0", "2-1")]
+
+
+@pytest.mark.parametrize("name", PAIRINGS)
+def test_two_processes_are_one_with_the_whole_batch(stepped, name):
+    (loss, weights), *parts = (found[name] for found in stepped)
+    assert sum(part[0] for part in parts) / 2 == pytest.approx(loss, abs=1e-5)
+    start = clip.load(0).state_dict()
+    for key, value in weights.items():
+        for _, found in parts:
+            torch.testing.assert_close(found[key] - start[key], value - start[key], atol=2e-6, rtol=1e-3)
+    assert all(not torch.equal(weights[key], start[key]) for key in ("text_projection", "visual.proj"))
 
 
 def test_processes_share_the_batch_out():

@@ -79,15 +79,17 @@ class Objective(nn.Module):
     def forward(self, images: Tensor, tokens: dict[str, Tensor]) -> Tensor:
         """InfoNCE over the captions of all processes, plus selection alignment at each selection layer."""
         text = self.host.encode_text(tokens)
+        texts = gather_features(text)
+        # What captions share out must be all that the images are compared with: those of one process tell its images.
+        guiding = texts if self.plan.pairing == "shared" else text
         handle = patchselect.handle_of(self.model)
-        with handle.record() as trace, patchselect.guide(self.model, text, self.plan.pairing):
+        with handle.record() as trace, patchselect.guide(self.model, guiding, self.plan.pairing):
             image = self.host.encode_image(images)
         scale = getattr(self.model, "logit_scale", None)
         temperature = 0.07 if scale is None else 1 / scale.exp().clamp(max=100)
-        candidates = dict(image_candidates=gather_features(image), text_candidates=gather_features(text))
-        loss = itc_loss(image, text, temperature, **candidates)
+        loss = itc_loss(image, text, temperature, image_candidates=gather_features(image), text_candidates=texts)
         if self.plan.alignment:
-            tower, texts = handle.towers[0], candidates["text_candidates"]
+            tower = handle.towers[0]
             weight = self.plan.alignment / len(trace)
             for entry in trace:
                 projected = tower.adapter.project(tower, entry.pooled.unsqueeze(1)).squeeze(1)
