@@ -35,7 +35,7 @@ def run_transformer(
     guidance, recorder = current(module._patchselect), active_recorder(module._patchselect)
     if not use_checkpoint or (guidance is None and recorder is None):
         return original(x, text_mask, use_checkpoint)
-    how = {} if recorder is None else {"use_reentrant": False}
+    how: dict[str, Any] = {} if recorder is None else {"use_reentrant": False}
     for block in module.resblocks:
         run: Any = block
         text: tuple[Tensor, ...] = ()

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, SequentialSampler
 
 from .adapter import Tower
@@ -49,6 +49,7 @@ class Batch:
 
 def batches(images: Any, tower: Tower, rank: int = 0, world: int = 1) -> Iterator[Batch]:
     """The share of process `rank` of `world`: a run of rows of a tensor, or every `world`-th batch of a loader."""
+    images = stacked(images, tower)
     if isinstance(images, (Tensor, Prefix, Mapping)):
         whole = as_batch(images, 0, tower)
         low, high = len(whole) * rank // world, len(whole) * (rank + 1) // world
@@ -102,7 +103,7 @@ def _loaded(loader: DataLoader, tower: Tower, rank: int, world: int) -> Iterator
 
 
 def as_batch(item: Any, start: int, tower: Tower) -> Batch:
-    """Pixels, a tuple that begins with them, or a mapping that names them, as a batch."""
+    """Pixels, a tuple that begins with them, or a mapping that names them, as a batch; one image is a batch of one."""
     if isinstance(item, (tuple, list)) and item:
         return as_batch(item[0], start, tower)
     if isinstance(item, Mapping):
@@ -110,13 +111,52 @@ def as_batch(item: Any, start: int, tower: Tower) -> Batch:
         if name is None:
             raise TypeError(f"a batch of images must name its pixels as one of {PIXELS}, got {list(item)}")
         known = set(inspect.signature(tower.module.forward).parameters) - {name}
-        return Batch(start, item[name], {key: item[key] for key in item if key in known and _is_tensor(item[key])})
+        return Batch(
+            start,
+            _pixels(item[name], tower),
+            {key: item[key] for key in item if key in known and _is_tensor(item[key])},
+        )
     if not isinstance(item, (Tensor, Prefix)):
         raise TypeError(
             f"a batch of images must be a tensor, a Prefix or a mapping with pixel_values, got {type(item).__name__}: "
             "run the host's own image processor first"
         )
-    return Batch(start, item)
+    return Batch(start, item if isinstance(item, Prefix) else _pixels(item, tower))
+
+
+def _pixels(found: Any, tower: Tower) -> Tensor:
+    """`(N, 3, H, W)`, or `(N, n, D)` for towers of flat patches; a single image gets its `N = 1`."""
+    flat = _takes_flat_patches(tower)
+    wanted = 3 if flat else 4
+    if isinstance(found, Tensor) and found.dim() == wanted - 1 and not flat:
+        return found.unsqueeze(0)
+    if not isinstance(found, Tensor) or found.dim() != wanted:
+        shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        raise ValueError(
+            f"images must be pixels {'(N, patches, values)' if flat else '(N, 3, H, W)'}, or a loader of batches of "
+            f"them; one of these is {shape}. Of a pair (images, labels), give the images alone"
+        )
+    return found
+
+
+def _takes_flat_patches(tower: Tower) -> bool:
+    """SigLIP 2 is called with patches `(N, n, D)` that its processor has cut out already."""
+    return not any(isinstance(part, nn.modules.conv._ConvNd) for part in tower.module.modules())
+
+
+def stacked(images: Any, tower: Tower) -> Any:
+    """A list of images of one size as one tensor; everything else as it is."""
+    listed = isinstance(images, (list, tuple)) and bool(images) and not _takes_flat_patches(tower)
+    if listed and all(_is_tensor(image) and image.dim() == 3 for image in images):
+        if len({image.shape for image in images}) > 1:
+            raise ValueError(
+                f"the images of a list must be of one size, got {sorted({tuple(image.shape) for image in images})}: "
+                "run the host's own image processor first"
+            )
+        return torch.stack(list(images))
+    return (
+        images.unsqueeze(0) if _is_tensor(images) and images.dim() == 3 and not _takes_flat_patches(tower) else images
+    )
 
 
 def count(images: Any) -> int | None:

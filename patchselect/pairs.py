@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .batches import Batch, batches, count
+from .batches import Batch, batches, count, stacked
 from .gathering import gather, share
 from .guidance import scope
 from .memory import Plan, plan_chunks, texts_at_once
@@ -43,8 +43,8 @@ def score_pairs(
 
     Args:
         model: a model that `patchselect.apply` patched.
-        images: pixels `(N, 3, H, W)`, a `Prefix`, a mapping (`pixel_values` and what else the tower takes), or a
-            loader of batches of these in a fixed order (of a tuple, the first entry counts).
+        images: pixels `(N, 3, H, W)`, a list of images of one size, a `Prefix`, a mapping (`pixel_values` and what
+            else the tower takes), or a loader of batches of these in a fixed order (of a tuple, the first counts).
         texts: features `(M, D_text)`, token ids `(M, L)`, what the host's tokenizer returns, or a loader of these.
             Matching heads read the tokens themselves, so they need ids.
         candidates: `(N, K)` indices of texts: each image is scored against its own K texts alone, which re-ranks the
@@ -73,6 +73,7 @@ def score_pairs(
             "the model with both"
         )
     weight = next(tower.module.parameters())
+    images = stacked(images, tower)
     with evaluating(handle.model):
         encoded = _encode_texts(handle, texts, weight, memory_limit)
         columns = _check_candidates(candidates, count(images), len(encoded))

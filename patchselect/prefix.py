@@ -166,7 +166,7 @@ class _Taking:
 
 
 @torch.no_grad()
-def encode_prefix(model: nn.Module, images: Tensor, **kwargs: Any) -> Prefix:
+def encode_prefix(model: nn.Module, images: Any, **kwargs: Any) -> Prefix:
     """Encode images up to the first selection layer: all that does not depend on the text.
 
         prefix = patchselect.encode_prefix(model, pixel_values)
@@ -179,11 +179,14 @@ def encode_prefix(model: nn.Module, images: Tensor, **kwargs: Any) -> Prefix:
 
     Args:
         model: a model that `patchselect.apply` patched with `guidance="text"`.
-        images: `(B, 3, H, W)`, or whatever the vision tower is called with, on the device of the model.
-        kwargs: further arguments of the vision tower (SigLIP 2: `spatial_shapes`, …).
+        images: `(B, 3, H, W)`, or whatever else `score_pairs` takes as images: a list, a mapping with `pixel_values`,
+            a loader. The prefix of all of them is held at once.
+        kwargs: further arguments of the vision tower (SigLIP 2: `spatial_shapes`, …), for a tensor or a mapping.
 
     Raises:
-        ValueError: the model is not patched, or not guided by text; nothing of it is independent of the text.
+        ValueError: the model is not patched, or not guided by text; nothing of it is independent of the text; images
+            of a wrong shape, of several sizes, or none.
+        TypeError: images of a kind that cannot be read.
     """
     handle = handle_of(model)
     if handle.guidance != "text":
@@ -197,11 +200,28 @@ def encode_prefix(model: nn.Module, images: Tensor, **kwargs: Any) -> Prefix:
             f"in {type(tower.module).__name__} image and text share one sequence from the first block on: no part of "
             "the image side is independent of the text, so there is no prefix to keep"
         )
-    tokens, normed, rest = take_prefix(handle, images, kwargs)
-    return Prefix(tokens, normed, tuple(images.shape[1:]), Origin.of(handle), rest)
+    from .batches import batches
+
+    if isinstance(images, Prefix):
+        raise TypeError("images are a Prefix already: give it to guide(prefix=…) or score_pairs")
+    weight, origin = next(tower.module.parameters()), Origin.of(handle)
+    parts = []
+    for batch in batches(images, tower):
+        pixels = batch.to(weight)
+        tokens, normed, rest = take_prefix(handle, pixels.images, pixels.options | kwargs)
+        parts.append(Prefix(tokens, normed, tuple(batch.images.shape[1:]), origin, rest))
+    if len({(part.shape, part.tokens.shape[1:]) for part in parts}) != 1:
+        raise ValueError(
+            "a prefix holds images of one size, at least one of them; got "
+            + str(sorted({part.shape for part in parts}))
+        )
+    if len(parts) == 1:
+        return parts[0]
+    tokens, normed = (torch.cat([getattr(part, name) for part in parts]) for name in ("tokens", "normed"))
+    return replace(parts[0], tokens=tokens, normed=normed)
 
 
-def take_prefix(handle: Handle, images: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor, Any]:
+def take_prefix(handle: Handle, images: Any, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor, Any]:
     """Tokens and normed tokens `(B, N, D)` after the attention of the first selection layer, and the adapter's rest."""
     tower = handle.towers[0]
     prepare(handle)

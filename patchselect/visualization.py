@@ -28,8 +28,8 @@ ROW_HEIGHT = 2.5
 
 
 def draw_selection(
-    images: Tensor,
-    trace: Sequence[Selected],
+    images: Any,
+    trace: Sequence[Selected] | Selected,
     texts: Sequence[str] | None = None,
     *,
     titles: Sequence[str] | None = None,
@@ -46,10 +46,11 @@ def draw_selection(
     the number of patches in the sequence and the fused share: how much of the relevance went into the fused token.
 
     Args:
-        images: `(3, H, W)` or `(B, 3, H, W)` in [0, 1], uint8 or normalised pixels (any range is stretched to [0, 1];
-            `denormalise` gives the true colours). The B images belong to the rows of the trace in its order; with
+        images: what the model saw of the photos: `(3, H, W)` or `(B, 3, H, W)` in [0, 1], uint8 or normalised pixels
+            (any range is stretched to [0, 1]; `denormalise` gives the true colours), a NumPy array of one of these
+            or with the colours last, or a PIL image. The B images belong to the rows of the trace in its order; with
             `pairing="all"`, each image has several rows.
-        trace: what `handle.record()` gave for one call.
+        trace: what `handle.record()` gave for one call, or one entry of it.
         texts: one per row, or one per text of `pairing="all"`, written at the left.
         titles: one per column, in place of the ones that name the layers.
         path: also write the figure there (PNG, PDF, SVG, by its suffix).
@@ -60,6 +61,7 @@ def draw_selection(
 
     Raises:
         ValueError: an empty trace, one without a grid, or images and texts that do not fit its rows.
+        TypeError: images of a kind that cannot be read.
         ImportError: there is no matplotlib.
     """
     layers = _one_call(trace)
@@ -131,7 +133,9 @@ def fused_shares(layers: Sequence[Selected], row: int = 0) -> list[float]:
     return [float(entry.removed_share[row]) for entry in layers]
 
 
-def _one_call(trace: Sequence[Selected]) -> list[Selected]:
+def _one_call(trace: Sequence[Selected] | Selected) -> list[Selected]:
+    if isinstance(trace, Selected):
+        return [trace]
     if not trace:
         raise ValueError("the trace is empty: run the model inside of `with handle.record() as trace:`")
     layers = [trace[0]]
@@ -145,14 +149,32 @@ def _one_call(trace: Sequence[Selected]) -> list[Selected]:
     return layers
 
 
-def _photos(images: Tensor, rows: int) -> Tensor:
-    photos = images.detach().cpu()
+def _as_tensor(images: Any) -> Tensor:
+    """A tensor, a NumPy array or a PIL image as a tensor with its colours before its height and width."""
+    if isinstance(images, Tensor):
+        return images.detach().cpu()
+    if callable(getattr(images, "convert", None)):
+        images = images.convert("RGB")
+    if not hasattr(images, "__array_interface__"):
+        raise TypeError(
+            f"images must be a tensor (3, H, W) or (B, 3, H, W), a NumPy array or a PIL image, got "
+            f"{type(images).__name__}"
+        )
+    import numpy
+
+    found = torch.from_numpy(numpy.array(images))
+    last = found.dim() in (3, 4) and found.shape[-1] == 3 and found.shape[-3] != 3
+    return found.movedim(-1, -3) if last else found
+
+
+def _photos(images: Any, rows: int) -> Tensor:
+    photos = _as_tensor(images)
+    shape = tuple(photos.shape)
     photos = photos / 255 if photos.dtype == torch.uint8 else photos.float()
     photos = photos.unsqueeze(0) if photos.dim() == 3 else photos
     if photos.dim() != 4 or photos.shape[1] != 3 or rows % photos.shape[0]:
         raise ValueError(
-            f"images must be (3, H, W), or (B, 3, H, W) with B a divisor of the {rows} rows of the trace; got "
-            f"{tuple(images.shape)}"
+            f"images must be (3, H, W), or (B, 3, H, W) with B a divisor of the {rows} rows of the trace; got {shape}"
         )
     if photos.min() < -1e-3 or photos.max() > 1 + 1e-3:
         low, high = photos.amin(), photos.amax()

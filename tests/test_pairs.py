@@ -111,6 +111,31 @@ def test_images_and_texts_may_come_from_loaders():
         scored(case.model, DataLoader(TensorDataset(images), batch_size=3, shuffle=True), text)
 
 
+def test_images_may_come_one_by_one():
+    case = build("clip")
+    patchselect.apply(case.model, 0.5, layers=[1, 3])
+    images, text = case.images(3), texts(case, 4)
+    expected = scored(case.model, images, text)
+    for source in (list(images), tuple(images), zip(images, range(3), strict=True)):
+        torch.testing.assert_close(scored(case.model, source, text), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(scored(case.model, images[0], text), expected[:1], rtol=1e-5, atol=1e-5)
+    candidates = torch.tensor([[1], [0], [3]])
+    found = scored(case.model, list(images), text, candidates=candidates)
+    torch.testing.assert_close(found, expected.gather(1, candidates), rtol=1e-5, atol=1e-5)
+    for wrong, message in (
+        ((images, torch.arange(3)), r"one of these is \(3,\)\. Of a pair \(images, labels\), give the images alone"),
+        ([images[0], images[1, :, :32]], r"of one size, got \[\(3, 32, 64\), \(3, 64, 64\)\]"),
+        ({"pixel_values": images[None]}, r"one of these is \(1, 3, 3, 64, 64\)"),
+        ({"pixel_values": ["cat.jpg"]}, "one of these is list"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            scored(case.model, wrong, text)
+    flat = build("siglip2")
+    patchselect.apply(flat.model, 0.5, layers=[1, 3])
+    with pytest.raises(ValueError, match=r"\(N, patches, values\).*one of these is \(3, 64, 64, 3\)"):
+        scored(flat.model, torch.rand(3, 64, 64, 3), texts(flat, 2))
+
+
 def test_candidates_are_columns_of_the_whole_matrix():
     case = build("siglip")
     patchselect.apply(case.model, 0.5, layers=[1, 3])

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hosts import HOSTS, Case, build, ids, take, texts
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 import patchselect
 
@@ -96,6 +97,29 @@ def test_images_can_be_chosen_stored_and_asked_in_another_copy():
     twin = copy.deepcopy(case.model)
     with torch.no_grad(), patchselect.guide(twin, text, "all", prefix=stored):
         torch.testing.assert_close(case.image_side(twin, stored.images), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["clip", "siglip2", "open_clip"])
+def test_a_prefix_is_taken_of_what_score_pairs_takes(name):
+    case = build(name)
+    images = case.images(3)
+    patchselect.apply(case.model, 0.5, layers=[1, 3])
+    pixels, options = split(images)
+    whole = patchselect.encode_prefix(case.model, pixels, **options)
+    named = {"pixel_values": pixels, **options}
+    sources = [named, DataLoader([{key: value[i] for key, value in named.items()} for i in range(3)], batch_size=2)]
+    sources += [] if name == "siglip2" else [list(pixels), [pixels[:2], pixels[2:]]]
+    for source in sources:
+        prefix = patchselect.encode_prefix(case.model, source)
+        assert (len(prefix), prefix.shape, prefix.origin) == (3, whole.shape, whole.origin)
+        torch.testing.assert_close(prefix.tokens, whole.tokens, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(prefix.normed, whole.normed, rtol=1e-5, atol=1e-5)
+    with pytest.raises(TypeError, match="are a Prefix already"):
+        patchselect.encode_prefix(case.model, whole)
+    with pytest.raises(ValueError, match=r"one size, at least one of them; got \[\]"):
+        patchselect.encode_prefix(case.model, [])
+    with pytest.raises(TypeError, match="image processor first"):
+        patchselect.encode_prefix(case.model, ["cat.jpg"])
 
 
 @pytest.mark.parametrize("name", list(HOSTS))

@@ -93,6 +93,22 @@ def test_pixels_of_any_range_are_drawn_and_colours_come_back():
         visualization.denormalise(photo, "coco")
 
 
+def test_photos_of_other_libraries_and_one_entry_are_drawn():
+    numpy, image = pytest.importorskip("numpy"), pytest.importorskip("PIL.Image")
+    _, trace = traced("clip", count=1)
+    photo = torch.randint(0, 256, (3, 64, 48), dtype=torch.uint8)
+    last = photo.permute(1, 2, 0).numpy()
+    for source in (image.fromarray(last), last, last[None], photo.numpy(), last / numpy.float64(255)):
+        shown = visualization.draw_selection(source, trace).get_axes()[0].images[0].get_array()
+        torch.testing.assert_close(torch.as_tensor(shown).float(), photo.permute(1, 2, 0) / 255)
+    titles = [axis.get_title() for axis in visualization.draw_selection(photo, trace[0]).get_axes()]
+    assert titles == ["image", "relevance, block 1", "left after block 1"]
+    with pytest.raises(ValueError, match=r"pass trace\[0\]"):
+        visualization.draw_selection(photo, trace[1])
+    with pytest.raises(TypeError, match="a NumPy array or a PIL image, got str"):
+        visualization.draw_selection("photo.jpg", trace)
+
+
 def test_class_scores_of_the_tokens_that_are_left_make_a_dense_map():
     """The worked example of the page on seeing."""
     case = build("clip")
