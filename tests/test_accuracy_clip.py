@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from unittest import mock
 
 import pytest
@@ -15,7 +16,7 @@ pytest.importorskip("skimage")
 pytest.importorskip("matplotlib")
 
 import patchselect
-from benchmarks.accuracy import align, clip, clip_study, pairs, questions
+from benchmarks.accuracy import align, align_resume, clip, clip_study, pairs, questions
 from benchmarks.host import OpenClipHost
 from benchmarks.tome import token_merging
 
@@ -199,8 +200,48 @@ def test_resumed_run_ends_with_the_same_weights(tmp_path, pairing, alignment):
     assert all(torch.equal(value, state[name]) for name, value in whole.model.state_dict().items())
     assert any(not torch.equal(value, state[name]) for name, value in start.items())
     assert not any("_patchselect" in vars(module) for module in rest.model.modules())
-    with pytest.raises(ValueError, match="another --output"):
-        align.align(small_copy(), data, align.Plan(steps=6, batch=4), tmp_path, progress=False)
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path):
+    plan, data = align.Plan("keys", (0.5,), clip.LAYERS, steps=2, batch=4), pairs.scene_pairs(10, 0)
+    align.align(small_copy(), data, plan, tmp_path, stop=1, progress=False)
+    others = {
+        "plan": (small_copy(), data, replace(plan, rate=1e-5)),
+        "model": (replace(small_copy(), name="other"), data, plan),
+        "weights": (replace(small_copy(), weights="weights: other"), data, plan),
+        "data": (small_copy(), replace(data, name="other"), plan),
+        "pairs": (small_copy(), replace(data, size=9), plan),
+    }
+    for what, (host, given, planned) in others.items():
+        before = {name: value.clone() for name, value in host.model.state_dict().items()}
+        with pytest.raises(ValueError, match=f"last.pt is of another run: {what} .* there, .* here. Give another"):
+            align.align(host, given, planned, tmp_path, progress=False)
+        assert all(torch.equal(value, before[name]) for name, value in host.model.state_dict().items())
+    with pytest.raises(ValueError, match="processes 1 there, 2 here"):
+        align_resume.resume(tmp_path, {"processes": "2"}, {})
+    assert len(align.align(small_copy(1), data, plan, tmp_path, progress=False)) == 1
+
+
+def test_half_precision_is_trained_in_float32():
+    host, wanted, data = small_copy(), small_copy(), pairs.scene_pairs(10, 0)
+    plan = align.Plan("keys", (0.5,), clip.LAYERS, steps=2, batch=4)
+    wanted.model.half().float()
+    host.model.half()
+    assert align.align(host, data, plan, progress=False) == align.align(wanted, data, plan, progress=False)
+    assert {value.dtype for value in host.model.parameters()} == {torch.float32}
+
+
+def test_a_loss_that_is_not_finite_stops(tmp_path):
+    host, data = small_copy(), pairs.scene_pairs(10, 0)
+    plan = align.Plan("keys", (0.5,), clip.LAYERS, steps=4, batch=4)
+    align.align(host, data, plan, tmp_path, stop=1, progress=False)
+    before = (tmp_path / "last.pt").read_bytes()
+    broken = replace(data, read=lambda place, epoch: (data[place, epoch][0] * float("nan"), data[place, epoch][1]))
+    with pytest.raises(FloatingPointError, match="step 2: loss nan"):
+        align.align(host, broken, plan, tmp_path, progress=False)
+    assert (tmp_path / "last.pt").read_bytes() == before
+    assert all(value.isfinite().all() for value in host.model.state_dict().values())
+    assert not any("_patchselect" in vars(module) for module in host.model.modules())
 
 
 PAIRINGS = {"shared": ("shared", 0.0), "paired": ("paired", 0.0), "paired, aligned": ("paired", 1.0)}

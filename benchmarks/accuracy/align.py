@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -30,6 +31,7 @@ from benchmarks.cases import autocast
 from benchmarks.host import Host
 from patchselect.losses import gather_features, itc_loss, selection_alignment_loss
 
+from .align_resume import resume, save
 from .clip import CHECKPOINTS, LAYERS
 from .pairs import Pairs, scene_pairs, small_host, table_pairs
 
@@ -121,7 +123,7 @@ def align(
     host: Host, pairs: Pairs, plan: Plan, folder: Path | None = None, save_every: int = 0, workers: int = 0,
     stop: int | None = None, progress: bool = True,
 ) -> list[float]:  # fmt: skip
-    """Fine-tune `host.model` in place; it comes back without selection.
+    """Fine-tune `host.model` in place, in float32; it comes back without selection.
 
     Args:
         host: the model, on its device.
@@ -138,16 +140,20 @@ def align(
         The losses of the steps that ran, of this process.
 
     Raises:
-        ValueError: a plan that cannot be, fewer pairs than a batch, or a `last.pt` of another plan.
+        ValueError: a plan that cannot be, fewer pairs than a batch, or a `last.pt` of another run: other plan, model,
+            weights, pairs or number of processes.
+        FloatingPointError: a loss or a gradient that is not finite; the weights are those of the step before.
     """
     plan.check()
     grouped = dist.is_available() and dist.is_initialized()
     rank, world = (dist.get_rank(), dist.get_world_size()) if grouped else (0, 1)
-    weights = [p for p in host.model.parameters() if p.requires_grad]
+    weights = [p for p in host.model.float().parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, plan.rate, betas=(0.9, 0.98), weight_decay=0.02)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, plan.rate, total_steps=plan.steps, pct_start=0.1)
     state = {"model": host.model, "optimizer": optimizer, "schedule": schedule}
-    start = _resume(folder, plan, state)
+    run = {"plan": repr(plan), "model": host.name, "weights": host.weights, "data": pairs.name}
+    run |= {"pairs": str(len(pairs)), "processes": str(world)}
+    start = resume(folder, run, state)
     loader = DataLoader(pairs, batch_sampler=Batches(len(pairs), plan, start, rank, world), num_workers=workers)
     patchselect.apply(host.model, plan.keep_rate(start), plan.layers, "text", plan.relevance)
     objective: nn.Module = Objective(host, plan)
@@ -164,43 +170,25 @@ def align(
         with autocast(plan.precision, device):
             loss = objective(images.to(device), {name: ids.to(device) for name, ids in tokens.items()})
         loss.backward()
-        nn.utils.clip_grad_norm_(weights, 1.0)
+        norm = nn.utils.clip_grad_norm_(weights, 1.0)
+        if not math.isfinite(loss.item() + norm.item()):
+            patchselect.remove(host.model)
+            raise FloatingPointError(
+                f"step {step}: loss {loss.item():g}, norm of the gradient {norm.item():g}; a lower --rate, --precision "
+                "fp32 or other pairs may help"
+            )
         optimizer.step()
         schedule.step()
         optimizer.zero_grad(set_to_none=True)
         losses.append(loss.item())
         last = step in (plan.steps, stop)
         if folder is not None and rank == 0 and (last or (save_every and step % save_every == 0)):
-            _save(folder, plan, state, step)
+            save(folder, run, state, step)
         if last:
             break
     patchselect.remove(host.model)
     host.model.eval()
     return losses
-
-
-def _save(folder: Path, plan: Plan, state: dict[str, Any], step: int) -> None:
-    """Written beside and moved into place, so that an interruption leaves the one before."""
-    folder.mkdir(parents=True, exist_ok=True)
-    content = {name: part.state_dict() for name, part in state.items()} | {"step": step, "plan": repr(plan)}
-    content["random"] = torch.get_rng_state()
-    torch.save(content, folder / "last.pt.part")
-    os.replace(folder / "last.pt.part", folder / "last.pt")
-
-
-def _resume(folder: Path | None, plan: Plan, state: dict[str, Any]) -> int:
-    """The number of steps that `last.pt` has behind it, loaded into `state`; 0 without one."""
-    if folder is None or not (folder / "last.pt").is_file():
-        return 0
-    content = torch.load(folder / "last.pt", map_location="cpu", weights_only=True)
-    if content["plan"] != repr(plan):
-        raise ValueError(
-            f"{folder}/last.pt was made by another plan, {content['plan']}; this is {plan!r}: give another --output"
-        )
-    for name, part in state.items():
-        part.load_state_dict(content[name])
-    torch.set_rng_state(content["random"])
-    return int(content["step"])
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

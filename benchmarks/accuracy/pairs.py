@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,8 @@ class Pairs(Dataset[Pair]):
 
     size: int
     read: Callable[[int, int], Pair]
+    name: str = ""
+    """Tells these pairs from others, in words."""
 
     def __len__(self) -> int:
         return self.size
@@ -43,7 +46,7 @@ def scene_pairs(count: int, seed: int) -> Pairs:
         named = named_in(scenes.objects[place], 2, random)
         return scenes.images(slice(place, place + 1))[0], {"text": tokenize([named])[0]}
 
-    return Pairs(count, read)
+    return Pairs(count, read, f"emoji scenes of seed {seed}")
 
 
 def table_pairs(table: Path, images: Path | None, host: Host) -> Pairs:
@@ -52,8 +55,8 @@ def table_pairs(table: Path, images: Path | None, host: Host) -> Pairs:
     Raises:
         ValueError: a line without a tab, or no line at all.
     """
-    folder, rows = images or table.parent, []
-    for number, line in enumerate(table.read_text().splitlines(), 1):
+    folder, rows, content = images or table.parent, [], table.read_text()
+    for number, line in enumerate(content.splitlines(), 1):
         if not line.strip():
             continue
         path, tab, caption = line.partition("\t")
@@ -69,7 +72,7 @@ def table_pairs(table: Path, images: Path | None, host: Host) -> Pairs:
             pixels = host.preprocess(picture.convert("RGB"))
         return pixels, {name: ids[0] for name, ids in host.tokenize([caption]).items()}
 
-    return Pairs(len(rows), read)
+    return Pairs(len(rows), read, f"{table.name} with SHA-256 {hashlib.sha256(content.encode()).hexdigest()[:16]}")
 
 
 def small_host(seed: int, checkpoints: Path = CHECKPOINTS) -> OpenClipHost:
