@@ -30,6 +30,11 @@ from .timm import TimmViT, why_not
 BLOCK_PARTS = {"ln_1", "attn", "ls_1", "ln_2", "mlp", "ls_2"}
 
 
+def _unit(heads: Tensor) -> Tensor:
+    """Queries or keys `(..., H, E)` of length 1, for attention by scaled cosine."""
+    return F.normalize(heads, dim=-1)
+
+
 class _Paired(Adapter):
     """What every open_clip model shares: `model(image, text)`."""
 
@@ -134,7 +139,7 @@ class OpenClip(_Paired):
         if present(getattr(attention, "ln_k", None)):
             query_norm, key_norm = attention.ln_q, attention.ln_k
         if getattr(attention, "logit_scale", None) is not None:
-            query_norm = key_norm = F.normalize
+            query_norm = key_norm = _unit
             scale = attention.logit_scale.clamp(max=attention.logit_scale_max).exp()
         if getattr(attention, "head_scale", None) is not None:
             nonlinear = "its heads are scaled"
@@ -186,14 +191,18 @@ class OpenClip(_Paired):
         value = attention.v_proj_weight
         if value is None:
             value = gathered(attention.in_proj_weight).chunk(3)[2]
-        return direction @ gathered(attention.out_proj.weight) @ gathered(value)
+        output = gathered(attention.out_proj.weight)
+        return direction.to(output.dtype) @ output @ gathered(value)
 
     def project(self, tower: Tower, patches: Tensor) -> Tensor:
         visual: Any = tower.module
         if visual.attn_pool is not None:
             raise ValueError('relevance="joint" is not offered for attentional pooling: use "values" or "keys"')
         normed = visual.ln_post(patches)
-        return normed if visual.proj is None else normed @ gathered(visual.proj)
+        if visual.proj is None:
+            return normed
+        proj = gathered(visual.proj)
+        return normed.to(proj.dtype) @ proj
 
     def grid(self, tower: Tower, x: Tensor, *args: Any, **kwargs: Any) -> tuple[int, int]:
         return patch_grid(x, tower.module.get_submodule("conv1"))
@@ -240,4 +249,4 @@ class OpenClipTimm(_Paired, TimmViT):
     def project(self, tower: Tower, patches: Tensor) -> Tensor:
         projection = self._projection(tower)
         pooled = super().project(tower, patches)
-        return pooled if projection is None else projection(pooled)
+        return pooled if projection is None else projection(pooled.to(projection.weight.dtype))

@@ -143,3 +143,21 @@ def test_text_towers_of_transformers(name):
             output_tokens=captions,
         )
     check(model, torch.randn(2, 3, *model.visual.image_size), 1, 9)
+
+
+def test_relevance_by_scaled_cosine_is_the_attention_of_the_block():
+    """Also with the next major version: `PYTHONPATH=…/open_clip/src pytest -k scaled_cosine`."""
+    vision = dict(image_size=64, layers=3, width=64, head_width=16, patch_size=16, scaled_cosine_attn=True)
+    text = dict(width=32, heads=2, layers=1, context_length=8, vocab_size=99)
+    model = open_clip.CLIP(embed_dim=32, vision_cfg=vision, text_cfg=text)
+    settle(model.eval())
+    maps = []
+    attention = model.visual.transformer.resblocks[1].attn
+    attention.attn_drop.register_forward_hook(lambda module, args, out: maps.append(out))
+    handle = patchselect.apply(model, 0.5, layers=[1], guidance="image", relevance="keys")
+    # Releases 3.x hand `bmm` four dimensions here, which it refuses.
+    with torch.no_grad(), handle.record() as trace, mock.patch("torch.bmm", torch.matmul):
+        model.encode_image(torch.randn(2, 3, 64, 64))
+    of_class_token = maps[0][:, :, 0, 1:]
+    expected = (of_class_token / of_class_token.sum(dim=-1, keepdim=True)).mean(dim=1)
+    torch.testing.assert_close(trace[0].relevance, expected)
