@@ -127,4 +127,7 @@ class OpenAiClip(SequenceFirst):
 
     def project(self, tower: Tower, patches: Tensor) -> Tensor:
         normed = tower.final_norm(patches)  # type: ignore[misc]
-        return normed if tower.module.proj is None else normed @ gathered(tower.module.proj)  # type: ignore[arg-type]
+        if tower.module.proj is None:
+            return normed
+        proj = gathered(tower.module.proj)  # type: ignore[arg-type]
+        return normed.to(proj.dtype) @ proj

@@ -184,8 +184,9 @@ def linear_scores(direction: Tensor, patches: Tensor) -> Tensor:
 
 def joint_scores(text: Tensor, patches: Tensor) -> Tensor:
     """Cosine of text and patch in the joint space (`joint`): `(B', T, E)`, `(B, n, E)` to `(B, T, n)`."""
-    text = _for_rows(text, patches.shape[0])
-    return F.normalize(_wide(text), dim=-1) @ F.normalize(_wide(patches), dim=-1).transpose(-1, -2)
+    dtype = torch.promote_types(_wide(text).dtype, _wide(patches).dtype)
+    text = F.normalize(_for_rows(text, patches.shape[0]).to(dtype), dim=-1)
+    return text @ F.normalize(patches.to(dtype), dim=-1).transpose(-1, -2)
 
 
 def random_relevance(like: Tensor) -> Tensor:

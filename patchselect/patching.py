@@ -208,4 +208,17 @@ def _check_relevance(handle: Handle, tower: Tower) -> None:
         if handle.relevance == "values":
             kind.read_back(tower, probe)
         if handle.relevance == "joint" or handle.guidance == "image":
-            kind.project(tower, probe.new_zeros(1, 1, tower.width))
+            _check_projects(handle, tower, probe.new_zeros(1, 1, tower.width))
+
+
+def _check_projects(handle: Handle, tower: Tower, patch: Tensor) -> None:
+    try:
+        tower.adapter.project(tower, patch)
+    except ValueError as error:
+        if handle.guidance != "image":
+            raise
+        raise ValueError(
+            f'guidance="image" with relevance={handle.relevance!r} reads the image token in the joint image-text '
+            f"space, into which {type(tower.module).__name__} has no way for one token: use relevance="
+            '"keys" or "features"'
+        ) from error

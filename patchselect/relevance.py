@@ -53,9 +53,9 @@ def relevance_of(
                 query = _normalised(weights.norm, adapter.lift(tower, text))
             return _attention(layer.relevance, weights, query, normed[:, prefix:], tokens[:, prefix:])
         if text is None:
-            text = adapter.project(tower, _guiding_token(layer, tokens, prefix))
+            text = _projected(tower, _guiding_token(layer, tokens, prefix))
         if layer.relevance == "joint":
-            return op.joint_scores(text, adapter.project(tower, tokens[:, prefix:]))
+            return op.joint_scores(text, _projected(tower, tokens[:, prefix:]))
         return _value_scores(layer, normed[:, prefix:], tokens[:, prefix:], text, stash)
 
 
@@ -146,6 +146,12 @@ def _normalised(norm: nn.Module, x: Tensor) -> Tensor:
     """The block's own norm, fed in the dtype of its weights: autocast is off here."""
     weight = getattr(norm, "weight", None)
     return norm(x if weight is None else x.to(weight.dtype))
+
+
+def _projected(tower: Tower, tokens: Tensor) -> Tensor:
+    """Tokens in the joint space, fed to the final norm in the dtype of its weights: autocast is off here."""
+    weight = getattr(tower.final_norm, "weight", None)
+    return tower.adapter.project(tower, tokens if weight is None else tokens.to(weight.dtype))
 
 
 def check_values(adapter: Adapter, tower: Tower) -> None:

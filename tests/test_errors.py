@@ -254,6 +254,14 @@ def test_values_refuses_what_it_cannot_read_backwards():
     patchselect.apply(case.model, 0.5, relevance="keys")
 
 
+@pytest.mark.parametrize("relevance", ["values", "joint"])
+@pytest.mark.parametrize("name", ["open_clip_pooler", "albef"])
+def test_image_guidance_names_the_relevances_that_need_no_joint_space(name, relevance):
+    case = build(name)
+    with pytest.raises(ValueError, match=f"relevance='{relevance}' reads .*use relevance=.keys. or .features."):
+        patchselect.apply(case.model, 0.5, guidance="image", relevance=relevance)
+
+
 def test_restore_refuses_what_does_not_fit():
     case = build("clip_vision")
     handle = patchselect.apply(case.model, 0.5, guidance="image")

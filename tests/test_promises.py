@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import itertools
 import pickle
 
 import pytest
@@ -271,6 +272,36 @@ def test_training_reaches_the_tower_and_the_text(name):
     assert text.grad is not None and text.grad.abs().sum() > 0
     first = next(iter(patchselect.hosts.find_towers(case.model)[0].blocks[0].parameters()))
     assert first.grad is not None and first.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@every_host
+def test_autocast_in_every_way_of_selecting(name, dtype):
+    case = build(name)
+    images, text = case.images(2), texts(case, 2)
+    for guidance, relevance in itertools.product(("text", "image"), case.relevances):
+        if guidance == "image" and relevance == "values" and "joint" not in case.relevances:
+            continue
+        patchselect.apply(case.model, RATE, relevance=relevance, guidance=guidance)
+        for given in (text, text.to(dtype)):
+            with torch.no_grad(), torch.autocast("cpu", dtype=dtype):
+                out = encode(case, images, given) if guidance == "text" else case.image_side(case.model, images)
+            assert out.isfinite().all(), (guidance, relevance)
+
+
+@pytest.mark.parametrize(("model", "text"), [(torch.float64, torch.float32), (torch.float32, torch.float64)], ids=str)
+@every_host
+def test_a_text_of_another_dtype_than_the_model(name, model, text):
+    case = build(name)
+    case.model.to(model)
+    images = case.images(2)
+    if isinstance(images, dict):
+        images = images | {"pixel_values": images["pixel_values"].to(model)}
+    else:
+        images = images.to(model)
+    for relevance in case.relevances:
+        patchselect.apply(case.model, RATE, relevance=relevance)
+        assert encode(case, images, texts(case, 2).to(text)).isfinite().all(), relevance
 
 
 @every_host
