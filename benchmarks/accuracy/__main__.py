@@ -8,7 +8,7 @@ from pathlib import Path
 from . import align, clip_study, zeroshot
 from .base import RESULTS, base, commit
 from .curves import ARMS, run, train_all
-from .report import asked, curve_table, differences, draw_curves, write
+from .report import asked, curve_report, draw_curves, write
 from .studies import QUERIES, STUDIES
 from .throughput import throughput
 from .train import Arm
@@ -20,23 +20,10 @@ def curves(
     """Curves over the keep rates: as it is, and after `steps` of training with selection."""
     records = run(seeds, arms, steps, queries, pool, folder)
     speeds = throughput(base(seeds[0], folder))
-    parts = [
-        f"Matching accuracy, %, {queries} questions (chance 50), {steps} steps of training where it says so:",
-        curve_table(records, "accuracy"),
-        "Patches of the named objects that the first selection keeps, %:",
-        curve_table(records, "patches"),
-    ]
-    if len(seeds) > 1:
-        parts += [
-            "Differences of the same base, in points, ± their standard error over the bases:",
-            differences(records),
-        ]
-    for k in (1, 5, 10):
-        parts += [f"R@{k} over {pool} images, mean of both directions, %:", curve_table(records, f"r{k}")]
     folder.mkdir(parents=True, exist_ok=True)
     draw_curves(records, speeds, folder / f"{name}.png")
     command = asked("full", seeds) if name == "full" else f"python -m benchmarks.accuracy {name}"
-    write(folder, name, command, "\n\n".join(parts), records=records, speeds=speeds)
+    write(folder, name, command, curve_report(records, steps, queries, pool), records=records, speeds=speeds)
 
 
 def main() -> None:

@@ -104,12 +104,12 @@ def merged(patches: int, keep_rate: float, depth: int = 6) -> int:
 
 
 @cache
-def vision_flops(image_size: int, keep_rate: float, layers: tuple[int, ...] = LAYERS) -> int:
-    """FLOPs of encoding one image with text-guided selection at this rate; 1 is the unpatched encoder."""
+def vision_flops(image_size: int, keep_rate: float, layers: tuple[int, ...] = LAYERS, method: str = "text") -> int:
+    """FLOPs of encoding one image by one of `METHODS`, counted; at keep rate 1 those of the unpatched encoder."""
     model = MiniAlbef(image_size).eval()
 
     def call() -> object:
-        with reduced(model, "none" if keep_rate == 1 else "text", keep_rate, layers) as encode:
+        with reduced(model, "none" if keep_rate == 1 else method, keep_rate, layers) as encode:
             return encode(torch.zeros(1, 3, image_size, image_size), torch.zeros(1, model.vision.embed_dim))
 
     return count_flops(call)

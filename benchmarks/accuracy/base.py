@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -75,6 +76,12 @@ def load(path: Path) -> MiniAlbef:
     model = MiniAlbef()
     model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     return model.eval()
+
+
+def digest(model: torch.nn.Module) -> str:
+    """Eight letters that say which weights these are: of what was made from other weights, nothing is taken over."""
+    parts = (value.numpy().tobytes() for value in model.state_dict().values())
+    return hashlib.sha256(b"".join(parts)).hexdigest()[:8]
 
 
 def base(seed: int, folder: Path = RESULTS, stage: int = 2) -> MiniAlbef:

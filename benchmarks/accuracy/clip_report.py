@@ -57,6 +57,11 @@ def each_model(report: dict[str, Any]) -> str:
     return aligned(rows)
 
 
+def verdict(bar: dict[str, Any]) -> str:
+    """A difference, its standard error, and whether that is enough."""
+    return f"{bar['gap']:+.3f} ± {bar['error']:.3f}: {'met' if bar['met'] else 'NOT met'}"
+
+
 def document(report: dict[str, Any]) -> str:
     """All tables with what they were made on."""
     settings, about = report["settings"], report["machine"]
@@ -71,11 +76,10 @@ def document(report: dict[str, Any]) -> str:
         each_model(report),
     ]
     if report["bars"]:
-        head = ["values shared by the candidates, keep 0.3", "difference", "standard error", "met"]
-        checked = (
-            [f"{b['what']} standard error(s)", f"{b['gap']:+.3f}", f"{b['error']:.3f}", "yes" if b["met"] else "NO"]
-            for b in report["bars"]
-        )
+        each = report["bars_by_model"]
+        head = ["values shared by the candidates, keep 0.3", "mean of the models", *(f"seed {seed}" for seed in each)]
+        rows = zip(report["bars"], *each.values(), strict=True)
+        checked = ([f"{row[0]['what']} standard error(s)", *map(verdict, row)] for row in rows)
         parts.append(aligned([head, *checked]))
     return "\n\n".join(parts) + "\n"
 

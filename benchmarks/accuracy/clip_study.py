@@ -244,6 +244,7 @@ def main(options: argparse.Namespace) -> dict[str, Any]:
         "settings": vars(options) | {key: str(vars(options)[key]) for key in ("output", "checkpoints")},
         "results": records,
         "bars": bars(records),
+        "bars_by_model": {seed: bars(summarise([one], arms)) for seed, one in zip(options.seeds, found, strict=True)},
     }
     report["settings"] = {k: v for k, v in report["settings"].items() if isinstance(v, str | int | float | list)}
     options.output.mkdir(parents=True, exist_ok=True)

@@ -7,6 +7,7 @@ whose scene has all that the caption names is a FALSE negative.
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -19,7 +20,7 @@ from torch import Tensor
 from patchselect.losses import cosine_alignment_loss, itc_loss, negative_weights, progressive_alpha, srcl_loss
 from patchselect.metrics import retrieval_recall
 
-from .base import base, train_sampler
+from .base import base, commit, digest, train_sampler
 from .captions import AND
 from .evaluate import Questions
 from .model import MiniAlbef
@@ -82,7 +83,8 @@ def clean(batch: Batch) -> Batch:
 
 def teach(seed: int, steps: int, folder: Path) -> MiniAlbef:
     """H_beta: InfoNCE on clean subsets of batches, from the stage-1 base; kept in the folder."""
-    model, path = base(seed, folder, stage=1), folder / f"teacher-{seed}-{steps}.pt"
+    model = base(seed, folder, stage=1)
+    path = folder / f"teacher-{seed}-{steps}-{digest(model)}.pt"
     if path.exists():
         model.load_state_dict(torch.load(path, weights_only=True))
         return model
@@ -94,22 +96,25 @@ def teach(seed: int, steps: int, folder: Path) -> MiniAlbef:
         return itc_loss(*features(model, batch.images, batch.fitting), TEMPERATURE)
 
     fit(model, loss, steps, 5e-4, f"teacher {seed}")
-    torch.save(model.state_dict(), path)
+    own = path.with_suffix(f".{os.getpid()}")  # several processes may be here at once
+    torch.save(model.state_dict(), own)
+    os.replace(own, path)
     return model
 
 
 def train(run: Run) -> list[dict[str, Any]]:
     """One objective from the stage-1 base, and what came of it on every distribution.
 
-    Kept in the folder, for the studies share runs: delete it to run anew.
+    Kept in the folder, for the studies share runs; another base is run anew.
     """
-    objective = run.objective
-    path = run.folder / f"run-{str(objective).replace(', ', '-').replace(' ', '')}-{run.seed}-{run.steps}.json"
+    source, objective, model = commit(), run.objective, base(run.seed, run.folder, stage=1)
+    name = str(objective).replace(", ", "-").replace(" ", "")
+    path = run.folder / f"run-{name}-{run.seed}-{run.steps}-{digest(model)}.json"
     if path.exists():
         return json.loads(path.read_text())
     taught = objective.loss == "srcl" and objective.similarity != "own"
     teacher = teach(run.seed, run.steps, run.folder) if taught else None
-    model, sampler = base(run.seed, run.folder, stage=1), train_sampler(100 + run.seed, count=3000)
+    sampler = train_sampler(100 + run.seed, count=3000)
     torch.manual_seed(run.seed)
     weights: dict[bool, list[Tensor]] = {True: [], False: []}
 
@@ -139,6 +144,7 @@ def train(run: Run) -> list[dict[str, Any]]:
         {
             "seed": run.seed,
             "objective": str(objective),
+            "commit": source,
             "scenes": place,
             "weight_false": mean[True],
             "weight_true": mean[False],

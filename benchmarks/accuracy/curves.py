@@ -74,15 +74,19 @@ def measure(curve: Curve) -> list[dict[str, Any]]:
     return records
 
 
+def methods_of(arm: Arm) -> tuple[str, ...]:
+    """What a model is asked with after this training: the selection that it was trained with."""
+    return () if arm.guidance == "none" else (arm.guidance,)
+
+
 def curves(
     seeds: tuple[int, ...], arms: tuple[Arm, ...], steps: int, queries: int, pool: int, folder: Path
 ) -> list[Curve]:
-    """The training-free curve of each seed and one for each arm, whose selection is the one it was trained with."""
+    """The training-free curve of each seed and one for each arm."""
     made = []
     for seed in seeds:
         for arm in arms:
-            methods = () if arm.guidance == "none" else (arm.guidance,)
-            made.append(Curve(seed, arm, steps, methods, queries, pool, folder))
+            made.append(Curve(seed, arm, steps, methods_of(arm), queries, pool, folder))
     for seed in seeds:
         made.append(Curve(seed, None, 0, (*METHODS, "values"), queries, pool, folder))
     return made

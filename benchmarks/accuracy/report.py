@@ -48,11 +48,11 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def pick(records: Sequence[Record], value: str = "accuracy", **where: Any) -> list[float]:
-    """The values of all records that agree with `where`, one per seed; `r1` is the mean R@1 of both directions."""
+    """The values of all records that agree with `where`, one per seed; `image_to_text@5` is that R@5."""
     found = [record for record in records if all(record[key] == wanted for key, wanted in where.items())]
-    if value in ("r1", "r5", "r10"):
-        k = int(value[1:])
-        return [statistics.fmean(float(at(way, k)) for way in record["recall"].values()) for record in found]
+    way, _, k = value.partition("@")
+    if k:
+        return [float(at(record["recall"][way], int(k))) for record in found]
     return [record[value] for record in found if record[value] is not None]
 
 
@@ -90,6 +90,26 @@ def curve_table(records: Sequence[Record], value: str) -> str:
         if any(cells):
             rows.append([name_of(trained, method), *(one or "–" for one in cells)])
     return table(["", *(f"keep {rate:g}" for rate in KEEP_RATES)], rows)
+
+
+def curve_report(records: Sequence[Record], steps: int, queries: int, pool: int) -> str:
+    """All tables of a run over the keep rates."""
+    parts = [
+        f"Matching accuracy, %, {queries} questions (chance 50), {steps} steps of training where it says so:",
+        curve_table(records, "accuracy"),
+        "Patches of the named objects that the first selection keeps, %:",
+        curve_table(records, "patches"),
+    ]
+    if len({record["seed"] for record in records}) > 1:
+        parts += [
+            "Differences of the same base, in points, ± their standard error over the bases:",
+            differences(records),
+        ]
+    for k in (1, 5, 10):
+        for way in ("image_to_text", "text_to_image"):
+            about = f"R@{k}, {way.replace('_', ' ')}, over {pool} images, %:"
+            parts += [about, curve_table(records, f"{way}@{k}")]
+    return "\n\n".join(parts)
 
 
 def differences(records: Sequence[Record]) -> str:
@@ -149,13 +169,16 @@ def axes(width: float = 6.4, height: float = 4.2, columns: int = 1) -> tuple[Any
 
 
 def draw_curves(records: Sequence[Record], speeds: Sequence[Record], path: Path) -> None:
-    """Left: accuracy against keep rate. Right: accuracy against measured speed-up.
+    """Left: accuracy against keep rate. Right, where speeds are known: accuracy against measured speed-up.
 
-    Dashed: as it is; solid: trained with selection; dotted with stars: trained with its alignment too.
+    Dashed: as it is; solid: trained with selection; dotted with stars: trained with its alignment too. Bars are
+    standard errors over the bases. Points lie a little beside their keep rate, so that none hides another.
     """
-    figure, (left, right) = axes(5.6, 4.6, 2)
+    figure, panels = axes(5.6, 4.8, 2 if speeds else 1)
+    left, right = panels[0], panels[-1]
     faster = {(s["method"], s["keep_rate"]): s["speed_up"]["median"] for s in speeds}
-    for trained, method in lines_of(records):
+    lines, handles = lines_of(records), {}
+    for place, (trained, method) in enumerate(lines):
         rates = [rate for rate in KEEP_RATES if pick(records, trained=trained, method=method, keep_rate=rate)]
         values = [pick(records, trained=trained, method=method, keep_rate=rate) for rate in rates]
         line, marker = ("--", "o") if trained == FREE else (":", "*") if "alignment" in trained else ("-", "s")
@@ -168,19 +191,31 @@ def draw_curves(records: Sequence[Record], speeds: Sequence[Record], path: Path)
             label=name_of(trained, method),
         )
         means, errors = [statistics.fmean(v) for v in values], [error(v) for v in values]
-        left.errorbar(rates, means, errors, **style)
-        if method in {m for m, _ in faster}:
+        beside = 0.03 * (0.5 - place / max(1, len(lines) - 1))
+        handles[line, method] = left.errorbar([rate + beside for rate in rates], means, errors, **style)
+        if (method, rates[0]) in faster:
             right.errorbar([faster[method, rate] for rate in rates], means, errors, **style)
     plain = statistics.fmean(pick(records, method="none", trained=FREE))
-    for axis in (left, right):
+    for axis in panels:
         axis.axhline(plain, color="black", linewidth=0.8, linestyle=":")
         axis.axhline(50, color="0.8", linewidth=0.8)
+        axis.annotate("chance", (1, 50), (-2, 2), ("axes fraction", "data"), "offset points", ha="right", fontsize=7)
+        axis.annotate(
+            "no reduction, as it is", (0, plain), (4, 3), ("axes fraction", "data"), "offset points", fontsize=7
+        )
         axis.set_ylabel("matching accuracy, %")
         axis.grid(alpha=0.25)
     left.invert_xaxis()
-    left.set_xlabel("keep rate of each selection layer")
-    right.set_xlabel("measured speed-up of pair inference")
-    right.plot([1.0], [plain], "k^", label="no reduction")
-    right.text(1.0, plain - 0.8, " no reduction", va="top", fontsize=8)
-    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+    left.set_xticks(KEEP_RATES, [f"{rate:g}" for rate in KEEP_RATES])
+    left.set_xlabel("keep rate of each selection layer (less is kept to the right)")
+    if speeds:
+        right.plot([1.0], [plain], "k^")
+        right.set_xlabel("measured speed-up of pair inference")
+    columns = [[h for (style, _), h in handles.items() if style == line] for line in ("--", "-", ":")]
+    longest, columns = max(map(len, columns)), [column for column in columns if column]
+    # Legends fill columns from the top: one for each kind of training.
+    blank = left.plot([], [], alpha=0, label=" ")[0]
+    shown = [h for column in columns for h in (*column, *[blank] * (longest - len(column)))]
+    where = dict(loc="outside lower center", ncols=len(columns) if speeds else 1, frameon=False, fontsize=8)
+    figure.legend(handles=[h for h in shown if speeds or h is not blank], handlelength=4, **where)
     figure.savefig(path, dpi=150)

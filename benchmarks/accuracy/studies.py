@@ -16,7 +16,7 @@ from .arms import LABELS, reduced, vision_flops
 from .base import BATCH, base, train_sampler
 from .contrast import Objective
 from .contrast_studies import COSINE, DELTAS, ITC, SIMILARITIES, Seeds, Study, contrast_study
-from .curves import TEST_SEED, Curve
+from .curves import TEST_SEED, Curve, methods_of
 from .curves import measure as measure_curve
 from .evaluate import Questions, matching_hits
 from .jobs import call, run_all
@@ -162,21 +162,9 @@ def resolution(folder: Path, seeds: Seeds) -> None:
 
 def alignment(folder: Path, seeds: Seeds) -> None:
     """(h) With and without selection alignment, from a base whose text attention was never trained."""
-    arms = (None, Arm("text"), Arm("text", aligned=True), Arm("image"))
-    curves = [
-        Curve(
-            seed,
-            arm,
-            300 if arm else 0,
-            ("text", "image", "random") if arm is None else (arm.guidance,),
-            QUERIES,
-            32,
-            folder,
-            1,
-        )
-        for arm in arms[::-1]
-        for seed in seeds
-    ]
+    arms = {arm: methods_of(arm) for arm in (Arm("none"), Arm("image"), Arm("text", aligned=True), Arm("text"))}
+    curves = [Curve(seed, arm, 300, arms[arm], QUERIES, 32, folder, 1) for arm in arms for seed in seeds]
+    curves += [Curve(seed, None, 0, ("text", "image", "random"), QUERIES, 32, folder, 1) for seed in seeds]
     records = [record for made in run_all(measure_curve, curves, "alignment") for record in made]
     draw_curves(records, [], folder / "alignment.png")
     text = (

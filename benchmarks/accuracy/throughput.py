@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from benchmarks.measure import timed
 
-from .arms import METHODS, reduced, smaller_side, vision_flops
+from .arms import METHODS, reduced, vision_flops
 from .captions import captions
 from .evaluate import match_logits
 from .model import MiniAlbef
@@ -47,14 +47,7 @@ def throughput(model: MiniAlbef, rounds: int = 7, batch: int = 128, image_size: 
                 "keep_rate": rate,
                 "pairs_per_second": batch / statistics.median(spent),
                 "speed_up": {"q1": lower, "median": median, "q3": upper},
-                "flop_ratio": vision_flops(image_size, 1.0) / flops(method, rate, image_size),
+                "flop_ratio": vision_flops(image_size, 1.0) / vision_flops(image_size, rate, method=method),
             }
         )
     return records
-
-
-def flops(method: str, keep_rate: float, image_size: int) -> int:
-    """Of the image encoder, for one image; ToMe's count as the text-guided ones, whose tokens it matches."""
-    if method == "downsampled":
-        return vision_flops(smaller_side(image_size, keep_rate), 1.0)
-    return vision_flops(image_size, keep_rate)
