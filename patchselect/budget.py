@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from .adapter import Tower
 from .checks import check_layers
@@ -37,6 +38,10 @@ class Cost:
     relevance: str
     keys: int
     """Multiply-adds per patch of `relevance="keys"`."""
+    lift: int
+    """Multiply-adds of the way of one text to the width of the tower; for `"joint"`, of its product with one patch."""
+    projection: int
+    """Multiply-adds of the way of one token into the joint space."""
     fused: bool
 
     @classmethod
@@ -46,6 +51,7 @@ class Cost:
         attention = sum(part.numel() for part in (weights.query, weights.key, weights.value, weights.output))
         whole = sum(part.numel() for part in block.parameters() if part.dim() == 2)
         relevance = handle.relevance if handle is not None else tower.adapter.default_relevance
+        guided = handle is None or handle.guidance == "text"
         if handle is not None and handle.guidance == "random":
             relevance = "none"
         return cls(
@@ -58,6 +64,8 @@ class Cost:
             pooling=_pooling(tower),
             relevance=relevance,
             keys=weights.num_heads * tower.width if weights.key_norm is None else tower.width**2,
+            lift=_lift(tower, relevance) if guided and not tower.single_stream else 0,
+            projection=_projection(tower),
             fused=handle is None or handle.fusion != "none",
         )
 
@@ -74,16 +82,17 @@ class Cost:
                     total += self._scoring(index, patches, index == layers[0]) + patches * self.fused * self.width
                     patches = kept + self.fused
             total += (self.prefix + patches) * self.mlp
-        return total + self.pooling[0] + (self.prefix + patches) * self.pooling[1]
+        head = 0 if self.pooling[0] else self.projection
+        return total + head + self.pooling[0] + (self.prefix + patches) * self.pooling[1]
 
     def _scoring(self, index: int, patches: int, first: bool) -> int:
         """Multiply-adds of one layer's relevance for one text."""
         square = self.width**2
         once, each = {
-            "keys": (2 * square, self.keys),
-            "features": (square, self.width),
-            "values": (2 * square * (self.depth - index) * first, 2 * self.width),
-            "joint": (0, square),
+            "keys": (2 * square + self.lift, self.keys),
+            "features": (square + self.lift, self.width),
+            "values": ((2 * square * (self.depth - index) + self.lift) * first, 3 * self.width),
+            "joint": (0, self.projection + self.lift),
             "none": (0, 0),
         }[self.relevance]
         return once + patches * each
@@ -146,8 +155,12 @@ def keep_rate_for_budget(
     if not lowest <= budget * (1 + SLACK) or budget > highest * (1 + SLACK):
         raise ValueError(
             f"budget must be in [{lowest:.3f}, {highest:.3f}] of the unpatched cost for {patches} patches and "
-            f"selection in layers {list(chosen)} (keep next to nothing, keep all); got {budget}. Select in "
-            + ("earlier layers or use smaller images" if budget < lowest else "larger images, or keep all")
+            f"selection in layers {list(chosen)} (keep next to nothing, keep all); got {budget}. "
+            + (
+                "Select in earlier layers or use smaller images"
+                if budget < lowest
+                else "That is more than these images can cost: use larger ones, or no selection"
+            )
         )
     if (
         budget * (1 + SLACK) >= highest
@@ -214,6 +227,33 @@ def own_patches(tower: Tower) -> int:
                 entries if side * side == entries and not tower.num_prefix_tokens else entries - tower.num_prefix_tokens
             )
     raise ValueError(f"{type(tower.module).__name__} does not tell its image size: give image_size")
+
+
+def _lift(tower: Tower, relevance: str) -> int:
+    if relevance == "none":
+        return 0
+    width = tower.adapter.text_width(tower)
+    if relevance == "joint":
+        return width
+    way = tower.adapter.read_back if relevance == "values" else tower.adapter.lift
+    weight = next(tower.blocks[0].parameters())
+    return _counted(lambda: way(tower, torch.zeros(1, width, device=weight.device, dtype=weight.dtype)))
+
+
+def _projection(tower: Tower) -> int:
+    weight = next(tower.blocks[0].parameters())
+    token = torch.zeros(1, 1, tower.width, device=weight.device, dtype=weight.dtype)
+    try:
+        return _counted(lambda: tower.adapter.project(tower, token))
+    except ValueError:  # there is no joint space
+        return 0
+
+
+def _counted(run: Callable[[], object]) -> int:
+    """Multiply-adds of something small that each adapter does in its own way."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops() // 2
 
 
 def _embedding(tower: Tower) -> nn.Conv2d | nn.Linear:
