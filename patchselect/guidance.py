@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
+from collections.abc import Callable
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
 class Guidance:
     """The text of one call or `with` block, for the towers of one handle."""
 
-    __slots__ = ("exact", "memo", "outer", "owner", "pairing", "prefix", "stashes", "text")
+    __slots__ = ("exact", "memo", "opened_by", "outer", "owner", "pairing", "prefix", "stashes", "text")
 
     def __init__(
         self,
@@ -33,6 +35,7 @@ class Guidance:
     ) -> None:
         self.owner, self.text, self.pairing, self.outer = owner, text, pairing, outer
         self.exact, self.memo, self.prefix = exact, memo, prefix
+        self.opened_by: scope | None = None
         self.stashes: dict[int, dict[int, Any]] = {}
 
     def stash(self, tower: object) -> dict[int, Any] | None:
@@ -58,6 +61,22 @@ def current(owner: Handle) -> Guidance | None:
     return found
 
 
+def unlinked(chain: Any, mine: Callable[[Any], bool]) -> Any:
+    """A chain of `.outer`s without its innermost link that is `mine`, wherever it stands; as it is if there is none.
+
+    `with` blocks of generators need not end in the order in which they began. Other tasks may hold the links further
+    in, so those are copied and not changed.
+    """
+    if chain is None or mine(chain):
+        return chain and chain.outer
+    rest = unlinked(chain.outer, mine)
+    if rest is chain.outer:
+        return chain
+    link = copy.copy(chain)
+    link.outer = rest
+    return link
+
+
 class scope:
     """Make a text current until the end of the `with` block, whatever ends it.
 
@@ -78,16 +97,22 @@ class scope:
             outer = self.owner.traced
             self.owner.traced = Guidance(self.owner, self.text, self.pairing, outer, self.exact, self.memo, self.prefix)
         else:
+            if not self.owner.patched:
+                raise ValueError(
+                    "the selection that this text was to guide was removed from the model, or replaced, since guide() "
+                    "was called: call patchselect.guide(model, text_features) again after patchselect.apply"
+                )
             outer = _current.get()
-            _current.set(Guidance(self.owner, self.text, self.pairing, outer, self.exact, self.memo, self.prefix))
+            opened = Guidance(self.owner, self.text, self.pairing, outer, self.exact, self.memo, self.prefix)
+            opened.opened_by = self
+            _current.set(opened)
 
     def __exit__(self, *exception: object) -> None:
         if torch.compiler.is_dynamo_compiling():
             inner = self.owner.traced
             self.owner.traced = None if inner is None else inner.outer
         else:
-            guidance = _current.get()
-            _current.set(None if guidance is None else guidance.outer)
+            _current.set(unlinked(_current.get(), lambda guidance: guidance.opened_by is self))
 
 
 class guide(scope):
@@ -115,6 +140,8 @@ class guide(scope):
         ValueError: the model is not patched or not guided by text, a wrong shape, width or pairing; the model, its
             selection layers or its weights are not those that the prefix was made with.
         TypeError: `text_features` is not a floating-point tensor.
+
+    Entering it raises a `ValueError` if the selection has been removed or replaced in the meantime.
     """
 
     def __init__(
@@ -159,7 +186,15 @@ def in_backward() -> bool:
 def _may_be_recomputed(hidden: Tensor, *others: Tensor) -> bool:
     if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
         return False
-    return any(tensor.requires_grad for tensor in (hidden, *others))
+    if torch._C._are_functorch_transforms_active():  # their tensors have no memory of their own
+        return False
+    # The weights of the block itself may be the first that train, so the input need not ask for a gradient.
+    return torch.is_grad_enabled() or any(tensor.requires_grad for tensor in (hidden, *others))
+
+
+def without_grad_in_training(hidden: Tensor) -> bool:
+    """Whether a block runs without gradients on an input that has one: the first run of reentrant checkpointing."""
+    return _may_be_recomputed(hidden) and not torch.is_grad_enabled()
 
 
 def without_grad_in_training(hidden: Tensor) -> bool:

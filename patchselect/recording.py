@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 from torch import Tensor
 
+from .guidance import unlinked
+
 if TYPE_CHECKING:
     from .adapter import Tower
     from .patching import Handle
@@ -75,11 +77,11 @@ def active_recorder(owner: Handle) -> _Recorder | None:
 @contextmanager
 def recording(owner: Handle) -> Iterator[Trace]:
     recorder = _Recorder(owner, Trace(), _recorder.get())
-    token = _recorder.set(recorder)
+    _recorder.set(recorder)
     try:
         yield recorder.trace
     finally:
-        _recorder.reset(token)
+        _recorder.set(unlinked(_recorder.get(), lambda found: found.trace is recorder.trace))
 
 
 def note_grid(recorder: _Recorder, tower: Tower, grid: tuple[int, int] | None) -> None:
@@ -95,6 +97,29 @@ def pool(relevance: Tensor, patches: Tensor) -> Tensor:
     """Relevance-weighted mean of the patches: `(B * T, n)` and `(B, n, D)` to `(B * T, D)`."""
     weights = relevance.view(patches.shape[0], -1, patches.shape[1]).to(patches.dtype)
     return (weights @ patches).flatten(0, 1)
+
+
+class _WithoutGraph(torch.autograd.Function):
+    """A tensor to look at; a loss that reads it must not come out without a gradient unseen."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> NoReturn:
+        raise RuntimeError(
+            "a loss reads `pooled` of record(), but reentrant gradient checkpointing keeps no graph of it: call "
+            "checkpoint(..., use_reentrant=False) (transformers: gradient_checkpointing_enable("
+            "gradient_checkpointing_kwargs={'use_reentrant': False})), or read pooled.detach() if no gradient is meant"
+        )
+
+
+@torch.enable_grad()
+def without_graph(value: Tensor) -> Tensor:
+    """`value`, which was computed without a graph; a backward pass through it says what to do."""
+    found: Tensor = _WithoutGraph.apply(value.detach().requires_grad_())
+    return found
 
 
 class _WithoutGraph(torch.autograd.Function):
@@ -153,6 +178,7 @@ def note_selection(
     recorder.holders[id(tower)] = held
     lost = torch.full((rows, 1), -1, device=kept.device, dtype=kept.dtype)
     recorder.sources[id(tower)] = torch.cat([kept, lost], dim=1) if fused else kept
+    pooled = pool(relevance, patches)
     pooled = pool(relevance, patches)
     entry = Selected(
         kept=kept,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import contextvars
 import gc
 import threading
 
@@ -44,6 +46,81 @@ def test_nested_blocks_and_exceptions(case):
         case.pair(case.model, images, ids(2) + 10**6)
     with pytest.raises(ValueError, match="no text guides"):
         case.image_side(case.model, images)
+
+
+def test_blocks_of_generators_may_end_in_any_order(case):
+    images, (one, two, three) = case.images(2), torch.randn(3, 2, 24)
+    expected = run(case, two, images)
+
+    def holding(text):
+        with patchselect.guide(case.model, text):
+            yield
+
+    first, second = holding(one), holding(two)
+    next(first), next(second)
+    with torch.no_grad():
+        assert next(first, "over") == "over"
+        assert torch.equal(case.image_side(case.model, images), expected)
+        assert next(second, "over") == "over"
+        with pytest.raises(ValueError, match="no text guides"):
+            case.image_side(case.model, images)
+        abandoned = holding(three)
+        next(abandoned)
+        with patchselect.guide(case.model, two):
+            del abandoned
+            gc.collect()
+            assert torch.equal(case.image_side(case.model, images), expected)
+        with pytest.raises(ValueError, match="no text guides"):
+            case.image_side(case.model, images)
+
+
+def test_a_block_that_ends_in_another_context_changes_nothing_there(case):
+    images, (text, other) = case.images(2), torch.randn(2, 2, 24)
+    expected = run(case, text, images)
+    elsewhere, opened = contextvars.copy_context(), patchselect.guide(case.model, other)
+    elsewhere.run(opened.__enter__)
+    with torch.no_grad(), patchselect.guide(case.model, text):
+        opened.__exit__(None, None, None)
+        assert torch.equal(case.image_side(case.model, images), expected)
+
+
+def test_records_of_generators_may_end_in_any_order(case):
+    handle = patchselect.handle_of(case.model)
+    images, text = case.images(1), torch.randn(1, 24)
+
+    def holding():
+        with handle.record() as trace:
+            yield trace
+
+    first, second = holding(), holding()
+    early, late = next(first), next(second)
+    run(case, text, images)
+    next(first, None)
+    run(case, text, images)
+    next(second, None)
+    run(case, text, images)
+    assert (len(early), len(late)) == (0, 4), "the innermost records"
+
+
+def test_a_guide_whose_selection_is_gone_is_refused(case):
+    for change in (patchselect.apply, patchselect.remove):
+        guide = patchselect.guide(case.model, torch.randn(2, 24))
+        change(case.model)
+        with pytest.raises(ValueError, match="removed from the model, or replaced"), guide:
+            pass
+
+
+def test_gradients_by_function_transforms():
+    case = build("open_clip")
+    patchselect.apply(case.model, 0.5)
+    images, text = case.images(2), torch.randn(2, 24, requires_grad=True)
+
+    def loss(text):
+        with patchselect.guide(case.model, text):
+            return case.image_side(case.model, images).square().sum()
+
+    (expected,) = torch.autograd.grad(loss(text), text)
+    torch.testing.assert_close(torch.func.grad(loss)(text.detach()), expected)
 
 
 def test_a_text_given_by_guide_wins_over_that_of_the_call(case):
@@ -180,6 +257,36 @@ def test_checkpointing_changes_no_gradient(name, relevance):
     )
 
 
+@pytest.mark.parametrize("guidance", ["text", "image"])
+@pytest.mark.parametrize("name", ["clip", "open_clip", "timm_class_token"])
+def test_checkpointing_where_nothing_before_the_selection_trains(name, guidance):
+    found = []
+    for switch in (lambda model: None, lambda model: checkpointing(model, use_reentrant=False)):
+        case = build(name)
+        case.model.train().requires_grad_(False)
+        for block in patchselect.hosts.find_towers(case.model)[0].blocks[2:]:
+            block.requires_grad_(True)
+        handle = patchselect.apply(case.model, 0.5, layers=[2, 4], guidance=guidance)
+        switch(case.model)
+        text = torch.randn(2, case.text_width, generator=torch.Generator().manual_seed(0))
+        with handle.record() as trace, contextlib.ExitStack() as stack:
+            if guidance == "text":
+                stack.enter_context(patchselect.guide(case.model, text))
+            out = case.image_side(case.model, case.images(2))
+        (out.square().sum() + sum(entry.pooled.square().sum() for entry in trace)).backward()
+        found.append([p.grad for p in case.model.parameters() if p.grad is not None])
+    assert len(found[0]) == len(found[1]) > 0
+    for plain, recomputed in zip(*found, strict=True):
+        torch.testing.assert_close(recomputed, plain, rtol=1e-4, atol=1e-5)
+
+
+def test_inference_notes_nothing_for_recomputation(case, monkeypatch):
+    monkeypatch.setattr(guidance_module, "_keep", lambda *_: pytest.fail("noted"))
+    for quiet in (torch.no_grad, torch.inference_mode):
+        with quiet(), patchselect.handle_of(case.model).record(), patchselect.guide(case.model, torch.randn(2, 24)):
+            case.image_side(case.model, case.images(2))
+
+
 def test_nothing_is_kept_for_recomputation_once_it_cannot_happen():
     gc.collect()
     before = len(guidance_module._noted)
@@ -255,6 +362,28 @@ def test_pooled_patches_train_under_checkpointing(guidance):
         found.append([p.grad for p in case.model.visual.parameters()])
     for plain, recomputed in zip(*found, strict=True):
         torch.testing.assert_close(recomputed, plain, rtol=1e-4, atol=1e-5)
+
+
+def test_reentrant_checkpointing_without_the_graph_of_pooled_patches_is_an_error_where_they_train():
+    """Looking at them is none, nor is a loss of something else."""
+    case = build("clip")
+    handle = patchselect.apply(case.model.train(), 0.5)
+    images, text = case.images(2), torch.randn(2, 24)
+    with torch.no_grad(), handle.record() as expected, patchselect.guide(case.model, text):
+        case.image_side(case.model, images)
+    case.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    with handle.record() as trace, patchselect.guide(case.model, text):
+        out = case.image_side(case.model, images)
+    for entry, plain in zip(trace, expected, strict=True):
+        torch.testing.assert_close(entry.pooled.detach(), plain.pooled)
+    out.sum().backward()
+    with handle.record() as trace, patchselect.guide(case.model, text):
+        out = case.image_side(case.model, images)
+    with pytest.raises(RuntimeError, match="'use_reentrant': False"):
+        (out.sum() + trace[0].pooled.square().sum()).backward()
+    with torch.no_grad(), handle.record() as trace, patchselect.guide(case.model, text):
+        case.image_side(case.model, images)
+    assert not any(entry.pooled.requires_grad for entry in trace)
 
 
 def test_reentrant_checkpointing_without_the_graph_of_pooled_patches_is_an_error_where_they_train():
