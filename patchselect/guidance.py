@@ -197,11 +197,6 @@ def without_grad_in_training(hidden: Tensor) -> bool:
     return _may_be_recomputed(hidden) and not torch.is_grad_enabled()
 
 
-def without_grad_in_training(hidden: Tensor) -> bool:
-    """Whether a block runs without gradients on an input that has one: the first run of reentrant checkpointing."""
-    return _may_be_recomputed(hidden) and not torch.is_grad_enabled()
-
-
 def note_for_recomputation(hidden: Tensor, reader: object, guidance: Guidance) -> None:
     if not _may_be_recomputed(hidden, guidance.text):
         return

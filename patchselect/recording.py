@@ -122,29 +122,6 @@ def without_graph(value: Tensor) -> Tensor:
     return found
 
 
-class _WithoutGraph(torch.autograd.Function):
-    """A tensor to look at; a loss that reads it must not come out without a gradient unseen."""
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor) -> Tensor:
-        return value.view_as(value)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> NoReturn:
-        raise RuntimeError(
-            "a loss reads `pooled` of record(), but reentrant gradient checkpointing keeps no graph of it: call "
-            "checkpoint(..., use_reentrant=False) (transformers: gradient_checkpointing_enable("
-            "gradient_checkpointing_kwargs={'use_reentrant': False})), or read pooled.detach() if no gradient is meant"
-        )
-
-
-@torch.enable_grad()
-def without_graph(value: Tensor) -> Tensor:
-    """`value`, which was computed without a graph; a backward pass through it says what to do."""
-    found: Tensor = _WithoutGraph.apply(value.detach().requires_grad_())
-    return found
-
-
 def note_selection(
     recorder: _Recorder, tower: Tower, layer: int, first: bool, chosen: Tensor, relevance: Tensor, after: Tensor,
     patches: Tensor, num_prefix_tokens: int, loses_graph: bool = False,
@@ -178,7 +155,6 @@ def note_selection(
     recorder.holders[id(tower)] = held
     lost = torch.full((rows, 1), -1, device=kept.device, dtype=kept.dtype)
     recorder.sources[id(tower)] = torch.cat([kept, lost], dim=1) if fused else kept
-    pooled = pool(relevance, patches)
     pooled = pool(relevance, patches)
     entry = Selected(
         kept=kept,
