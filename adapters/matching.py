@@ -9,14 +9,18 @@ import torch
 from torch import Tensor, nn
 
 from patchselect.adapter import Adapter, Tower
-from patchselect.scoring import Texts, matching_probability, named
+from patchselect.scoring import Texts, matching_probability, named, pooled
 
 
-def _tokens(texts: Any) -> tuple[Tensor, Tensor]:
+def _tokens(texts: Any, encoder: Any) -> tuple[Tensor, Tensor]:
+    """Token ids and mask; without a mask, the padding that the configuration of the text encoder names is no word."""
     given = named(texts)
     ids = given["input_ids"]
     mask = given.get("attention_mask")
-    return ids, torch.ones_like(ids) if mask is None else mask
+    if mask is None:
+        pad = getattr(getattr(encoder, "config", None), "pad_token_id", None)
+        mask = torch.ones_like(ids) if pad is None else (ids != pad).to(ids.dtype)
+    return ids, mask
 
 
 def text_mode(encoder: nn.Module) -> dict[str, str]:
@@ -35,6 +39,15 @@ def _head(model: nn.Module) -> nn.Module:
     return head
 
 
+def _refuse_without_text(tower: Tower) -> None:
+    """For heads that run no text encoder (captioning)."""
+    if tower.parts and tower.parts["text_encoder"] is None:
+        raise ValueError(
+            f"{type(tower.parts['head']).__name__} runs no text encoder, so its pairs have no score: use a retrieval "
+            "or pretraining head"
+        )
+
+
 def _states(model: nn.Module, texts: Texts) -> tuple[Tensor, Tensor]:
     if not texts.states:
         raise ValueError(
@@ -48,6 +61,10 @@ def _ones(rows: Tensor) -> Tensor:
     return torch.ones(rows.shape[:2], dtype=torch.long, device=rows.device)
 
 
+def _is_dual(tower: Tower) -> bool:
+    return hasattr(tower.head, "get_text_features") and hasattr(tower.head, "get_image_features")
+
+
 class BertMatching(Adapter):
     """ALBEF: the text encoder's upper half is the fusion encoder; mPLUG: a module of its own (`parts["fusion"]`)."""
 
@@ -59,8 +76,9 @@ class BertMatching(Adapter):
     def encode_texts(self, model: Any, tower: Tower, texts: Any) -> Texts:
         encoder = tower.parts.get("text_encoder")
         if encoder is None:
+            _refuse_without_text(tower)
             return super().encode_texts(model, tower, texts)
-        ids, mask = _tokens(texts)
+        ids, mask = _tokens(texts, encoder)
         states = encoder(ids, attention_mask=mask, return_dict=True, **text_mode(encoder)).last_hidden_state
         return Texts(states[:, 0], {"tokens": states, "mask": mask})
 
@@ -71,6 +89,7 @@ class BertMatching(Adapter):
     def score(self, model: Any, tower: Tower, rows: Tensor, texts: Texts) -> Tensor:
         head = tower.parts.get("head", model)
         matching = _head(head)
+        _refuse_without_text(tower)
         tokens, mask = _states(head, texts)
         encoder, fusion = tower.parts["text_encoder"], tower.parts["fusion"]
         inputs = dict(
@@ -92,17 +111,31 @@ class BertMatching(Adapter):
 
 
 class BlipMatching(Adapter):
-    """`BlipForImageTextRetrieval`: the text encoder reads the image in every layer, so it starts from the ids."""
+    """`BlipForImageTextRetrieval`: the text encoder reads the image in every layer, so it starts from the ids.
+
+    `BlipModel` is a dual encoder: the cosine of its two features.
+    """
+
+    def encode_images(self, model: Any, tower: Tower, images: Any, **kwargs: Any) -> Tensor:
+        if _is_dual(tower):
+            return pooled(model.get_image_features(images, **kwargs))
+        return super().encode_images(model, tower, images, **kwargs)
 
     def encode_texts(self, model: Any, tower: Tower, texts: Any) -> Texts:
-        encoder = getattr(model, "text_encoder", None)
-        if encoder is None or tower.head is None:
+        if _is_dual(tower):
+            ids, mask = _tokens(texts, model.text_model)
+            return Texts(pooled(model.get_text_features(input_ids=ids, attention_mask=mask)))
+        if tower.head is None:
             return super().encode_texts(model, tower, texts)
-        ids, mask = _tokens(texts)
+        _head(model)
+        encoder = model.text_encoder
+        ids, mask = _tokens(texts, encoder)
         states = encoder(input_ids=ids, attention_mask=mask, return_dict=True).last_hidden_state
         return Texts(states[:, 0], {"tokens": ids, "mask": mask})
 
     def score(self, model: Any, tower: Tower, rows: Tensor, texts: Texts) -> Tensor:
+        if _is_dual(tower):
+            return super().score(model, tower, rows, texts)
         matching = _head(model)
         ids, mask = _states(model, texts)
         fused = model.text_encoder(

@@ -60,12 +60,18 @@ class Layer:
             if found is not None:
                 note_for_recomputation(hidden, self, found)
         if found is None:
+            together = "call the whole model with image and text together, " if self._reads_text() else ""
             raise ValueError(
                 f"no text guides this call of {type(self.tower.module).__name__}: give it with `with "
-                "patchselect.guide(model, text_features):`, call the whole model with image and text together, or "
+                f"patchselect.guide(model, text_features):`, {together}or "
                 'choose a guidance that needs no text: patchselect.apply(model, guidance="image")'
             )
         return found
+
+    def _reads_text(self) -> bool:
+        """Whether some method of the patched model takes image and text together."""
+        changed = (getattr(type(module), "_patchselect_overrides", ()) for module in self.handle.patched)
+        return any(wrapper is call_with_text for overrides in changed for _, wrapper in overrides)
 
     def select(
         self,

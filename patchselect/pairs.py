@@ -46,7 +46,8 @@ def score_pairs(
         images: pixels `(N, 3, H, W)`, a list of images of one size, a `Prefix`, a mapping (`pixel_values` and what
             else the tower takes), or a loader of batches of these in a fixed order (of a tuple, the first counts).
         texts: features `(M, D_text)`, token ids `(M, L)`, what the host's tokenizer returns, or a loader of these.
-            Matching heads read the tokens themselves, so they need ids.
+            Matching heads read the tokens themselves, so they need ids; ids without a mask are masked where they are
+            the `pad_token_id` of the text encoder's config, and all words where that names none.
         candidates: `(N, K)` indices of texts: each image is scored against its own K texts alone, which re-ranks the
             best of a cheap first pass.
         memory_limit: bytes that activations may take at once, whatever N and M are (inputs, weights and the scores

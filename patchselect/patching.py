@@ -68,7 +68,9 @@ class Handle:
         width = self.towers[0].adapter.text_width(self.towers[0])
         if text.dim() not in ((2, 3) if per_image else (2,)) or 0 in text.shape or text.shape[-1] != width:
             wanted = f"(texts, {width})" + (f" or (images, texts, {width})" if per_image else "")
-            raise ValueError(f"text_features must be {wanted} for this model, got {tuple(text.shape)}")
+            own = text.dim() == 3 and not per_image
+            more = '; several texts for each image need guide(..., pairing="shared") or "all"' if own else ""
+            raise ValueError(f"text_features must be {wanted} for this model, got {tuple(text.shape)}{more}")
 
 
 def apply(

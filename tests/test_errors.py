@@ -103,6 +103,12 @@ def test_a_text_that_is_not_a_number_is_not_hidden(name, fusion):
         assert out[0].isfinite().all() and out[1].isnan().all(), relevance
 
 
+def test_texts_of_each_image_name_the_pairings_that_take_them(case):
+    patchselect.apply(case.model, 0.5)
+    with pytest.raises(ValueError, match=r'got \(2, 3, 24\); several texts .* pairing="shared"\) or "all"'):
+        patchselect.guide(case.model, torch.randn(2, 3, 24))
+
+
 def test_bad_guides(case):
     with pytest.raises(ValueError, match="CLIPModel is not patched: call patchselect.apply"):
         patchselect.guide(case.model, torch.randn(2, 24))
@@ -126,9 +132,14 @@ def test_missing_text_names_both_ways_out(case):
     with pytest.raises(ValueError, match=r"patchselect\.guide\(model, text_features\)") as error:
         case.image_side(case.model, case.images(1))
     assert 'guidance="image"' in str(error.value)
+    assert "call the whole model with image and text together" in str(error.value)
     patchselect.apply(case.model, 1.0)
     with pytest.raises(ValueError, match="no text guides this call"):
         case.image_side(case.model, case.images(1))
+    tower = build("clip_vision")
+    patchselect.apply(tower.model, 0.5)
+    with pytest.raises(ValueError, match=r"with patchselect\.guide\(model, text_features\):`, or choose a guidance"):
+        tower.image_side(tower.model, tower.images(1))
 
 
 def test_a_removed_handle_records_nothing(case):

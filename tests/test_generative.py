@@ -258,6 +258,48 @@ def test_vilt_tells_the_places_of_its_shuffled_patches():
     torch.testing.assert_close(maps[0], maps[1])
 
 
+def test_the_dual_encoder_of_blip_scores_pairs_by_its_cosine():
+    model, given = build("BlipModel"), inputs("BlipModel")
+    patchselect.apply(model, 0.5, LAYERS)
+    texts = {name: given[name] for name in ("input_ids", "attention_mask")}
+    expected = torch.empty(3, 3)
+    with torch.no_grad():
+        for i in range(3):
+            for j in range(3):
+                pair = {name: value[j : j + 1] for name, value in texts.items()}
+                out = model(pixel_values=given["pixel_values"][i : i + 1], **pair)
+                expected[i, j] = torch.cosine_similarity(out.image_embeds, out.text_embeds)
+        features = model.get_text_features(**texts)
+    found = patchselect.score_pairs(model, given["pixel_values"], texts, progress=False)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    features = getattr(features, "pooler_output", features)
+    found = patchselect.score_pairs(model, given["pixel_values"], features, progress=False)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["BlipForConditionalGeneration", "BlipForQuestionAnswering"])
+def test_heads_that_score_no_pairs_say_so(name):
+    model, given = build(name), inputs(name)
+    patchselect.apply(model, 0.5, LAYERS)
+    for texts in (given["input_ids"], torch.randn(3, 64)):
+        with pytest.raises(ValueError, match=f"{name} has no image-text matching head"):
+            patchselect.score_pairs(model, given["pixel_values"], texts)
+
+
+@pytest.mark.parametrize("name", ["BlipModel", "BlipForImageTextRetrieval"])
+def test_padding_of_bare_ids_is_no_word(name):
+    model, given = build(name), inputs(name)
+    patchselect.apply(model, 0.5, LAYERS)
+    texts = {name: given[name] for name in ("input_ids", "attention_mask")}
+    texts["input_ids"][1, 5:] = model.config.text_config.pad_token_id
+    expected = patchselect.score_pairs(model, given["pixel_values"], texts, progress=False)
+    found = patchselect.score_pairs(model, given["pixel_values"], texts["input_ids"], progress=False)
+    torch.testing.assert_close(found, expected)
+    every = texts | {"attention_mask": torch.ones_like(texts["input_ids"])}
+    words = patchselect.score_pairs(model, given["pixel_values"], every, progress=False)
+    assert (words - expected)[:, 1].abs().min() > 1e-4
+
+
 @pytest.mark.parametrize("name", ["ViltModel", "ViltForImagesAndTextClassification", "BlipForConditionalGeneration"])
 def test_a_call_of_the_whole_model_can_be_drawn(name, tmp_path):
     pytest.importorskip("matplotlib")

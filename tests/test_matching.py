@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from types import SimpleNamespace
 
 import hosts
 import pytest
@@ -73,6 +74,28 @@ def test_features_are_no_text_that_a_matching_head_can_read(name):
     patchselect.apply(head.model.eval(), 0.5, LAYERS)
     with pytest.raises(ValueError, match="give score_pairs token ids"):
         scored(head.model, head.batch(0)[0][0], head.text_features())
+
+
+@pytest.mark.parametrize("name", ["albef-retrieval", "mplug-retrieval-base"])
+def test_padding_of_bare_ids_is_no_word_where_the_config_names_it(name):
+    head = build(name)
+    model = head.model.eval()
+    images, text = head.batch(0)[0]
+    text.input_ids[text.attention_mask == 0] = 0
+    assert (text.attention_mask == 0).any()
+    patchselect.apply(model, 0.5, LAYERS)
+    expected, all_words = scored(model, images, text), scored(model, images, text.input_ids)
+    assert not torch.allclose(all_words, expected, atol=1e-4)
+    model.words.config = SimpleNamespace(pad_token_id=0, gradient_checkpointing=False)
+    torch.testing.assert_close(scored(model, images, text.input_ids), expected)
+
+
+def test_heads_that_score_no_pairs_say_so():
+    head = build("mplug-captioning-base")
+    patchselect.apply(head.model.eval(), 0.5, LAYERS)
+    for texts in (ids(3), torch.randn(3, 32)):
+        with pytest.raises(ValueError, match="Captioning runs no text encoder, so its pairs have no score"):
+            scored(head.model, head.batch(0)[0][0], texts)
 
 
 def test_a_matching_head_scores_pairs_by_its_fusion_encoder():
