@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,6 +34,22 @@ class Host:
     tokenize: Callable[[list[str]], Tokens]
     notes: tuple[str, ...] = ()
     """What a reader of the figures must know."""
+    own_words: bool = True
+    """Whether the tokenizer is the model's, not another in its place."""
+
+    def check_accuracy(self) -> None:
+        """Raise a ValueError where figures of accuracy would mean nothing."""
+        if self.random_weights or not self.own_words:
+            wrong = "random weights" if self.random_weights else "another model's tokenizer"
+            raise ValueError(
+                f"{self.name} has {wrong}, with which accuracy means nothing"
+                + "".join(f"; {note}" for note in self.notes)
+                + ". Give other --model or --pretrained, or --random-weights for a dry run"
+            )
+
+    def save(self, folder: Path) -> None:
+        """Write all that `--model FOLDER` needs."""
+        raise NotImplementedError
 
     def images(self, pictures: Sequence[Image.Image]) -> Tensor:
         """`(B, 3, H, W)` on the model's device, in the dtype of its weights."""
@@ -60,8 +77,22 @@ class Host:
         raise NotImplementedError
 
 
+@dataclass
 class OpenClipHost(Host):
     """`open_clip.CLIP`, `CustomTextCLIP`, …"""
+
+    config: dict[str, Any] = field(default_factory=dict)
+    """What open_clip builds the model from."""
+    tokenizer: Any = None
+
+    def save(self, folder: Path) -> None:
+        from open_clip.push_to_hf_hub import save_config_for_hf
+
+        folder.mkdir(parents=True, exist_ok=True)
+        torch.save(self.model.state_dict(), folder / "open_clip_pytorch_model.bin")
+        save_config_for_hf(self.model, folder / "open_clip_config.json", self.config)
+        if hasattr(self.tokenizer, "save_pretrained"):
+            self.tokenizer.save_pretrained(folder)
 
     def encode_image(self, images: Tensor) -> Tensor:
         return self.model.encode_image(images)  # type: ignore[operator, no-any-return]
@@ -76,8 +107,16 @@ class OpenClipHost(Host):
         self.model.set_grad_checkpointing(on)  # type: ignore[operator]
 
 
+@dataclass
 class TransformersHost(Host):
     """`transformers.CLIPModel` and its relatives, `SiglipModel`, …"""
+
+    loaded: tuple[Any, ...] = ()
+    """The model's own image processor and tokenizer, where they were there."""
+
+    def save(self, folder: Path) -> None:
+        for part in (self.model, *self.loaded):
+            part.save_pretrained(folder)  # type: ignore[operator]
 
     def encode_image(self, images: Tensor) -> Tensor:
         return _features(self.model.get_image_features(pixel_values=images, **self._other_size()))  # type: ignore

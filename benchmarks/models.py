@@ -26,14 +26,23 @@ def load(name: str, image_size: int | None = None, pretrained: str | None = None
         image_size: side of the images in pixels; `None` is the model's own.
         pretrained: open_clip: a tag (`openai`, `laion2b_s34b_b88k`, …) or a file; transformers: `"hub"` to download.
 
+    Returns:
+        The model. Where weights could not be loaded it has random ones, and `notes` say why: enough for speed;
+        `check_accuracy` refuses them.
+
     Raises:
-        ValueError: nothing of that name is known; says what can be given.
+        ValueError: nothing of that name is known, or a file does not tell its architecture; says what can be given.
+            A `pretrained` that the model cannot take.
     """
     path = Path(name).expanduser()
     with quiet(), offline(unless=pretrained is not None or name.startswith("hf-hub:")):
         if path.is_dir() and not (path / "open_clip_config.json").exists():
             return load_transformers(str(path), image_size, pretrained)
         if path.is_file():
+            if pretrained is not None:
+                raise ValueError(
+                    f"--model {name} is a file of weights, which leaves --pretrained {pretrained} no place"
+                )
             return load_open_clip(name_of_shapes(path), image_size, str(path))
         if path.is_dir():
             return load_open_clip(f"local-dir:{path}", image_size, pretrained)

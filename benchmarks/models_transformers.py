@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from torch import Tensor
 
-from .host import RANDOM, TransformersHost, first_line
+from .host import RANDOM, Tokens, TransformersHost, first_line
 
 CLIP_CONFIGS: dict[str, dict[str, Any]] = {
     "openai/clip-vit-base-patch32": dict(patch_size=32),
@@ -25,9 +27,19 @@ def load_transformers(name: str, image_size: int | None, pretrained: str | None)
     from transformers import AutoConfig, AutoModel
 
     local = Path(name).is_dir()
+    if pretrained not in (None, "hub"):
+        raise ValueError(
+            f"{name} is no name of open_clip, and transformers takes --pretrained hub (to download) alone, got "
+            f"{pretrained!r}: give weights for transformers as a folder, --model FOLDER"
+        )
+    notes: tuple[str, ...] = ()
     try:
-        config, notes = AutoConfig.from_pretrained(name), ()
-        model, is_random = AutoModel.from_pretrained(name), False
+        config = AutoConfig.from_pretrained(name)
+        model, found = AutoModel.from_pretrained(name, output_loading_info=True)
+        left_out = sorted({*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])})
+        is_random = bool(left_out)
+        if left_out:
+            notes = (f"{name} lacks {len(left_out)} weights, which are random: {', '.join(left_out[:3])}, …",)
     except (OSError, ValueError) as error:
         if local:
             raise ValueError(f"{name} holds no model that transformers can load: {first_line(error)}") from error
@@ -37,7 +49,11 @@ def load_transformers(name: str, image_size: int | None, pretrained: str | None)
             config.vision_config.image_size = image_size
         model, is_random = AutoModel.from_config(config), True
     size = image_size or config.vision_config.image_size
-    tokenize, note = _transformers_tokenizer(name, config)
+    processor, is_own = _image_processor(name)
+    if not is_own and not is_random:
+        notes += (f"the image processor of {name} is not there: CLIP's stands in",)
+    tokenizer = _tokenizer(name)
+    tokenize, note = _tokenize(name, tokenizer, config.text_config)
     return TransformersHost(
         model=model.eval(),
         name=name,
@@ -45,9 +61,11 @@ def load_transformers(name: str, image_size: int | None, pretrained: str | None)
         image_size=size,
         weights=RANDOM if is_random else f"weights: {name}",
         random_weights=is_random,
-        preprocess=_transformers_preprocessing(name, config, size),
+        preprocess=preprocessing(processor, size),
         tokenize=tokenize,
         notes=(*notes, *note),
+        own_words=not note,
+        loaded=(*((processor,) if is_own else ()), *((tokenizer,) if tokenizer is not None else ())),
     )
 
 
@@ -69,39 +87,66 @@ def _known_config(name: str) -> Any:
     )
 
 
-def _transformers_preprocessing(name: str, config: Any, size: int) -> Any:
-    from transformers import AutoImageProcessor
+def _image_processor(name: str) -> tuple[Any, bool]:
+    """The model's own, or CLIP's in its place; and which of the two."""
+    from transformers import AutoImageProcessor, CLIPImageProcessor
 
     try:
-        processor = AutoImageProcessor.from_pretrained(name)
+        return AutoImageProcessor.from_pretrained(name), True
     except (OSError, ValueError):
-        processor = (
-            AutoImageProcessor.for_model(config.model_type) if hasattr(AutoImageProcessor, "for_model") else None
-        )
-        if processor is None:
-            from transformers import CLIPImageProcessor
-
-            processor = CLIPImageProcessor()
-    exact = {"height": size, "width": size}
-    sizes = {"size": {"shortest_edge": size}, "crop_size": exact} if getattr(processor, "crop_size", None) else {}
-    sizes = sizes or {"size": exact}
-    return lambda picture: processor(picture, return_tensors="pt", **sizes)["pixel_values"][0]
+        return CLIPImageProcessor(), False
 
 
-def _transformers_tokenizer(name: str, config: Any) -> tuple[Any, tuple[str, ...]]:
+def preprocessing(processor: Any, size: int) -> Callable[[Image.Image], Tensor]:
+    """A picture to `(3, size, size)` as the processor makes it, with no more of it changed than another size needs.
+
+    The returned function raises a ValueError where the processor makes something else.
+    """
+    exact, own = {"height": size, "width": size}, dict(processor.size or {})
+    asked: dict[str, Any] = {}
+    if getattr(processor, "do_center_crop", False):
+        crop = dict(processor.crop_size)
+        if crop != exact:
+            # What is resized to before the crop keeps its proportion to it.
+            asked = {"crop_size": exact}
+            asked["size"] = {key: round(value * size / crop["height"]) for key, value in own.items()}
+    elif own != exact or not getattr(processor, "do_resize", True):
+        asked = {"size": exact, "do_resize": True}
+
+    def preprocess(picture: Image.Image) -> Tensor:
+        pixels = processor(picture, return_tensors="pt", **asked)["pixel_values"][0]
+        if pixels.shape != (3, size, size):
+            raise ValueError(
+                f"{type(processor).__name__} makes {tuple(pixels.shape)} of a picture, the model is fed (3, {size}, "
+                f"{size}): correct the preprocessor_config.json beside it"
+            )
+        return pixels  # type: ignore[no-any-return]
+
+    return preprocess
+
+
+def _tokenizer(name: str) -> Any:
+    """The model's own, or `None`."""
     from transformers import AutoTokenizer
 
-    length = config.text_config.max_position_embeddings
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        found = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError):
-        from open_clip import SimpleTokenizer
-
-        clip, words = SimpleTokenizer(context_length=length), config.text_config.vocab_size
-        note = () if words == 49408 else (f"the tokenizer of {name} is not in the local cache: CLIP's stands in",)
-        return lambda captions: {"input_ids": clip(captions) % words}, note
-    return lambda captions: _padded(tokenizer, captions, length), ()
+        return None
+    # Without files, transformers 5 makes one that knows no words.
+    return found if set(found.get_vocab()) - set(found.all_special_tokens) else None
 
 
-def _padded(tokenizer: Any, captions: list[str], length: int) -> dict[str, Tensor]:
+def _tokenize(name: str, tokenizer: Any, text: Any) -> tuple[Callable[[list[str]], Tokens], tuple[str, ...]]:
+    length, words = text.max_position_embeddings, text.vocab_size
+    if tokenizer is not None:
+        return lambda captions: _padded(tokenizer, captions, length), ()
+    from open_clip import SimpleTokenizer
+
+    clip = SimpleTokenizer(context_length=length)
+    note = () if words == 49408 else (f"the tokenizer of {name} is not in the local cache: CLIP's stands in",)
+    return lambda captions: {"input_ids": clip(captions) % words}, note
+
+
+def _padded(tokenizer: Any, captions: list[str], length: int) -> Tokens:
     return dict(tokenizer(captions, padding="max_length", max_length=length, truncation=True, return_tensors="pt"))
