@@ -15,7 +15,7 @@ import numpy as np  # noqa: E402
 from PIL import Image  # noqa: E402
 
 import patchselect  # noqa: E402
-from benchmarks.accuracy import clip, outliers, pairs, zeroshot  # noqa: E402
+from benchmarks.accuracy import align, clip, outliers, pairs, zeroshot  # noqa: E402
 from benchmarks.models import load  # noqa: E402
 
 TINY = {
@@ -51,7 +51,8 @@ def folder(tmp_path_factory):
 
 def test_zeroshot_end_to_end(name, folder, tmp_path):
     torch.manual_seed(0)
-    arguments = f"--data {folder} --model {name} --keep-rate 1 0.5 --batch 4 --outlier 1.05 --output {tmp_path}".split()
+    arguments = f"--data {folder} --model {name} --keep-rate 1 0.5 --batch 4 --outlier 1.05".split()
+    arguments += ["--output", str(tmp_path), "--random-weights"]
     report = zeroshot.main(zeroshot.parse(arguments))
     assert json.loads((tmp_path / "zeroshot.json").read_text())["classes"] == 2
     base, *others = report["results"]
@@ -83,6 +84,15 @@ def test_zeroshot_accuracy_is_that_of_the_model(folder):
         features = host.encode_image(torch.stack([image for image, _ in data]))
     wanted = (features @ classes.T).argmax(-1) == torch.tensor([label for _, label in data])
     assert count == 4 and torch.equal(torch.cat(seen[zeroshot.Arm("none")].right), wanted)
+
+
+def test_random_weights_are_refused(folder, tmp_path):
+    missing = f"--data {folder} --model {SMALLEST} --pretrained {tmp_path / 'missing.pt'} --output {tmp_path}".split()
+    with pytest.raises(ValueError, match="random weights, .*missing.pt.* could not be loaded.* --random-weights"):
+        zeroshot.main(zeroshot.parse(missing))
+    with pytest.raises(ValueError, match="random weights, .*missing.pt.* could not be loaded.* --random-weights"):
+        align.main(align.parse([*missing, "--threads", "1"]))
+    assert not any(tmp_path.iterdir())
 
 
 def test_zeroshot_says_what_is_wrong(folder, tmp_path):
@@ -129,3 +139,53 @@ def test_table_of_pairs(folder, tmp_path):
     table.write_text("red_cat/0.png a red cat\n")
     with pytest.raises(ValueError, match="pairs.tsv:1 has no tab"):
         pairs.table_pairs(table, folder, host)
+
+
+@pytest.fixture
+def table(folder, tmp_path):
+    path = tmp_path / "pairs.tsv"
+    path.write_text("".join(f"{k}/{n}.png\ta {k} {n}\n" for k in ("red_cat", "tree") for n in range(3)))
+    return path
+
+
+def aligned(model, table, folder, output, *more):
+    arguments = f"--model {model} --data {table} --images {folder} --steps 2 --batch 3 --rate 1e-3 --threads 1".split()
+    return align.main(align.parse([*arguments, "--device", "cpu", "--output", str(output), *more]))
+
+
+def test_aligned_open_clip_is_evaluated_by_its_folder(table, folder, tmp_path, capsys):
+    report = aligned(SMALLEST, table, folder, tmp_path / "out", "--random-weights")
+    assert len(report["losses"]) == 2 and f"--model {tmp_path / 'out' / 'model'}" in capsys.readouterr().out
+    state = torch.load(tmp_path / "out" / "last.pt", weights_only=True)["model"]
+    host = load(str(tmp_path / "out" / "model"))
+    assert all(torch.equal(value, state[name]) for name, value in host.model.state_dict().items())
+    host.check_accuracy()
+
+
+def test_aligned_transformers_is_evaluated_by_its_folder(table, folder, tmp_path, capsys):
+    """From weights in half precision, with a processor and a tokenizer of its own."""
+    transformers, tokenizers = pytest.importorskip("transformers"), pytest.importorskip("tokenizers")
+    small = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=2)
+    vision, text = small | dict(image_size=32, patch_size=8), small | dict(vocab_size=9, max_position_embeddings=6)
+    config = transformers.CLIPConfig(vision_config=vision, text_config=text | dict(eos_token_id=8), projection_dim=16)
+    transformers.CLIPModel(config).half().save_pretrained(tmp_path / "folder")
+    sizes = dict(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}, image_mean=[0.1, 0.2, 0.3])
+    transformers.CLIPImageProcessor(**sizes).save_pretrained(tmp_path / "folder")
+    words = {word: place for place, word in enumerate(["?", "a", "red_cat", "tree", "0", "1", "2", "end"])}
+    model = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="?"))
+    model.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=model, pad_token="end", unk_token="?")
+    fast.save_pretrained(tmp_path / "folder")
+
+    report = aligned(tmp_path / "folder", table, folder, tmp_path / "out")
+    assert all(loss > 0 for loss in report["losses"]) and not capsys.readouterr().out.startswith("Note")
+    before, after = (load(str(path)) for path in (tmp_path / "folder", tmp_path / "out" / "model"))
+    after.check_accuracy()
+    state = torch.load(tmp_path / "out" / "last.pt", weights_only=True)["model"]
+    assert all(torch.equal(value, state[name]) for name, value in after.model.state_dict().items())
+    picture = Image.open(folder / "tree" / "0.png")
+    assert torch.equal(before.preprocess(picture), after.preprocess(picture))
+    assert before.tokenize(["a tree"])["input_ids"].tolist() == after.tokenize(["a tree"])["input_ids"].tolist()
+    assert after.tokenize(["a tree"])["input_ids"].tolist() == [[1, 3, 7, 7, 7, 7]]
+    evaluated = f"--data {folder} --model {tmp_path / 'out' / 'model'} --keep-rate 0.5 --batch 7 --device cpu".split()
+    zeroshot.main(zeroshot.parse([*evaluated, "--output", str(tmp_path / "zeroshot")]))

@@ -4,7 +4,8 @@
     torchrun --nproc-per-node 8 -m benchmarks.accuracy.align --model … --data pairs.tsv
 
 `accelerate launch -m benchmarks.accuracy.align …` sets the same variables as torchrun. Without `--data` the pairs are
-emoji scenes and the model is the small CLIP of this benchmark; `--study` compares the arms on it.
+emoji scenes and the model is the small CLIP of this benchmark; `--study` compares the arms on it. What comes out is
+`OUTPUT/model`, a folder that `--model` of every benchmark takes; `OUTPUT/model.pt` of the small CLIP.
 """
 
 from __future__ import annotations
@@ -195,6 +196,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--model", default=f"{SMALL}0", help=f"as in benchmarks.speed, or {SMALL}0 and {SMALL}1 of this benchmark")
     add("--pretrained", help="as in benchmarks.speed")
+    add("--random-weights", action="store_true", help="a dry run: go on where weights or tokenizer are missing")
     add("--data", type=Path, help="lines of PATH<TAB>CAPTION; default: emoji scenes, for the small CLIP")
     add("--images", type=Path, help="folder that the paths start from; default: that of --data")
     add("--relevance", help="default: the adapter's")
@@ -249,6 +251,8 @@ def _run(options: argparse.Namespace) -> dict[str, Any]:
         from benchmarks.models import load
 
         host, layers = load(options.model, None, options.pretrained), None
+        if not options.random_weights:
+            host.check_accuracy()
         pairs = table_pairs(options.data, options.images, host)
     host.model.to(options.device)
     plan = Plan(
@@ -256,13 +260,21 @@ def _run(options: argparse.Namespace) -> dict[str, Any]:
         options.pairing, options.selection_alignment, options.steps, options.batch,
         options.rate or (Plan.rate if small else 1e-5), options.seed, options.precision,
     )  # fmt: skip
+    first = int(os.environ.get("RANK", "0")) == 0
+    for note in host.notes if first else ():
+        sys.stdout.write(f"Note: {note}.\n")
     losses = align(host, pairs, plan, options.output, options.save_every, options.workers)
-    report = {"model": host.name, "weights": host.weights, "plan": vars(plan), "pairs": len(pairs), "losses": losses}
-    if int(os.environ.get("RANK", "0")) == 0:
-        torch.save(host.model.state_dict(), options.output / "model.pt")
+    report = {"model": host.name, "weights": host.weights, "notes": host.notes, "plan": vars(plan)}
+    report |= {"pairs": len(pairs), "losses": losses}
+    if first:
+        saved = options.output / ("model.pt" if small else "model")
+        if small:
+            torch.save(host.model.state_dict(), saved)
+        else:
+            host.save(saved)
         (options.output / "align.json").write_text(json.dumps(report, indent=1) + "\n")
         shown = f"loss {np.mean(losses[-20:]):.3f} at the end; " if losses else "nothing was left to do; "
-        sys.stdout.write(f"{shown}weights in {options.output / 'model.pt'}\n")
+        sys.stdout.write(f"{shown}weights in {saved}{'' if small else f', for --model {saved}'}\n")
     return report
 
 

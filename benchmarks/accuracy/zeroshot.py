@@ -66,6 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--data", type=Path, required=True, help="folder with one folder of images for each class")
     add("--model", required=True, help="open_clip or transformers name, hf-hub:ORG/REPO, a local folder or file")
     add("--pretrained", help="open_clip: a tag or a file; transformers: hub, to download")
+    add("--random-weights", action="store_true", help="a dry run: go on where weights or tokenizer are missing")
     add("--classes", type=Path, help="one class name a line, in the order of the sorted folders; default: their names")
     add("--templates", nargs="+", default=list(TEMPLATES), help="prompts with {} for the class, averaged; or one file")
     add("--relevance", nargs="+", default=["values", "keys", "joint"], help="of text guidance")
@@ -245,8 +246,10 @@ def outlier_table(records: Sequence[dict[str, Any]]) -> str:
 
 
 def main(options: argparse.Namespace) -> dict[str, Any]:
-    """Load, evaluate, print the tables, write JSON and Markdown."""
+    """Load, evaluate, print the tables, write JSON and Markdown; a ValueError where accuracy would mean nothing."""
     host = load(options.model, options.image_size, options.pretrained)
+    if not options.random_weights:
+        host.check_accuracy()
     host.model.eval().to(options.device, DTYPES[options.precision])
     about = machine(torch.device(options.device))
     data, names = images_of(options, host)
