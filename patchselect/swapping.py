@@ -26,6 +26,9 @@ def _override(base: type, name: str, wrapper: Wrapper) -> Any:
 
     @functools.wraps(original)
     def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        # A method that was bound before the selection was removed, or a new instance made by `type(model)(config)`.
+        if getattr(self, "_patchselect", None) is None:
+            return original(self, *args, **kwargs)
         return wrapper(self, name, functools.partial(original, self), *args, **kwargs)
 
     return method
@@ -63,7 +66,8 @@ def swapped_class(base: type, overrides: Overrides) -> type:
 
 def swap(module: nn.Module, overrides: Mapping[str, Wrapper]) -> None:
     """Let `wrapper(module, name, original, *args, **kwargs)` stand in for each named method of this one object."""
-    module.__class__ = swapped_class(type(module), tuple(overrides.items()))
+    base = vars(type(module)).get("_patchselect_base", type(module))
+    module.__class__ = swapped_class(base, tuple(overrides.items()))
 
 
 def unswap(module: nn.Module) -> None:

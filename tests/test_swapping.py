@@ -1,0 +1,43 @@
+"""Methods of patched classes on objects that hold no selection."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hosts import build, ids
+
+import patchselect
+
+
+@pytest.mark.parametrize("name", ["open_clip", "openai_clip"])
+def test_a_method_bound_while_patched_outlives_the_selection(name):
+    case = build(name)
+    expected = case.model.encode_text(ids(2)), case.model(case.images(2), ids(2))
+    handle = patchselect.apply(case.model, 0.5)
+    encode, forward, block = case.model.encode_text, case.model.forward, handle.patched[0].forward
+    handle.remove()
+    assert torch.equal(encode(ids(2)), expected[0])
+    assert all(torch.equal(*pair) for pair in zip(forward(case.images(2), ids(2)), expected[1], strict=True))
+    x = torch.randn(2, 17, handle.towers[0].width)
+    assert torch.equal(block(x), handle.towers[0].blocks[handle.layers[0]](x))
+
+
+def test_a_new_model_of_a_patched_class_is_a_plain_one():
+    case = build("clip")
+    plain = type(case.model)
+    patchselect.apply(case.model, 0.5)
+    twin = type(case.model)(case.model.config).eval()
+    twin.load_state_dict(case.model.state_dict())
+    images, text = case.images(2), torch.randn(2, 24)
+    with torch.no_grad():
+        unguided, paired = case.image_side(twin, images), case.pair(twin, images, ids(2))
+        assert not torch.equal(paired, case.pair(case.model, images, ids(2)))
+        with patchselect.guide(case.model, text):
+            expected = case.image_side(case.model, images)
+            assert torch.equal(case.image_side(twin, images), unguided)
+        handle = patchselect.apply(twin, 0.5)
+        with handle.record() as trace, patchselect.guide(twin, text):
+            assert torch.equal(case.image_side(twin, images), expected)
+        assert len(trace) == 2
+        handle.remove()
+        assert type(twin) is plain and torch.equal(case.pair(twin, images, ids(2)), paired)
