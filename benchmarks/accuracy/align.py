@@ -264,7 +264,7 @@ def _run(options: argparse.Namespace) -> dict[str, Any]:
     for note in host.notes if first else ():
         sys.stdout.write(f"Note: {note}.\n")
     losses = align(host, pairs, plan, options.output, options.save_every, options.workers)
-    report = {"model": host.name, "weights": host.weights, "notes": host.notes, "plan": vars(plan)}
+    report: dict[str, Any] = {"model": host.name, "weights": host.weights, "notes": host.notes, "plan": vars(plan)}
     report |= {"pairs": len(pairs), "losses": losses}
     if first:
         saved = options.output / ("model.pt" if small else "model")
