@@ -106,13 +106,17 @@ def _value_scores(
 
     The selection layer's own term reads its normed input, the later ones the tokens after its attention. Those all
     normalise the same tokens, so their terms fold into one vector: `sum of gamma_l * w_l` against the plain
-    normalised tokens.
+    normalised tokens. Where there are more texts than patches, the patches go forward through the same weights.
     """
     adapter, tower = layer.tower.adapter, layer.tower
     found = None if stash is None else stash.pop(layer.index, None)
     if found is None:
+        goal = adapter.read_back(tower, text)
+        if not torch.compiler.is_compiling() and patches.shape[:2].numel() < goal.shape[:2].numel():
+            values = _through_values(adapter, tower, layer.index, normed, patches)
+            return op.linear_scores(goal.to(values.dtype), values)
         indices = (layer.index,) if stash is None else tuple(i for i in layer.handle.layers if i >= layer.index)
-        directions = _value_directions(adapter, tower, indices, adapter.read_back(tower, text))
+        directions = _value_directions(adapter, tower, indices, goal)
         found = directions.pop(layer.index)
         if stash is not None:
             stash.update(directions)
@@ -140,6 +144,28 @@ def _value_directions(adapter: Adapter, tower: Tower, indices: Sequence[int], go
         later = own if gamma is None else own * gathered(gamma)
         folded = later if folded is None else folded + later
     return directions
+
+
+def _through_values(adapter: Adapter, tower: Tower, first: int, normed: Tensor, patches: Tensor) -> Tensor:
+    """What each patch adds to a token that attends to it alone, summed over the layers from `first` on; `(B, n, D)`.
+
+    Without the biases and minus the mean over the patches: what is the same for all of them ranks none, and in half
+    precision it would drown what is not.
+    """
+    total: Tensor | None = None
+    eps = norm_eps(adapter.projections(tower.blocks[-1]).norm)
+    wide = torch.promote_types(patches.dtype, torch.float32)
+    plain = F.layer_norm(patches.to(wide), patches.shape[-1:], eps=eps)
+    for index in range(first, len(tower.blocks)):
+        weights = adapter.projections(tower.blocks[index])
+        gamma = getattr(weights.norm, "weight", None)
+        read = normed if index == first else plain if gamma is None else plain * gathered(gamma)
+        read = (read - read.mean(dim=1, keepdim=True)).to(weights.value.dtype)
+        added = F.linear(F.linear(read, gathered(weights.value)), gathered(weights.output)).to(wide)
+        added = added if weights.output_scale is None else added * gathered(weights.output_scale)
+        total = added if total is None else total + added
+    assert total is not None
+    return total
 
 
 def _normalised(norm: nn.Module, x: Tensor) -> Tensor:

@@ -62,6 +62,26 @@ def test_all_pairs_are_the_pairs_one_by_one(name, rate, layers, relevance, fusio
             torch.testing.assert_close(found[row : row + 1], alone, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", [name for name in HOSTS if name != "mplug"])
+@pytest.mark.parametrize("pairing", ["shared", "all"])
+def test_more_texts_than_patches_choose_what_they_choose_in_a_larger_batch(name, pairing):
+    """There the patches go through the weights, in place of the texts."""
+    case = build(name)
+    handle = patchselect.apply(case.model, 0.5, layers=[1, 3], relevance="values")
+    images = case.images(4)
+    text = texts(case, case.patches + 4)
+    found = []
+    for rows in (slice(0, 1), slice(0, 4)):
+        with torch.no_grad(), handle.record() as trace, patchselect.guide(case.model, text, pairing):
+            found.append((case.image_side(case.model, take(images, rows)), trace))
+    (alone, one), (batch, many) = found
+    rows = len(alone)
+    for first, second in zip(one, many, strict=True):
+        assert torch.equal(first.kept, second.kept[:rows])
+        torch.testing.assert_close(first.relevance, second.relevance[:rows], rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(alone, batch[:rows], rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("name", SCORED)
 def test_scores_on_every_host(name):
     case = build(name)
