@@ -110,12 +110,7 @@ def as_batch(item: Any, start: int, tower: Tower) -> Batch:
         name = next((name for name in PIXELS if name in item), None)
         if name is None:
             raise TypeError(f"a batch of images must name its pixels as one of {PIXELS}, got {list(item)}")
-        known = set(inspect.signature(tower.module.forward).parameters) - {name}
-        return Batch(
-            start,
-            _pixels(item[name], tower),
-            {key: item[key] for key in item if key in known and _is_tensor(item[key])},
-        )
+        return Batch(start, _pixels(item[name], tower), _options(item, name, tower))
     if not isinstance(item, (Tensor, Prefix)):
         raise TypeError(
             f"a batch of images must be a tensor, a Prefix or a mapping with pixel_values, got {type(item).__name__}: "
@@ -157,6 +152,29 @@ def stacked(images: Any, tower: Tower) -> Any:
     return (
         images.unsqueeze(0) if _is_tensor(images) and images.dim() == 3 and not _takes_flat_patches(tower) else images
     )
+
+
+def _options(item: Mapping[str, Any], pixels: str, tower: Tower) -> dict[str, Tensor]:
+    """What of a batch goes to the image side besides its pixels.
+
+    Raises:
+        ValueError: a mask hides something, and the tower would not see it.
+    """
+    known = set(inspect.signature(tower.module.forward).parameters)
+    if "attention_mask" in known:
+        known.add("pixel_attention_mask")  # what SigLIP 2 is called with, where its inner tower has the shorter name
+    options = {}
+    for key, value in item.items():
+        if key == pixels or not _is_tensor(value) or (key == "attention_mask" and "input_ids" in item):
+            continue
+        if key in known:
+            options[key] = value
+        elif key.endswith("_mask") and not bool(value.all()):
+            raise ValueError(
+                f"a batch of images brings {key}, which {type(tower.module).__name__} does not read: what it hides "
+                "would count as image. Batch images of one size; leave the mask out if it is not about the images"
+            )
+    return options
 
 
 def count(images: Any) -> int | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hosts import build
+from hosts import build, ids
 from torch import nn
 
 import patchselect
@@ -242,6 +242,30 @@ def test_padded_images_are_refused():
     images["pixel_attention_mask"][1, 12:] = 0
     with pytest.raises(ValueError, match="padded patches"):
         case.image_side(case.model, images)
+
+
+@pytest.mark.parametrize("guidance", ["text", "image"])
+def test_scores_of_padded_images_are_refused(guidance):
+    case = build("siglip2")
+    patchselect.apply(case.model, 0.5, guidance=guidance)
+    images, text = case.images(2), torch.randn(2, 48)
+    patchselect.score_pairs(case.model, images, text, progress=False)
+    images["spatial_shapes"][1] = torch.tensor([3, 4])
+    images["pixel_attention_mask"][1, 12:] = 0
+    with pytest.raises(ValueError, match="padded patches"):
+        patchselect.score_pairs(case.model, images, text, progress=False)
+
+
+def test_a_mask_that_the_tower_does_not_read_is_refused_if_it_hides_something(case):
+    patchselect.apply(case.model, 0.5)
+    images, text = case.images(2), torch.randn(2, 24)
+    expected = patchselect.score_pairs(case.model, images, text, progress=False)
+    mask = torch.ones(2, 64, 64, dtype=torch.long)
+    named = {"pixel_values": images, "pixel_mask": mask, "input_ids": ids(2), "attention_mask": torch.zeros(2, 7)}
+    assert torch.equal(patchselect.score_pairs(case.model, named, text, progress=False), expected)
+    mask[1, 60:] = 0
+    with pytest.raises(ValueError, match="brings pixel_mask, which .* does not read"):
+        patchselect.score_pairs(case.model, named, text, progress=False)
 
 
 def test_patch_dropout_cannot_be_recorded():
