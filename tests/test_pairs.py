@@ -63,7 +63,7 @@ def test_all_pairs_are_the_pairs_one_by_one(name, rate, layers, relevance, fusio
 
 
 @pytest.mark.parametrize("name", [name for name in HOSTS if name != "mplug"])
-@pytest.mark.parametrize("pairing", ["shared", "all"])
+@pytest.mark.parametrize("pairing", ["shared", "all", "own texts"])
 def test_more_texts_than_patches_choose_what_they_choose_in_a_larger_batch(name, pairing):
     """There the patches go through the weights, in place of the texts."""
     case = build(name)
@@ -72,7 +72,9 @@ def test_more_texts_than_patches_choose_what_they_choose_in_a_larger_batch(name,
     text = texts(case, case.patches + 4)
     found = []
     for rows in (slice(0, 1), slice(0, 4)):
-        with torch.no_grad(), handle.record() as trace, patchselect.guide(case.model, text, pairing):
+        own = text.expand(rows.stop, *text.shape) if pairing == "own texts" else text
+        how = "shared" if pairing == "own texts" else pairing
+        with torch.no_grad(), handle.record() as trace, patchselect.guide(case.model, own, how):
             found.append((case.image_side(case.model, take(images, rows)), trace))
     (alone, one), (batch, many) = found
     rows = len(alone)
