@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapter import Adapter, Tower, Wrapper
-from .blocks import Layer, call_block, call_tower, run_block
+from .blocks import Layer, call_block, call_tower, call_with_text, recall_text, run_block
 from .checks import GUIDANCES, RELEVANCES, check_choice, check_fusion, check_layers, check_rates
 from .functional import Fusion, as_ratio
 from .guidance import Guidance
@@ -105,7 +105,7 @@ def apply(
 
     Raises:
         TypeError: the model is not supported, compiled, scripted or data-parallel, or a wrapper has replaced the
-            `forward` of a block; an argument of a wrong type.
+            `forward` of a block, of the tower or of the model; an argument of a wrong type.
         ValueError: an argument outside of its range; blocks inside of a wrapper (torch's `checkpoint_wrapper` is
             looked through). The model is unchanged after either.
     """
@@ -122,6 +122,10 @@ def apply(
     for tower in towers:
         _check_reachable(handle, tower)
         _check_relevance(handle, tower)
+    methods: dict[nn.Module, dict[str, Wrapper]] = {tower.module: {"forward": call_tower} for tower in towers}
+    for module, wrappers in kind.methods(host, towers):
+        methods.setdefault(module, {}).update(wrappers)
+    _check_methods(handle, methods)
     for old in handles_in(host):
         old.remove()
     for tower in towers:
@@ -131,9 +135,6 @@ def apply(
             if hasattr(block, "gradient_checkpointing"):
                 overrides["__call__"] = call_block
             patch(handle, block, overrides, Layer(handle, tower, index, position == 0, as_ratio(rate)))
-    methods: dict[nn.Module, dict[str, Wrapper]] = {tower.module: {"forward": call_tower} for tower in towers}
-    for module, wrappers in kind.methods(host, towers):
-        methods.setdefault(module, {}).update(wrappers)
     for module, wrappers in methods.items():
         patch(handle, module, wrappers, handle)
     if _STATE not in vars(host):
@@ -190,6 +191,18 @@ def _check_reachable(handle: Handle, tower: Tower) -> None:
                 "accelerate or another wrapper put it there), which would hide the selection: call patchselect.apply "
                 "first and wrap after it"
             )
+
+
+def _check_methods(handle: Handle, methods: dict[nn.Module, dict[str, Wrapper]]) -> None:
+    """The same for the tower and for the methods that bring a text along; what was wrapped after `apply` is fine."""
+    for module, wrappers in methods.items():
+        for name, wrapper in wrappers.items():
+            unused = handle.guidance != "text" and wrapper in (call_with_text, recall_text)
+            if name in vars(module) and _STATE not in vars(module) and not unused:
+                raise TypeError(
+                    f"this {type(module).__name__} carries a {name} of its own (accelerate or another wrapper put it "
+                    "there), which would hide that of the selection: call patchselect.apply first and wrap after it"
+                )
 
 
 def _check_relevance(handle: Handle, tower: Tower) -> None:

@@ -74,6 +74,33 @@ def test_a_forward_that_would_hide_the_selection_is_refused(case):
     assert len(trace) == 2, "wrapped after apply, it selects"
 
 
+@pytest.mark.parametrize("path", ["", "vision_model", "text_model"])
+def test_a_forward_that_would_hide_the_text_of_the_call_is_refused(case, path):
+    """As `accelerate.prepare` leaves it on a model."""
+
+    def wrap(module):
+        plain = module.forward
+        module.forward = lambda *args, **kwargs: plain(*args, **kwargs)
+
+    part = case.model.get_submodule(path)
+    wrap(part)
+    before = classes(case.model)
+    with pytest.raises(TypeError, match=f"this {type(part).__name__} carries a forward of its own .*wrap after it"):
+        patchselect.apply(case.model, 0.5)
+    assert classes(case.model) == before
+    if path != "vision_model":
+        patchselect.apply(case.model, 0.5, guidance="image")
+        patchselect.remove(case.model)
+    del part.forward
+    with torch.no_grad():
+        patchselect.apply(case.model, 0.5)
+        expected = case.pair(case.model, case.images(2), ids(2))
+        wrap(part)
+        assert torch.equal(case.pair(case.model, case.images(2), ids(2)), expected)
+        patchselect.apply(case.model, 0.5)
+        assert torch.equal(case.pair(case.model, case.images(2), ids(2)), expected), "wrapped after the first apply"
+
+
 BAD_TEXTS = [
     (torch.randn(2, 25), ValueError, r"text_features must be \(texts, 24\) for this model, got \(2, 25\)"),
     (torch.randn(24), ValueError, r"got \(24,\)"),
