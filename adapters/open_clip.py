@@ -22,10 +22,10 @@ from patchselect.adapter import (
     present,
     through_norm,
 )
-from patchselect.blocks import call_with_text, recall_text, refuse_grid
+from patchselect.blocks import call_with_text, recall_text
 from patchselect.scoring import Texts, pooled
 
-from .timm import TimmViT, why_not
+from .timm import TimmViT, partial_methods, why_not
 
 BLOCK_PARTS = {"ln_1", "attn", "ls_1", "ln_2", "mlp", "ls_2"}
 
@@ -42,7 +42,7 @@ class _Paired(Adapter):
 
     def methods(self, model: Any, towers: list[Tower]) -> list[tuple[nn.Module, Mapping[str, Wrapper]]]:
         wrapped: list[tuple[nn.Module, Mapping[str, Wrapper]]] = [
-            (tower.module, {"forward_intermediates": refuse_grid}) for tower in towers
+            (tower.module, partial_methods(tower.module)) for tower in towers
         ]
         if hasattr(model, "encode_text"):
             methods: dict[str, Wrapper] = {"forward": call_with_text, self.text_method(model): recall_text}

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from patchselect.adapter import Adapter, Attended, Projections, Tower, Wrapper, present, through_norm
-from patchselect.blocks import refuse_grid
+from patchselect.blocks import call_tower, refuse_grid
 
 BLOCK_PARTS = {"norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2"}
 
@@ -35,6 +35,12 @@ def why_not(trunk: nn.Module) -> str | None:
     if getattr(trunk, "shared_rel_pos", None) is not None:
         return "its attention has relative positions per patch"
     return None
+
+
+def partial_methods(trunk: nn.Module) -> dict[str, Wrapper]:
+    """Methods that run the blocks of a tower without its `forward`."""
+    methods: dict[str, Wrapper] = {"forward_intermediates": refuse_grid, "forward_features": call_tower}
+    return {name: wrapper for name, wrapper in methods.items() if hasattr(trunk, name)}
 
 
 class TimmViT(Adapter):
@@ -62,7 +68,7 @@ class TimmViT(Adapter):
         )
 
     def methods(self, model: nn.Module, towers: list[Tower]) -> list[tuple[nn.Module, Mapping[str, Wrapper]]]:
-        return [(tower.module, {"forward_intermediates": refuse_grid}) for tower in towers]
+        return [(tower.module, partial_methods(tower.module)) for tower in towers]
 
     def attend(
         self, tower: Tower, block: Any, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False

@@ -23,7 +23,7 @@ from .guidance import (
     was_recorded,
     without_grad_in_training,
 )
-from .recording import active_recorder, note_grid, note_selection, pool
+from .recording import active_recorder, forget, note_grid, note_selection, pool
 from .relevance import combine, relevance_of, separate
 
 if TYPE_CHECKING:
@@ -186,14 +186,19 @@ def call_block(block: nn.Module, name: str, original: Original, *args: Any, **kw
 
 
 def call_tower(module: nn.Module, name: str, original: Original, *args: Any, **kwargs: Any) -> Any:
-    """While recording, remember the grid of what the tower is called with."""
+    """While recording, remember the grid of what the tower is called with, for the time of the call."""
     handle: Handle = module._patchselect  # type: ignore[assignment]
     recorder = active_recorder(handle)
-    if recorder is not None:
-        for tower in handle.towers:
-            if tower.module is module:
-                note_grid(recorder, tower, tower.adapter.grid(tower, *args, **kwargs))
-    return original(*args, **kwargs)
+    if recorder is None:
+        return original(*args, **kwargs)
+    towers = [tower for tower in handle.towers if tower.module is module]
+    try:
+        for tower in towers:
+            note_grid(recorder, tower, tower.adapter.grid(tower, *args, **kwargs))
+        return original(*args, **kwargs)
+    finally:
+        for tower in towers:
+            forget(recorder, tower)
 
 
 def call_with_text(model: nn.Module, name: str, original: Original, *args: Any, **kwargs: Any) -> Any:
@@ -241,4 +246,4 @@ def refuse_grid(module: nn.Module, name: str, original: Original, *args: Any, **
             f"{type(module).__name__}.{name}(output_fmt={wanted!r}) reshapes the tokens to a dense grid, but selection "
             'removed some: use output_fmt="NLC", or handle.record() and patchselect.restore(tokens, trace)'
         )
-    return original(*args, **kwargs)
+    return call_tower(module, name, original, *args, **kwargs)

@@ -197,7 +197,8 @@ def _check_methods(handle: Handle, methods: dict[nn.Module, dict[str, Wrapper]])
     """The same for the tower and for the methods that bring a text along; what was wrapped after `apply` is fine."""
     for module, wrappers in methods.items():
         for name, wrapper in wrappers.items():
-            unused = handle.guidance != "text" and wrapper in (call_with_text, recall_text)
+            of_text = wrapper in (call_with_text, recall_text)
+            unused = name == "forward_features" or (of_text and handle.guidance != "text")
             if name in vars(module) and _STATE not in vars(module) and not unused:
                 raise TypeError(
                     f"this {type(module).__name__} carries a {name} of its own (accelerate or another wrapper put it "

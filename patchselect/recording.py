@@ -88,6 +88,12 @@ def note_grid(recorder: _Recorder, tower: Tower, grid: tuple[int, int] | None) -
     recorder.grids[id(tower)] = grid
 
 
+def forget(recorder: _Recorder, tower: Tower) -> None:
+    """What is known of the images of one call of the tower ends with that call."""
+    for table in (recorder.grids, recorder.sources, recorder.orders, recorder.holders):
+        table.pop(id(tower), None)  # type: ignore[attr-defined]
+
+
 def note_order(recorder: _Recorder, tower: Tower, order: Tensor) -> None:
     """For hosts that shuffle or drop patches: the place `(B, n)` of each patch token in the grid."""
     recorder.orders[id(tower)] = order
@@ -139,6 +145,11 @@ def note_selection(
                 "reach the selection: patch dropout is on (call model.eval(), or turn it off while recording)"
             )
         sources = torch.arange(num_patches, device=chosen.device).expand(rows, -1)
+    elif id(tower) not in recorder.sources:
+        raise ValueError(
+            f"block {layer} selects from what an earlier selection layer kept, which this record has not seen: record "
+            "a call of the whole tower, not of one of its blocks"
+        )
     else:
         sources = _for_rows(recorder.sources[id(tower)], rows)
     kept = sources.gather(1, chosen)

@@ -306,6 +306,28 @@ def test_patch_dropout_cannot_be_recorded():
         case.image_side(case.model, case.images(2))
 
 
+def test_a_record_knows_the_grid_of_each_call_and_none_afterwards():
+    timm = pytest.importorskip("timm")
+    sizes = dict(img_size=64, patch_size=16, embed_dim=48, depth=6, num_heads=4, dynamic_img_size=True)
+    model = timm.models.VisionTransformer(**sizes).eval()
+    handle = patchselect.apply(model, 0.5, layers=[1, 4], guidance="image")
+    tall, wide = torch.randn(1, 3, 64, 32), torch.randn(1, 3, 32, 64)
+    with torch.no_grad(), handle.record() as trace:
+        model(tall)
+        tokens = model.forward_features(wide)
+        model.forward_intermediates(wide, output_fmt="NLC")
+        model.blocks[:2](torch.randn(1, 9, 48))
+    assert [entry.grid for entry in trace] == [(4, 2), (4, 2), (2, 4), (2, 4), (2, 4), (2, 4), None]
+    restored = patchselect.restore(tokens, trace[3])
+    assert restored.shape == (1, 2, 4, 48)
+    assert torch.equal(restored.flatten(1, 2)[0, trace[3].kept[0, 0]], tokens[0, 1])
+    for before in (lambda: None, lambda: model(wide)):
+        with pytest.raises(ValueError, match="block 4 selects from what an earlier .*call of the whole tower"):
+            with torch.no_grad(), handle.record():
+                before()
+                model.blocks[4](torch.randn(1, 6, 48))
+
+
 def test_values_refuses_what_it_cannot_read_backwards():
     case = build("open_clip_normalised_keys")
     case.model.visual.transformer.resblocks[3].attn.head_scale = nn.Parameter(torch.ones(4, 1, 1))
