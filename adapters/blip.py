@@ -22,6 +22,7 @@ from patchselect.adapter import (
     TextRun,
     Tower,
     Wrapper,
+    affine,
     gathered,
     patch_grid,
     through_norm,
@@ -123,9 +124,8 @@ class TransformersBlip(BlipMatching):
     def projections(self, block: Any) -> Projections:
         attention = block.self_attn
         return Projections.fused(
-            attention.qkv.weight,
-            attention.qkv.bias,
-            output=attention.projection.weight,
+            *affine(attention.qkv),
+            output=affine(attention.projection)[0],
             num_heads=attention.num_heads,
             scale=attention.scale,
             norm=block.layer_norm1,

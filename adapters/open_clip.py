@@ -17,6 +17,7 @@ from patchselect.adapter import (
     TextRun,
     Tower,
     Wrapper,
+    affine,
     gathered,
     patch_grid,
     present,
@@ -133,6 +134,11 @@ class OpenClip(_Paired):
 
     def projections(self, block: Any) -> Projections:
         attention = block.attn
+        if hasattr(attention, "base_layer"):
+            raise TypeError(
+                f"the {type(attention).__name__} around the attention of this block hides its weights, which the "
+                "relevance is computed from: merge the adapter into the model first"
+            )
         num_heads = attention.num_heads
         scale: Any = (attention.out_proj.in_features // num_heads) ** -0.5
         query_norm = key_norm = nonlinear = None
@@ -148,7 +154,7 @@ class OpenClip(_Paired):
         return Projections.fused(
             attention.in_proj_weight,
             attention.in_proj_bias,
-            output=attention.out_proj.weight,
+            output=affine(attention.out_proj)[0],
             num_heads=num_heads,
             scale=scale,
             norm=block.ln_1,

@@ -15,6 +15,7 @@ from patchselect.adapter import (
     TextRun,
     Tower,
     Wrapper,
+    affine,
     gathered,
     patch_grid,
 )
@@ -68,7 +69,7 @@ class SequenceFirst(Adapter):
         return Projections.fused(
             attention.in_proj_weight,
             attention.in_proj_bias,
-            output=attention.out_proj.weight,
+            output=affine(attention.out_proj)[0],
             num_heads=attention.num_heads,
             scale=attention.head_dim**-0.5,
             norm=block.ln_1,

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from patchselect.adapter import Adapter, Attended, Projections, Tower, Wrapper, present, through_norm
+from patchselect.adapter import Adapter, Attended, Projections, Tower, Wrapper, affine, present, through_norm
 from patchselect.blocks import call_tower, refuse_grid
 
 BLOCK_PARTS = {"norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2"}
@@ -94,9 +94,8 @@ class TimmViT(Adapter):
         elif getattr(attention, "gate", None) is not None:
             nonlinear = "its attention output is gated"
         return Projections.fused(
-            attention.qkv.weight,
-            attention.qkv.bias,
-            output=attention.proj.weight,
+            *affine(attention.qkv),
+            output=affine(attention.proj)[0],
             num_heads=attention.num_heads,
             scale=attention.scale,
             norm=block.norm1,

@@ -27,7 +27,10 @@ class Attended(NamedTuple):
 
 @dataclass
 class Projections:
-    """The weights of one self-attention, as views of the host's own parameters; `(D, D)` as in `nn.Linear`."""
+    """The weights of one self-attention, `(D, D)` as in `nn.Linear`: views of the host's own parameters.
+
+    Where a wrapper (LoRA) stands around one of them, computed from it by `affine`.
+    """
 
     query: Tensor
     query_bias: Tensor | None
@@ -57,8 +60,9 @@ class Projections:
     @classmethod
     def separate(cls, query: Any, key: Any, value: Any, output: Any, **rest: Any) -> Projections:
         """From four linear layers; `rest` are the other fields."""
-        biases = {"query_bias": query.bias, "key_bias": key.bias}
-        return cls(query=query.weight, key=key.weight, value=value.weight, output=output.weight, **biases, **rest)
+        (query, query_bias), (key, key_bias) = affine(query), affine(key)
+        (value, _), (output, _) = affine(value), affine(output)
+        return cls(query, query_bias, key, key_bias, value, output, **rest)
 
 
 class TextRun(NamedTuple):
@@ -203,6 +207,21 @@ class Adapter(Scoring):
 
     def __reduce__(self) -> tuple[type[Adapter], tuple[()]]:
         return type(self), ()
+
+
+def affine(linear: Any) -> tuple[Tensor, Tensor | None]:
+    """Weight `(out, in)` and bias `(out,)` of a linear layer; with what a wrapper around it (LoRA) adds.
+
+    What a wrapper does is read off from the unit vectors, which costs a product of the size of its weight with itself.
+    """
+    if all(name == "parametrizations" for name, _ in linear.named_children()):
+        return linear.weight, linear.bias
+    weight = linear.weight
+    device = "cpu" if weight.is_meta else weight.device.type
+    units = torch.eye(linear.in_features, device=weight.device, dtype=weight.dtype)
+    with torch.autocast(device, enabled=False):
+        bias = linear(torch.zeros_like(units[:1]))
+        return (linear(units) - bias).T, bias[0]
 
 
 def present(module: nn.Module | None) -> bool:
