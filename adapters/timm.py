@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from patchselect.adapter import Adapter, Attended, Projections, Tower, Wrapper, affine, present, through_norm
+from patchselect.adapter import Adapter, Attended, Projections, Tower, Wrapper, affine, gathered, present, through_norm
 from patchselect.blocks import call_tower, refuse_grid
 
 BLOCK_PARTS = {"norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2"}
@@ -111,8 +111,8 @@ class TimmViT(Adapter):
             return through_norm(text, tower.final_norm)
         if not hasattr(pool, "kv") or not isinstance(pool.proj, nn.Linear):
             raise ValueError(f'relevance="values" cannot read {type(pool).__name__} backwards; use relevance="keys"')
-        value = pool.kv.weight.chunk(2)[1]
-        return through_norm(text.to(value.dtype) @ pool.proj.weight @ value, tower.final_norm)
+        value = gathered(pool.kv.weight).chunk(2)[1]
+        return through_norm(text.to(value.dtype) @ gathered(pool.proj.weight) @ value, tower.final_norm)
 
     def project(self, tower: Tower, patches: Tensor) -> Tensor:
         trunk: Any = tower.module

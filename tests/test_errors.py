@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from hosts import build, ids
@@ -80,7 +82,7 @@ def test_a_forward_that_would_hide_the_text_of_the_call_is_refused(case, path):
 
     def wrap(module):
         plain = module.forward
-        module.forward = lambda *args, **kwargs: plain(*args, **kwargs)
+        module.forward = functools.wraps(plain)(lambda *args, **kwargs: plain(*args, **kwargs))
 
     part = case.model.get_submodule(path)
     wrap(part)

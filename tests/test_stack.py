@@ -226,6 +226,30 @@ def test_two_processes_have_the_gradients_of_one(tmp_path, kind, relevance):
     mp.spawn(_distributed, args=(2, str(tmp_path / "store"), kind, relevance), nprocs=2)
 
 
+def _sharded_pool(rank: int, path: str) -> None:
+    import torch.distributed as dist
+    from torch.distributed.fsdp import fully_shard
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=1)
+    case = build("open_clip_siglip")
+    patchselect.apply(case.model, 0.5, relevance="values")
+    text, found = torch.randn(2, case.text_width), []
+    for shard in (False, True):
+        if shard:
+            mesh = dist.init_device_mesh("cpu", (1,))
+            for part in (*case.tower(case.model).blocks, case.tower(case.model).attn_pool, case.model.visual):
+                fully_shard(part, mesh=mesh)
+        with torch.no_grad(), patchselect.guide(case.model, text):
+            found.append(case.image_side(case.model, case.images(2)))
+    torch.testing.assert_close(*found)
+    dist.destroy_process_group()
+
+
+def test_text_is_read_back_through_a_pool_in_shards(tmp_path):
+    mp.spawn(_sharded_pool, args=(str(tmp_path / "store"),), nprocs=1)
+
+
 @pytest.mark.parametrize("guidance", ["text", "image"])
 def test_the_meta_device_gives_the_shapes(guidance):
     case = build("open_clip")
