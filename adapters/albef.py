@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from patchselect.adapter import Attended, Projections, Tower, gathered, patch_grid, through_norm
+from patchselect.adapter import Attended, Projections, Tower, affine, gathered, patch_grid, through_norm
 
 from .heads import Heads
 
@@ -82,9 +82,8 @@ class Albef(Heads):
     def projections(self, block: Any) -> Projections:
         attention = block.attn
         return Projections.fused(
-            attention.qkv.weight,
-            attention.qkv.bias,
-            output=attention.proj.weight,
+            *affine(attention.qkv),
+            output=affine(attention.proj)[0],
             num_heads=attention.num_heads,
             scale=attention.scale,
             norm=block.norm1,

@@ -38,7 +38,7 @@ def wrap(model) -> list[tuple[nn.Module, str, Lora]]:
     return found
 
 
-@pytest.mark.parametrize("name", ["clip", "siglip", "timm_class_token", "blip"])
+@pytest.mark.parametrize("name", ["clip", "siglip", "timm_class_token", "blip", "albef"])
 def test_relevance_is_that_of_the_merged_weights(name):
     case = build(name)
     images, text = case.images(2), texts(case, 2)
