@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from .batches import Batch
+from .checksums import checksums
 from .patching import Handle
-from .prefix import Prefix, checksums
+from .prefix import Prefix
 from .scoring import Texts
 
 
