@@ -162,8 +162,8 @@ def resolution(folder: Path, seeds: Seeds) -> None:
 
 def alignment(folder: Path, seeds: Seeds) -> None:
     """(h) With and without selection alignment, from a base whose text attention was never trained."""
-    arms = {arm: methods_of(arm) for arm in (Arm("none"), Arm("image"), Arm("text", aligned=True), Arm("text"))}
-    curves = [Curve(seed, arm, 300, arms[arm], QUERIES, 32, folder, 1) for arm in arms for seed in seeds]
+    arms = (Arm("none"), Arm("image"), Arm("text", aligned=True), Arm("text"))
+    curves = [Curve(seed, arm, 300, methods_of(arm), QUERIES, 32, folder, 1) for arm in arms for seed in seeds]
     curves += [Curve(seed, None, 0, ("text", "image", "random"), QUERIES, 32, folder, 1) for seed in seeds]
     records = [record for made in run_all(measure_curve, curves, "alignment") for record in made]
     draw_curves(records, [], folder / "alignment.png")
