@@ -140,8 +140,12 @@ def _takes_flat_patches(tower: Tower) -> bool:
 
 
 def stacked(images: Any, tower: Tower) -> Any:
-    """A list of images of one size as one tensor; everything else as it is."""
-    listed = isinstance(images, (list, tuple)) and bool(images) and not _takes_flat_patches(tower)
+    """One image, or a list of images of one size, as a batch; everything else as it is."""
+    if _takes_flat_patches(tower):
+        return images
+    if _is_tensor(images) and images.dim() == 3:
+        return images.unsqueeze(0)
+    listed = isinstance(images, (list, tuple)) and bool(images)
     if listed and all(_is_tensor(image) and image.dim() == 3 for image in images):
         if len({image.shape for image in images}) > 1:
             raise ValueError(
@@ -149,9 +153,7 @@ def stacked(images: Any, tower: Tower) -> Any:
                 "run the host's own image processor first"
             )
         return torch.stack(list(images))
-    return (
-        images.unsqueeze(0) if _is_tensor(images) and images.dim() == 3 and not _takes_flat_patches(tower) else images
-    )
+    return images
 
 
 def _options(item: Mapping[str, Any], pixels: str, tower: Tower) -> dict[str, Tensor]:
