@@ -28,6 +28,7 @@ from patchselect.adapter import (
     through_norm,
 )
 from patchselect.blocks import call_with_text, recall_text
+from patchselect.compat import fork_rng, is_compiling
 
 from .matching import BlipMatching
 
@@ -84,6 +85,8 @@ class TransformersBlip(BlipMatching):
                 f"{type(model).__name__} cannot be patched as a whole: its {', '.join(sorted(strangers))} may read a "
                 "fixed number of patches. Apply to its vision_model alone if its reader takes any number"
             )
+        block: Any = core.encoder.layers[0]
+        block_call = inspect.signature(getattr(type(block), "_patchselect_base", type(block)).forward).parameters
         calls = {
             method: tuple(inspect.signature(getattr(type(model), method)).parameters)[1:]
             for method in METHODS
@@ -99,7 +102,13 @@ class TransformersBlip(BlipMatching):
                 width=core.encoder.layers[0].layer_norm1.normalized_shape[0],
                 head=None if core is model else model,
                 final_norm=core.post_layernorm,
-                parts={"text": text, "calls": calls, "joint": joint_space_of(model)},
+                parts={
+                    "text": text,
+                    "calls": calls,
+                    "joint": joint_space_of(model),
+                    "block_call": tuple(block_call)[1:],
+                    "returns_tuple": "output_attentions" in block_call,
+                },
             )
         ]
 
@@ -112,14 +121,24 @@ class TransformersBlip(BlipMatching):
             return [(model, calls)]
         return [(model, calls), (text, {"forward": recall_text})]
 
-    def attend(self, tower: Tower, block: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Attended:
-        if any(mask is not None for mask in (*args, kwargs.pop("attention_mask", None))):
+    def attend(self, tower: Tower, block: Any, *args: Any, **kwargs: Any) -> Attended:
+        given = {**dict(zip(tower.parts["block_call"], args)), **kwargs}
+        if given.pop("attention_mask", None) is not None:
             raise ValueError("patch selection does not support an attention mask over the image")
+        hidden_states = given.pop("hidden_states")
         normed = block.layer_norm1(hidden_states)
-        return Attended(hidden_states + block.self_attn(hidden_states=normed, **kwargs)[0], normed)
+        attended, weights = block.self_attn(hidden_states=normed, **given)[:2]
+        shown = weights if tower.parts["returns_tuple"] and given.get("output_attentions") else None
+        return Attended(hidden_states + attended, normed, shown)
 
-    def finish(self, tower: Tower, block: Any, tokens: Tensor, rest: Any) -> Tensor:
-        return tokens + block.mlp(block.layer_norm2(tokens))
+    def finish(self, tower: Tower, block: Any, tokens: Tensor, rest: Any) -> Any:
+        tokens = tokens + block.mlp(block.layer_norm2(tokens))
+        if not tower.parts["returns_tuple"]:
+            return tokens
+        return (tokens,) if rest is None else (tokens, rest)
+
+    def as_output(self, tower: Tower, tokens: Tensor) -> Any:
+        return (tokens,) if tower.parts["returns_tuple"] else tokens
 
     def projections(self, block: Any) -> Projections:
         attention = block.self_attn
@@ -174,7 +193,7 @@ class TransformersBlip(BlipMatching):
     def text_of_call(
         self, model: Any, tower: Tower, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> TextCall | None:
-        given = dict(zip(tower.parts["calls"][method], args, strict=False)) | kwargs
+        given = {**dict(zip(tower.parts["calls"][method], args)), **kwargs}
         if given.get("pixel_values") is None:
             return None
         ids, mask = given.get("input_ids"), given.get("attention_mask")
@@ -216,10 +235,10 @@ class TransformersBlip(BlipMatching):
 
 def _own_random_stream(encoder: Any) -> Any:
     """A run that the host does not make itself draws its dropout apart, so that the host's own draws stay the same."""
-    if not encoder.training or torch.compiler.is_compiling():
+    if not encoder.training or is_compiling():
         return nullcontext()
     device = next(encoder.parameters()).device
-    return torch.random.fork_rng(devices=[] if device.type == "cpu" else [device], device_type=_kind(device))
+    return fork_rng(devices=[] if device.type == "cpu" else [device], device_type=_kind(device))
 
 
 def _kind(device: torch.device) -> str:

@@ -101,7 +101,7 @@ def resume_text(encoder: nn.Module, name: str, original: Any, *args: Any, **kwar
     entailment) goes on from there with the fusion layers, which is the same function.
     """
     if kwargs.get("mode", "multi_modal") == "multi_modal" and kwargs.get("encoder_hidden_states") is not None:
-        half = {key: value for key, value in kwargs.items() if key not in FUSION_ARGUMENTS} | {"mode": "text"}
+        half = {**{key: value for key, value in kwargs.items() if key not in FUSION_ARGUMENTS}, "mode": "text"}
         run = remembered(encoder, name, args, half)
         if run is not None:
             both = {key: kwargs.get(key) for key in ("attention_mask", "return_dict", *FUSION_ARGUMENTS)}
@@ -156,13 +156,13 @@ class Heads(BertMatching):
     def text_of_call(
         self, model: nn.Module, tower: Tower, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> TextCall | None:
-        given = dict(zip(tower.parts["call"], args, strict=False)) | kwargs
+        given = {**dict(zip(tower.parts["call"], args)), **kwargs}
         values = [given.get(name) for name in tower.parts["call"]]
         text = next((found for found in map(tokens_of, values) if found is not None), None)
         if text is None:
             return None
         encoder = tower.parts["text_encoder"]
-        run = {"attention_mask": text[1], "return_dict": True} | text_mode(encoder)
+        run = {"attention_mask": text[1], "return_dict": True, **text_mode(encoder)}
         result = encoder(text[0], **run)
         images = 2 if tower.parts["image_pairs"] else 1
         remembered_run = TextRun(encoder, "forward", (text[0],), run, result)

@@ -71,7 +71,7 @@ class BertMatching(Adapter):
     def encode_images(self, model: Any, tower: Tower, images: Any, **kwargs: Any) -> Tensor:
         wanted = inspect.signature(tower.module.forward).parameters
         flags = {"skip_last_layer": True, "use_checkpoint": False}
-        return tower.module(images, **{name: flag for name, flag in flags.items() if name in wanted} | kwargs)
+        return tower.module(images, **{**{name: flag for name, flag in flags.items() if name in wanted}, **kwargs})
 
     def encode_texts(self, model: Any, tower: Tower, texts: Any) -> Texts:
         encoder = tower.parts.get("text_encoder")

@@ -109,7 +109,7 @@ class Mplug(SequenceFirst, Heads):
             bridge = bridges[min(index, len(bridges) - 1)]
             later: list[Any] = children[children.index(bridge) :]
             norms = (part for part in later if isinstance(part, nn.LayerNorm) and part.normalized_shape == ways[1:])
-            tower.parts |= {"bridge": bridge, "bridge_norm": next(norms, nn.Identity())}
+            tower.parts.update(bridge=bridge, bridge_norm=next(norms, nn.Identity()))
 
     def methods(self, model: nn.Module, towers: list[Tower]) -> list[tuple[nn.Module, Mapping[str, Wrapper]]]:
         parts = towers[0].parts

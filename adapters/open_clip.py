@@ -36,6 +36,11 @@ def _unit(heads: Tensor) -> Tensor:
     return F.normalize(heads, dim=-1)
 
 
+def pool_of(visual: Any) -> Any:
+    """The attentional pooler; releases before 2.16 have none."""
+    return getattr(visual, "attn_pool", None)
+
+
 class _Paired(Adapter):
     """What every open_clip model shares: `model(image, text)`."""
 
@@ -59,7 +64,7 @@ class _Paired(Adapter):
     def text_of_call(
         self, model: Any, tower: Tower, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> TextCall | None:
-        given = dict(zip(("image", "text", "image_latent", "image_embs"), args, strict=False)) | kwargs
+        given = {**dict(zip(("image", "text", "image_latent", "image_embs"), args)), **kwargs}
         if given.get("text") is None or given.get("image") is None:
             return None
         name = self.text_method(model)
@@ -89,7 +94,7 @@ class OpenClip(_Paired):
             return self._refuse(model, visual)
         for block in blocks:
             parts = {name for name, _ in block.named_children()} - {"ln_attn"}
-            if parts != BLOCK_PARTS or not hasattr(block.attn, "in_proj_weight"):
+            if parts - {"ls_1", "ls_2"} != BLOCK_PARTS - {"ls_1", "ls_2"} or not hasattr(block.attn, "in_proj_weight"):
                 return []
         attention: Any = blocks[0].attn
         return [
@@ -119,16 +124,17 @@ class OpenClip(_Paired):
             raise ValueError("patch selection needs plain self-attention over the image: no mask, keys or values")
         normed = block.ln_1(x)
         branch = block.ln_attn(block.attn(normed)) if hasattr(block, "ln_attn") else block.attention(normed)
-        return Attended(x + block.ls_1(branch), normed)
+        return Attended(x + (block.ls_1(branch) if hasattr(block, "ls_1") else branch), normed)
 
     def finish(self, tower: Tower, block: Any, tokens: Tensor, rest: Any) -> Tensor:
-        return tokens + block.ls_2(block.mlp(block.ln_2(tokens)))
+        branch = block.mlp(block.ln_2(tokens))
+        return tokens + (block.ls_2(branch) if hasattr(block, "ls_2") else branch)
 
     def reads_patches(self, model: nn.Module, tower: Tower) -> str | None:
         visual: Any = tower.module
-        if visual.attn_pool is not None:
+        if pool_of(visual) is not None:
             return "an attention pools over all patches"
-        if visual.output_tokens or getattr(visual, "pool_type", "tok") != "tok":
+        if getattr(visual, "output_tokens", False) or getattr(visual, "pool_type", "tok") != "tok":
             return "this model pools or returns all tokens"
         return None
 
@@ -158,7 +164,7 @@ class OpenClip(_Paired):
             num_heads=num_heads,
             scale=scale,
             norm=block.ln_1,
-            output_scale=getattr(block.ls_1, "gamma", None),
+            output_scale=getattr(getattr(block, "ls_1", None), "gamma", None),
             query_norm=query_norm,
             key_norm=key_norm,
             nonlinear_values=nonlinear,
@@ -168,16 +174,16 @@ class OpenClip(_Paired):
         visual: Any = tower.module
         if visual.proj is not None:
             return visual.proj.shape[1]
-        return tower.width if visual.attn_pool is None else visual.attn_pool.query.shape[1]
+        return tower.width if pool_of(visual) is None else visual.attn_pool.query.shape[1]
 
     def lift(self, tower: Tower, text: Tensor) -> Tensor:
         pooled = self._to_pooled(tower, text)
-        return pooled if tower.module.attn_pool is None else self._through_pool(tower, pooled)
+        return pooled if pool_of(tower.module) is None else self._through_pool(tower, pooled)
 
     def read_back(self, tower: Tower, text: Tensor) -> Tensor:
         visual: Any = tower.module
         goal = through_norm(self._to_pooled(tower, text), visual.ln_post)
-        if visual.attn_pool is None:
+        if pool_of(visual) is None:
             return goal
         return through_norm(self._through_pool(tower, goal), visual.attn_pool.ln_k)
 
@@ -202,7 +208,7 @@ class OpenClip(_Paired):
 
     def project(self, tower: Tower, patches: Tensor) -> Tensor:
         visual: Any = tower.module
-        if visual.attn_pool is not None:
+        if pool_of(visual) is not None:
             raise ValueError('relevance="joint" is not offered for attentional pooling: use "values" or "keys"')
         normed = visual.ln_post(patches)
         if visual.proj is None:

@@ -110,7 +110,7 @@ class OpenAiClip(SequenceFirst):
     def text_of_call(
         self, model: Any, tower: Tower, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> TextCall | None:
-        text = (dict(zip(("image", "text"), args, strict=False)) | kwargs).get("text")
+        text = {**dict(zip(("image", "text"), args)), **kwargs}.get("text")
         if text is None:
             return None
         result = model.encode_text(text)

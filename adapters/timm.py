@@ -16,11 +16,27 @@ from patchselect.blocks import call_tower, refuse_grid
 BLOCK_PARTS = {"norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2"}
 
 
+OLD_BLOCK_PARTS = {"norm1", "attn", "drop_path", "norm2", "mlp"}
+"""Before timm 0.6."""
+
+
+def prefix_of(trunk: Any) -> Any:
+    """The number of prefix tokens; before timm 0.8 it had another name."""
+    return getattr(trunk, "num_prefix_tokens", getattr(trunk, "num_tokens", None))
+
+
+def branch(block: Any, number: int, x: Tensor) -> Tensor:
+    """LayerScale and stochastic depth of one branch."""
+    if hasattr(block, "drop_path"):
+        return block.drop_path(x)
+    return getattr(block, f"drop_path{number}")(getattr(block, f"ls{number}")(x))
+
+
 def why_not(trunk: nn.Module) -> str | None:
     """What of `trunk` keeps it from being a plain ViT of timm, in words; `None` if it is one."""
     blocks: Any = getattr(trunk, "blocks", None)
     if (
-        not hasattr(trunk, "num_prefix_tokens")
+        prefix_of(trunk) is None
         or not hasattr(trunk, "patch_embed")
         or not isinstance(blocks, (nn.Sequential, nn.ModuleList))
     ):
@@ -28,7 +44,9 @@ def why_not(trunk: nn.Module) -> str | None:
     if getattr(trunk, "rope", None) is not None:
         return "it uses rotary positions per patch"
     for block in blocks:
-        if {name for name, _ in block.named_children()} != BLOCK_PARTS or not hasattr(block.attn, "qkv"):
+        if {name for name, _ in block.named_children()} not in (BLOCK_PARTS, OLD_BLOCK_PARTS) or not hasattr(
+            block.attn, "qkv"
+        ):
             return f"its blocks ({type(block).__name__}) are not plain pre-norm attention blocks"
         if getattr(block.attn, "rel_pos", None) is not None or hasattr(block.attn, "relative_position_bias_table"):
             return "its attention has relative positions per patch"
@@ -61,7 +79,7 @@ class TimmViT(Adapter):
             adapter=self,
             module=trunk,
             blocks=list(trunk.blocks),
-            num_prefix_tokens=trunk.num_prefix_tokens,
+            num_prefix_tokens=prefix_of(trunk),
             has_class_token=getattr(trunk, "cls_token", None) is not None,
             width=trunk.embed_dim,
             final_norm=trunk.fc_norm if isinstance(trunk.norm, nn.Identity) else trunk.norm,
@@ -76,14 +94,15 @@ class TimmViT(Adapter):
         if attn_mask is not None or is_causal:
             raise ValueError("patch selection does not support an attention mask over the image")
         normed = block.norm1(x)
-        return Attended(x + block.drop_path1(block.ls1(block.attn(normed))), normed)
+        return Attended(x + branch(block, 1, block.attn(normed)), normed)
 
     def finish(self, tower: Tower, block: Any, tokens: Tensor, rest: Any) -> Tensor:
-        return tokens + block.drop_path2(block.ls2(block.mlp(block.norm2(tokens))))
+        return tokens + branch(block, 2, block.mlp(block.norm2(tokens)))
 
     def reads_patches(self, model: nn.Module, tower: Tower) -> str | None:
         trunk: Any = tower.module
-        return None if trunk.global_pool == "token" and trunk.attn_pool is None else "this model pools over all patches"
+        by_token = getattr(trunk, "global_pool", "token") == "token" and getattr(trunk, "attn_pool", None) is None
+        return None if by_token else "this model pools over all patches"
 
     def projections(self, block: Any) -> Projections:
         attention = block.attn
@@ -99,7 +118,7 @@ class TimmViT(Adapter):
             num_heads=attention.num_heads,
             scale=attention.scale,
             norm=block.norm1,
-            output_scale=getattr(block.ls1, "gamma", None),
+            output_scale=getattr(getattr(block, "ls1", None), "gamma", None),
             query_norm=attention.q_norm if normalised else None,
             key_norm=attention.k_norm if normalised else None,
             nonlinear_values=nonlinear,
@@ -117,7 +136,7 @@ class TimmViT(Adapter):
     def project(self, tower: Tower, patches: Tensor) -> Tensor:
         trunk: Any = tower.module
         normed = tower.final_norm(patches)  # type: ignore[misc]
-        if trunk.attn_pool is None:
+        if getattr(trunk, "attn_pool", None) is None:
             return normed
         return trunk.attn_pool(normed.flatten(0, 1).unsqueeze(1)).unflatten(0, normed.shape[:2])
 

@@ -9,7 +9,6 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from patchselect.adapter import (
@@ -25,6 +24,7 @@ from patchselect.adapter import (
     through_norm,
 )
 from patchselect.blocks import Original, call_tower, call_with_text, recall_text
+from patchselect.compat import is_compiling
 from patchselect.scoring import Texts, named, pooled
 
 BLOCK_PARTS = {"layer_norm1", "self_attn", "layer_norm2", "mlp"}
@@ -122,7 +122,7 @@ class TransformersClip(Adapter):
         return [(model, {"forward": call_with_text}), (text, {"forward": recall_text})]
 
     def attend(self, tower: Tower, block: Any, *args: Any, **kwargs: Any) -> Attended:
-        given = dict(zip(tower.parts["block_call"], args, strict=False)) | kwargs
+        given = {**dict(zip(tower.parts["block_call"], args)), **kwargs}
         keeps_all = min(block._patchselect.handle.keep_rates) == 1
         if given.get("attention_mask") is not None and not keeps_all:
             raise ValueError(
@@ -177,14 +177,14 @@ class TransformersClip(Adapter):
     def text_of_call(
         self, model: Any, tower: Tower, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> TextCall | None:
-        given = dict(zip(tower.parts["call"], args, strict=False)) | kwargs
+        given = {**dict(zip(tower.parts["call"], args)), **kwargs}
         if given.get("input_ids") is None or given.get("pixel_values") is None:
             return None
         known = set(tower.parts["call"])
         shared = {
             k: v for k, v in given.items() if k not in known or k in ("output_attentions", "output_hidden_states")
         }
-        run = {name: given.get(name) for name in TEXT_ARGUMENTS if name in known} | shared
+        run = {**{name: given.get(name) for name in TEXT_ARGUMENTS if name in known}, **shared}
         run.pop("return_dict", None)
         result = model.text_model(**run, **tower.parts["text_flags"])
         pooled = getattr(result, "pooler_output", None)
@@ -211,10 +211,10 @@ def call_without_full_mask(module: Any, name: str, original: Original, *args: An
     A real one is refused by the first selecting block. A compiled graph cannot look at the mask and keeps it.
     """
     names = ("pixel_values", "attention_mask", "spatial_shapes")
-    given = dict(zip(names, args, strict=False)) | kwargs
+    given = {**dict(zip(names, args)), **kwargs}
     key = "pixel_attention_mask" if "pixel_attention_mask" in kwargs else "attention_mask"
     selects = min(module._patchselect.keep_rates) < 1
-    if selects and given.get(key) is not None and not torch.compiler.is_compiling() and bool(given[key].all()):
+    if selects and given.get(key) is not None and not is_compiling() and bool(given[key].all()):
         if len(args) > 1:
             args = (args[0], None, *args[2:])
         else:

@@ -31,7 +31,7 @@ def is_tower(module: Any) -> bool:
 
 def call_model(module: nn.Module, name: str, original: Any, *args: Any, **kwargs: Any) -> Any:
     """`ViltModel.forward`: the length of the text says where the patches begin."""
-    given = dict(zip(CALL, args, strict=False)) | kwargs
+    given = {**dict(zip(CALL, args)), **kwargs}
     text = given.get("input_ids")
     text = given.get("inputs_embeds") if text is None else text
     mask = given.get("pixel_mask")

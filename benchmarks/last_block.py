@@ -73,7 +73,7 @@ def measure(model: nn.Module, rate: float, options: argparse.Namespace) -> dict[
             switch(skips)
             seconds[skips].append(timed(run, device))
     moved = (outputs[True] - outputs[False]).abs().max() / outputs[False].abs().max()
-    ratios = [plain / skipped for plain, skipped in zip(seconds[False], seconds[True], strict=True)]
+    ratios = [plain / skipped for plain, skipped in zip(seconds[False], seconds[True])]
     return {
         "keep_rate": rate,
         "gflops": flops[False] / 1e9,

@@ -74,7 +74,7 @@ def _known_config(name: str) -> Any:
 
     if name in CLIP_CONFIGS:
         large = "large" in name
-        vision = CLIP_CONFIGS[name] | (LARGE_VISION if large else {})
+        vision = {**CLIP_CONFIGS[name], **(LARGE_VISION if large else {})}
         return CLIPConfig(
             vision_config=vision, text_config=LARGE_TEXT if large else {}, projection_dim=768 if large else 512
         )

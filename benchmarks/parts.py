@@ -13,7 +13,7 @@ def stretches(depth: int, layers: Sequence[int]) -> list[tuple[str, slice]]:
     """Blocks that see sequences of one length, named as people count them: `blocks 1-5` ends with layer 4."""
     ends = sorted({*(layer + 1 for layer in layers if layer < depth), depth})
     starts = [0, *ends[:-1]]
-    return [(f"blocks {start + 1}-{end}", slice(start, end)) for start, end in zip(starts, ends, strict=True)]
+    return [(f"blocks {start + 1}-{end}", slice(start, end)) for start, end in zip(starts, ends)]
 
 
 def spent_by_part(

@@ -30,7 +30,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
     figure = Figure(figsize=(max(6.5, 4.6 * columns), 4.0 * rows + 0.9), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
-    for axis, (values, records) in zip(axes, groups, strict=False):
+    for axis, (values, records) in zip(axes, groups):
         size, batch, precision, work, view = values
         _panel(axis, records, report["flop_limit"][f"{size}/{view}"])
         axis.set_title(f"{size} px, batch {batch}, {precision}\n{WORK[work]}, {VIEW[view]}", fontsize=10)

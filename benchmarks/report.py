@@ -59,7 +59,8 @@ def summarise(measured: Sequence[Measured], flops: dict[tuple[int, str, Case], f
         for entry in entries:
             setting, case = entry.setting, entry.case
             cost = flops[setting.image_size, setting.view, case]
-            record = vars(setting) | {
+            record = {
+                **vars(setting),
                 "method": case.method,
                 "keep_rate": case.keep_rate,
                 "rounds": len(entry.seconds),
@@ -71,16 +72,15 @@ def summarise(measured: Sequence[Measured], flops: dict[tuple[int, str, Case], f
                 "tome_removed_patches": case.removed or None,
             }
             if case.method != "text encoder":
-                record["speed_up"] = spread([b / s for b, s in zip(base.seconds, entry.seconds, strict=True)])
+                record["speed_up"] = spread([b / s for b, s in zip(base.seconds, entry.seconds)])
                 record["flop_ratio"] = flops[setting.image_size, setting.view, base.case] / cost
                 record["efficiency"] = record["speed_up"]["median"] / record["flop_ratio"]
             if case.method in GUIDED and setting.work == "forward":
-                record["selecting_share"] = spread([p / s for p, s in zip(entry.selecting, entry.seconds, strict=True)])
+                record["selecting_share"] = spread([p / s for p, s in zip(entry.selecting, entry.seconds)])
             if case.method == "text" and tome:
                 rivals = {name: tome[name, case.keep_rate].seconds for name in TOME if (name, case.keep_rate) in tome}
                 record["against_tome"] = {
-                    name: spread([r / s for r, s in zip(rival, entry.seconds, strict=True)])
-                    for name, rival in rivals.items()
+                    name: spread([r / s for r, s in zip(rival, entry.seconds)]) for name, rival in rivals.items()
                 }
             records.append(record)
     return records
@@ -115,9 +115,7 @@ def table(records: Sequence[dict[str, Any]]) -> str:
     """Markdown, columns aligned so that it also reads well in a terminal."""
     rows = [COLUMNS, *map(_cells, records)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(COLUMNS))]
-    lines = [
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
-    ]
+    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in rows]
     return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
 
 

@@ -121,8 +121,8 @@ def time_rows(model: nn.Module, records: list[dict[str, Any]], options: argparse
                 taken = timed(call_of(model, options.batch, record["size"], True, device), device)
             if turn:
                 (baseline if place < 0 else seconds[place]).append(taken)
-    for record, found in zip(measured, seconds, strict=True):
-        record |= spread(found) | {"time_ratio": spread(found)["median"] / spread(baseline)["median"]}
+    for record, found in zip(measured, seconds):
+        record.update({**spread(found), "time_ratio": spread(found)["median"] / spread(baseline)["median"]})
     return spread(baseline)
 
 

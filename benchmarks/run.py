@@ -56,7 +56,7 @@ def run(options: argparse.Namespace, bar: tqdm[Any]) -> Found:
         cases = {view: cases_of(options, book, view) for view in options.view}
         for view in options.view:
             found.limits[f"{host.image_size}/{view}"] = book.limit(min(options.keep_rate), view)
-            found.flops |= {(host.image_size, view, case): book.of(case, view) for case in cases[view]}
+            found.flops.update({(host.image_size, view, case): book.of(case, view) for case in cases[view]})
         for batch, precision, work, view in combinations:
             host.model.to(dtype=dtype_of(precision))
             mine = weight(batch, precision, work, view)
@@ -116,7 +116,7 @@ def suits(case: Case, work: str) -> bool:
 
 def inputs_of(host: Host, photos: Sequence[Photo], batch: int) -> Inputs:
     """Photographs and captions as the model wants them, the captions already encoded."""
-    pictures, captions = zip(*batch_of(photos, batch), strict=True)
+    pictures, captions = zip(*batch_of(photos, batch))
     tokens = host.tokens(list(captions))
     with torch.no_grad():
         text = host.encode_text(tokens)

@@ -135,7 +135,7 @@ def token_merging(model: nn.Module, removed: int, fused: bool = True) -> Iterato
     state: dict[str, Tensor | None] = {}
     steps = schedule(removed, len(tower.blocks))
     try:
-        for index, (block, step) in enumerate(zip(tower.blocks, steps, strict=True)):
+        for index, (block, step) in enumerate(zip(tower.blocks, steps)):
             block.forward = partial(run_block, tower, block, step, index == 0, fused, state)  # type: ignore[method-assign]
         yield
     finally:

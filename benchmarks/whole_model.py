@@ -172,7 +172,7 @@ def measure(options: argparse.Namespace, work: str, size: int, bar: tqdm[Any]) -
             "keep_rate": rate,
             "seconds": seconds[method, rate],
             "pairs_per_second": spread([options.batch / s for s in seconds[method, rate]]),
-            "speed_up": spread([b / s for b, s in zip(seconds[base], seconds[method, rate], strict=True)]),
+            "speed_up": spread([b / s for b, s in zip(seconds[base], seconds[method, rate])]),
             "gflops_per_pair": flops[method, rate]["all"] / 1e9,
             "flop_ratio": flops[base]["all"] / flops[method, rate]["all"],
             "parts": as_parts(flops[method, rate], by_part[method, rate]) if blocks else None,

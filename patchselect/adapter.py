@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Callable, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from .compat import is_compiling, partial_average
 from .scoring import Scoring
 
 
@@ -78,7 +79,7 @@ class TextRun(NamedTuple):
         """Whether a call is this one: the same tensors, equal flags; flags that are off or absent are the same."""
         names = {name for name in (*self.kwargs, *kwargs) if name != "return_dict"}
         pairs = [(self.kwargs.get(name), kwargs.get(name)) for name in names]
-        return len(args) == len(self.args) and all(_same(a, b) for a, b in (*zip(self.args, args, strict=True), *pairs))
+        return len(args) == len(self.args) and all(_same(a, b) for a, b in (*zip(self.args, args), *pairs))
 
 
 def _same(a: Any, b: Any) -> bool:
@@ -254,9 +255,7 @@ def gathered(weight: Tensor) -> Tensor:
     Only weights of modules that are not running need this. The gradient of each rank's share is averaged over the
     ranks, as FSDP2 does with every other gradient.
     """
-    if torch.compiler.is_compiling() or not hasattr(weight, "full_tensor"):
+    if is_compiling() or not hasattr(weight, "full_tensor"):
         return weight
-    from torch.distributed.tensor import Partial
-
     sharded: Any = weight
-    return sharded.full_tensor(grad_placements=[Partial("avg")] * sharded.device_mesh.ndim)
+    return sharded.full_tensor(grad_placements=[partial_average()] * sharded.device_mesh.ndim)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Callable
 
 import torch
 from torch import Tensor, nn
@@ -144,6 +143,8 @@ class Layer:
 def run_block(block: nn.Module, name: str, original: Original, *args: Any, **kwargs: Any) -> Any:
     """A selecting block: its attention, the selection, and its MLP on what is left (TRIPS §3.2)."""
     layer: Layer = block._patchselect  # type: ignore[assignment]
+    if not hasattr(block, "gradient_checkpointing"):  # else call_block has done it
+        kwargs = {**layer.tower.adapter.carry(layer.tower), **kwargs}
     if getattr(block, "_is_replica", False):
         raise ValueError("nn.DataParallel is not supported: use DistributedDataParallel, or call its .module")
     carried: Guidance | None = kwargs.pop("_patchselect_guidance", None)
@@ -177,7 +178,7 @@ def call_block(block: nn.Module, name: str, original: Original, *args: Any, **kw
     Reentrant checkpointing passes gradients to tensor arguments alone, so a text that needs one goes in as such.
     """
     layer: Layer = block._patchselect  # type: ignore[assignment]
-    kwargs |= layer.tower.adapter.carry(layer.tower)
+    kwargs.update(layer.tower.adapter.carry(layer.tower))
     if getattr(block, "gradient_checkpointing", False) and block.training and layer.guidance == "text":
         guidance = current(layer.handle)
         if guidance is not None:

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from .adapter import Tower
 from .checks import check_layers
+from .compat import FlopCounterMode
 from .functional import as_ratio, num_kept
 from .hosts import find_towers, unwrapped
 from .patching import Handle, handles_in
@@ -71,7 +71,7 @@ class Cost:
 
     def of_encoder(self, patches: int, layers: Sequence[int] = (), rates: Sequence[tuple[int, int]] = ()) -> int:
         """Multiply-adds of one image of `patches` patches, with these selection layers and rates (as `as_ratio`)."""
-        by_layer = dict(zip(layers, rates, strict=True))
+        by_layer = dict(zip(layers, rates))
         total = patches * self.embedding
         for index in range(self.depth):
             tokens = self.prefix + patches

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from itertools import pairwise
 from numbers import Integral, Real
 from typing import Any, cast
 
@@ -51,7 +50,7 @@ def check_layers(layers: Any, depth: int) -> tuple[int, ...]:
         if not 0 <= int(layer) < depth:
             raise ValueError(f"layer {layer} is outside of this model's {depth} blocks: use 0 to {depth - 1}")
     chosen = tuple(int(layer) for layer in layers)
-    if not chosen or any(a >= b for a, b in pairwise(chosen)):
+    if not chosen or any(a >= b for a, b in zip(chosen, chosen[1:])):
         raise ValueError(f"layers must be at least one index, ascending and without repeats, got {list(chosen)}")
     return chosen
 

@@ -29,7 +29,7 @@ def checksums(tensors: Sequence[Tensor]) -> tuple[str, ...]:
             words = torch.stack([_mixed(part) for part in parts])
         sums.append(_mixed(words))
     totals = torch.stack([total.to(sums[0].device) for total in sums]).tolist() if sums else []
-    return tuple(f"{kind} {total}" for kind, total in zip(kinds, totals, strict=True))
+    return tuple(f"{kind} {total}" for kind, total in zip(kinds, totals))
 
 
 def _mixed(words: Tensor) -> Tensor:
@@ -39,7 +39,7 @@ def _mixed(words: Tensor) -> Tensor:
     return ((words ^ (words >> 32 & 0xFFFFFFFF)) * _factors(words.device)[: len(words)]).sum()
 
 
-@functools.cache
+@functools.lru_cache(maxsize=None)
 def _factors(device: torch.device) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     return torch.randint(-(2**63), 2**63 - 1, (_AT_ONCE,), generator=generator).to(device)

@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from .compat import is_exporting
+
 Fusion = Literal["mean", "sum", "none"]
 FUSIONS: tuple[str, ...] = ("mean", "sum", "none")
 
@@ -199,7 +201,7 @@ def random_relevance(like: Tensor) -> Tensor:
 
 def _most_relevant(weights: Tensor, num_keep: int) -> Tensor:
     """Ascending indices of the `num_keep` largest weights of each row; the first of equals stay."""
-    if torch.compiler.is_exporting():  # exporters know topk, which ONNX defines with the same order of equals
+    if is_exporting():  # exporters know topk, which ONNX defines with the same order of equals
         return weights.topk(num_keep, dim=-1).indices.sort(dim=-1).values
     return weights.sort(dim=-1, descending=True, stable=True).indices[..., :num_keep].sort(dim=-1).values
 

@@ -6,12 +6,13 @@ import copy
 import weakref
 from collections.abc import Callable
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Tuple
 
 import torch
 from torch import Tensor, nn
 
 from .checks import PAIRINGS, check_choice
+from .compat import address_of, in_functorch, in_graph_task, is_compiling, is_dynamo_compiling, memory_of
 
 if TYPE_CHECKING:
     from .patching import Handle
@@ -43,7 +44,7 @@ class Guidance:
 
         With gradients, checkpointing may run a layer without the one before it, and must find the same graph.
         """
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if torch.is_grad_enabled() or is_compiling():
             return None
         return self.stashes.setdefault(id(tower), {})
 
@@ -53,7 +54,7 @@ _current: ContextVar[Guidance | None] = ContextVar("patchselect_guidance", defau
 
 def current(owner: Handle) -> Guidance | None:
     """The innermost guidance of this thread (or task) for the towers of `owner`."""
-    if torch.compiler.is_dynamo_compiling() and owner.traced is not None:
+    if is_dynamo_compiling() and owner.traced is not None:
         return owner.traced
     found = _current.get()
     while found is not None and found.owner is not owner:
@@ -93,7 +94,7 @@ class scope:
         self.prefix = prefix
 
     def __enter__(self) -> None:
-        if torch.compiler.is_dynamo_compiling():
+        if is_dynamo_compiling():
             outer = self.owner.traced
             self.owner.traced = Guidance(self.owner, self.text, self.pairing, outer, self.exact, self.memo, self.prefix)
         else:
@@ -108,7 +109,7 @@ class scope:
             _current.set(opened)
 
     def __exit__(self, *exception: object) -> None:
-        if torch.compiler.is_dynamo_compiling():
+        if is_dynamo_compiling():
             inner = self.owner.traced
             self.owner.traced = None if inner is None else inner.outer
         else:
@@ -161,32 +162,32 @@ class guide(scope):
 # an accelerator, in another thread). What both runs share is the memory of the block's input: the checkpoint keeps
 # it alive for exactly as long as it may be recomputed. So the text is noted under that memory, and dies with it.
 
-_Key = tuple[int, int, int]
+_Key = Tuple[int, int, int]
 _noted: dict[_Key, tuple[Guidance, bool]] = {}
 _recorded: dict[_Key, bool] = {}
 
 
 def _key(hidden: Tensor, reader: object) -> _Key:
-    return hidden.untyped_storage()._cdata, int(hidden.storage_offset()), id(reader)
+    return address_of(hidden), int(hidden.storage_offset()), id(reader)
 
 
 def _keep(table: dict[_Key, Any], hidden: Tensor, reader: object, value: Any) -> None:
     """Note `value` for as long as the memory of `hidden` lives."""
     key = _key(hidden, reader)
     if key not in table:
-        weakref.finalize(hidden.untyped_storage(), table.pop, key, None)
+        weakref.finalize(memory_of(hidden), table.pop, key, None)
     table[key] = value
 
 
 def in_backward() -> bool:
     """Whether this thread is inside of a backward pass: a block that runs there is being recomputed."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+    return not is_compiling() and in_graph_task()
 
 
 def _may_be_recomputed(hidden: Tensor, *others: Tensor) -> bool:
-    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+    if is_compiling() or torch.is_inference_mode_enabled():
         return False
-    if torch._C._are_functorch_transforms_active():  # their tensors have no memory of their own
+    if in_functorch():  # their tensors have no memory of their own
         return False
     # The weights of the block itself may be the first that train, so the input need not ask for a gradient.
     return torch.is_grad_enabled() or any(tensor.requires_grad for tensor in (hidden, *others))

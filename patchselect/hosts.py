@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Tuple
 
 import torch
 from torch import nn
@@ -13,7 +13,7 @@ from .adapter import Adapter, Tower
 
 CHECKPOINTED = "_checkpoint_wrapped_module"
 """Where `checkpoint_wrapper` and `offload_wrapper` of torch hold the module that they wrap."""
-Place = tuple[nn.Module, str]
+Place = Tuple[nn.Module, str]
 """A parent and the name of one of its children."""
 
 
@@ -32,7 +32,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
             "nn.DataParallel is not supported (its threads do not see the text): apply to model.module and use "
             "DistributedDataParallel"
         )
-    if hasattr(model, "_orig_mod") or model._compiled_call_impl is not None:
+    if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
         raise TypeError("this model is already compiled: call patchselect.apply first, torch.compile after it")
     if isinstance(model, nn.parallel.DistributedDataParallel):
         return unwrapped(model.module)

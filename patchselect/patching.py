@@ -129,7 +129,7 @@ def apply(
     for old in handles_in(host):
         old.remove()
     for tower in towers:
-        for position, (index, rate) in enumerate(zip(chosen, rates, strict=True)):
+        for position, (index, rate) in enumerate(zip(chosen, rates)):
             block = tower.blocks[index]
             overrides: dict[str, Wrapper] = {"forward": run_block}
             if hasattr(block, "gradient_checkpointing"):

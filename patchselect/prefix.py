@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .adapter import Attended, Tower
 from .blocks import Layer, Original
 from .checksums import checksums
+from .compat import allow_in_files
 from .guidance import Guidance, current, scope
 from .patching import Handle, handle_of, patch
 
@@ -145,7 +146,7 @@ class Prefix:
             )
 
 
-torch.serialization.add_safe_globals([Prefix, Origin])
+allow_in_files(Prefix, Origin)
 
 
 class _Taking:
@@ -208,7 +209,7 @@ def encode_prefix(model: nn.Module, images: Any, **kwargs: Any) -> Prefix:
     parts = []
     for batch in batches(images, tower):
         pixels = batch.to(weight)
-        tokens, normed, rest = take_prefix(handle, pixels.images, pixels.options | kwargs)
+        tokens, normed, rest = take_prefix(handle, pixels.images, {**pixels.options, **kwargs})
         parts.append(Prefix(tokens, normed, tuple(batch.images.shape[1:]), origin, rest))
     if len({(part.shape, part.tokens.shape[1:]) for part in parts}) != 1:
         raise ValueError(

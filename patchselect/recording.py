@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, List, NoReturn
 
 import torch
 from torch import Tensor
@@ -49,7 +49,7 @@ class Selected:
     went into; -1 is in none (`fusion="none"`, or dropped by the host); `None` where `grid` is."""
 
 
-class Trace(list[Selected]):
+class Trace(List[Selected]):
     """One entry per selection layer and call, in order."""
 
 

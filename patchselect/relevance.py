@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -12,12 +12,13 @@ from torch import Tensor, nn
 
 from . import functional as op
 from .adapter import Adapter, Projections, Tower, gathered, norm_eps
+from .compat import is_compiling
 
 if TYPE_CHECKING:
     from .patching import Layer
 
 
-Directions = tuple[Tensor, Tensor | None]
+Directions = Tuple[Tensor, Optional[Tensor]]
 """One selection layer's own direction and the folded one of all later layers, each `(B, T, D)` or `(1, T, D)`."""
 
 
@@ -112,7 +113,7 @@ def _value_scores(
     found = None if stash is None else stash.pop(layer.index, None)
     if found is None:
         goal = adapter.read_back(tower, text)
-        if not torch.compiler.is_compiling() and patches.shape[:2].numel() < goal.shape[:2].numel():
+        if not is_compiling() and patches.shape[:2].numel() < goal.shape[:2].numel():
             values = _through_values(adapter, tower, layer.index, normed, patches)
             return op.linear_scores(goal.to(values.dtype), values)
         indices = (layer.index,) if stash is None else tuple(i for i in layer.handle.layers if i >= layer.index)

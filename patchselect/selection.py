@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .checks import check_fusion, check_rate
+from .compat import in_functorch, is_compiling
 from .functional import Fusion, as_ratio, keep_and_fuse, num_kept
 
 
@@ -65,6 +66,6 @@ class PatchSelection(nn.Module):
 
 def _readable(x: Tensor) -> bool:
     """Whether reading a value costs nothing: it is a plain tensor on the CPU, and nothing traces the program."""
-    if torch.compiler.is_compiling() or type(x) is not Tensor or x.device.type != "cpu":
+    if is_compiling() or type(x) is not Tensor or x.device.type != "cpu":
         return False
-    return not torch._C._are_functorch_transforms_active()
+    return not in_functorch()

@@ -11,13 +11,13 @@ from __future__ import annotations
 import copyreg
 import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Tuple
 
 from torch import nn
 
 from .adapter import Wrapper
 
-Overrides = tuple[tuple[str, Wrapper], ...]
+Overrides = Tuple[Tuple[str, Wrapper], ...]
 _classes: dict[tuple[type, Overrides], type] = {}
 
 
@@ -52,14 +52,16 @@ def swapped_class(base: type, overrides: Overrides) -> type:
     key = (base, overrides)
     if key not in _classes:
         namespace = {name: _override(base, name, wrapper) for name, wrapper in overrides}
-        namespace |= {
-            "__module__": base.__module__,
-            "__qualname__": base.__qualname__,
-            "__doc__": base.__doc__,
-            "__reduce_ex__": _reduce,
-            "_patchselect_base": base,
-            "_patchselect_overrides": overrides,
-        }
+        namespace.update(
+            {
+                "__module__": base.__module__,
+                "__qualname__": base.__qualname__,
+                "__doc__": base.__doc__,
+                "__reduce_ex__": _reduce,
+                "_patchselect_base": base,
+                "_patchselect_overrides": overrides,
+            }
+        )
         _classes[key] = type(base)(base.__name__, (base,), namespace)
     return _classes[key]
 

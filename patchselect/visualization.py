@@ -78,7 +78,7 @@ def draw_selection(
         photo = photos[row].permute(1, 2, 0).numpy()
         axes[row][0].imshow(photo)
         _heat(axes[row][1], photo, relevance_map(layers[0], row))
-        for axis, entry, share in zip(axes[row][2:], layers, fused_shares(layers, row), strict=True):
+        for axis, entry, share in zip(axes[row][2:], layers, fused_shares(layers, row)):
             mask = kept_map(entry, row)
             axis.imshow(_faded(photo, mask))
             _outline(axis, mask, photo.shape)
@@ -90,7 +90,7 @@ def draw_selection(
                 -0.06, 0.5, labels[row], transform=axes[row][0].transAxes, ha="right", va="center", fontsize=12,
                 color=INK, wrap=False,
             )  # fmt: skip
-    for axis, name in zip(axes[0], names, strict=False):
+    for axis, name in zip(axes[0], names):
         axis.set_title(name, fontsize=10.5, color=INK, pad=7)
     if path is not None:
         figure.savefig(path, dpi=dpi, bbox_inches="tight", facecolor=PAPER, pad_inches=0.18)

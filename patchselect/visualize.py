@@ -96,7 +96,7 @@ def _transformers(options: argparse.Namespace, photo: Any) -> Loaded:
         import numpy
 
         patches = int(inputs["pixel_attention_mask"].sum())
-        inputs |= {name: inputs[name][:, :patches] for name in ("pixel_values", "pixel_attention_mask")}
+        inputs.update({name: inputs[name][:, :patches] for name in ("pixel_values", "pixel_attention_mask")})
         pixels = torch.from_numpy(numpy.array(photo)).permute(2, 0, 1).unsqueeze(0) / 255
     return Loaded(model, _as_seen(pixels), features, lambda: model.get_image_features(**inputs))
 

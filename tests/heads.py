@@ -97,7 +97,7 @@ def changed(batch: Any, row: int) -> Any:
     ids = ids.clone()
     ids[row, 1:3] = ids[row, 1:3] % 90 + 5
     names = ("tensors", "mask") if nested else ("input_ids", "attention_mask")
-    other = SimpleNamespace(**dict(zip(names, (ids, mask), strict=True)))
+    other = SimpleNamespace(**dict(zip(names, (ids, mask))))
     return (args[0], other, *args[2:]), kwargs
 
 
@@ -158,15 +158,17 @@ HEADS: dict[str, Callable[[], Head]] = {
 }
 for _large in (False, True):
     _size = "large" if _large else "base"
-    HEADS |= {
-        f"mplug-retrieval-{_size}": lambda large=_large: _double(mplug.Retrieval(large), same_stream=False),
-        f"mplug-answering-{_size}": lambda large=_large: _double(mplug.Answering(large), same_stream=False),
-        f"mplug-grounding-{_size}": lambda large=_large: _grounding(large),
-        f"mplug-captioning-{_size}": lambda large=_large: _double(
-            mplug.Captioning(large), sentences(3, seed=1), captions=True
-        ),
-        f"mplug-video-{_size}": lambda large=_large: _video(large),
-    }
+    HEADS.update(
+        {
+            f"mplug-retrieval-{_size}": lambda large=_large: _double(mplug.Retrieval(large), same_stream=False),
+            f"mplug-answering-{_size}": lambda large=_large: _double(mplug.Answering(large), same_stream=False),
+            f"mplug-grounding-{_size}": lambda large=_large: _grounding(large),
+            f"mplug-captioning-{_size}": lambda large=_large: _double(
+                mplug.Captioning(large), sentences(3, seed=1), captions=True
+            ),
+            f"mplug-video-{_size}": lambda large=_large: _video(large),
+        }
+    )
 for _name in ("retrieval", "pretrain", "vqa", "nlvr", "nlvr_pretrain", "ve"):
     HEADS[f"real-albef-{_name}"] = functools.partial(_real, "albef", _name)
 for _name in ("retrieval", "vqa", "grounding", "caption", "caption_vatex"):

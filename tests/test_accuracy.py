@@ -63,7 +63,7 @@ def test_a_drawing_is_where_its_box_says(scenes):
 
 def test_masks_are_the_patches_that_a_box_covers(scenes):
     masks = scenes.patch_masks(0, 10)
-    for mask, (left, top, right, bottom) in zip(masks, scenes.boxes[0], strict=True):
+    for mask, (left, top, right, bottom) in zip(masks, scenes.boxes[0]):
         full = torch.zeros(80, 80)
         full[top:bottom, left:right] = 1
         share = full.view(10, 8, 10, 8).mean((1, 3)).flatten()
@@ -84,7 +84,7 @@ def test_captions_name_what_they_should(scenes):
     assert [i - AND - 1 for i in ids if i > AND] == [0, 31]
     assert caption_ids([0])[-1] == PAD
     batch = Sampler(scenes, 10, seed=0).draw(16)
-    for fitting, other, objects in zip(batch.fitting, batch.other, batch.objects, strict=True):
+    for fitting, other, objects in zip(batch.fitting, batch.other, batch.objects):
         here = set(objects.tolist())
         named, swapped = ({i - AND - 1 for i in ids.tolist() if i > AND} for ids in (fitting, other))
         assert named <= here
@@ -250,7 +250,7 @@ def test_tables_give_means_and_standard_errors_over_seeds():
     assert error([90.0, 92.0]) == pytest.approx(1.0)
     assert spread([90.0, 92.0]) == "91.0 ± 1.0"
     assert "| text (TRIPS), as it is | – | 91.0 ± 1.0 | – | – |" in curve_table(records, "accuracy")
-    alone = [record | {"error": 0.25} for record in records if record["seed"] == 0]
+    alone = [{**record, "error": 0.25} for record in records if record["seed"] == 0]
     assert "| text (TRIPS), as it is | – | 90.0 ± 0.2 | – | – |" in curve_table(alone, "accuracy")
 
 

@@ -73,7 +73,7 @@ def test_training_lowers_the_loss_and_is_saved(tmp_path):
 
 
 def test_one_caption_fits(asked):
-    for objects, captions in zip(asked.scenes.objects, asked.candidates, strict=True):
+    for objects, captions in zip(asked.scenes.objects, asked.candidates):
         fits = [set(caption) <= set(objects) for caption in captions]
         assert fits == [True] + [False] * (questions.CHOICES - 1)
         assert len({frozenset(caption) for caption in captions}) == questions.CHOICES
@@ -256,10 +256,8 @@ def one_step(rank: int, world: int, folder: str) -> None:
     for name, (pairing, alignment) in PAIRINGS.items():
         host = pairs.small_host(0)
         plan = align.Plan("values", (0.3,), clip.LAYERS, pairing, alignment, steps=1, batch=16 // world, rate=25.0)
-        with (
-            mock.patch.object(torch.optim, "AdamW", lambda weights, rate, **_: torch.optim.SGD(weights, rate, 0.9)),
-            mock.patch.object(torch.nn.utils, "clip_grad_norm_", lambda *_: torch.zeros(())),
-        ):
+        plain = mock.patch.object(torch.optim, "AdamW", lambda weights, rate, **_: torch.optim.SGD(weights, rate, 0.9))
+        with plain, mock.patch.object(torch.nn.utils, "clip_grad_norm_", lambda *_: torch.zeros(())):
             (loss,) = align.align(host, data, plan, progress=False)
         found[name] = loss, host.model.state_dict()
     torch.save(found, f"{folder}/{world}-{rank}.pt")
@@ -291,7 +289,7 @@ def test_processes_share_the_batch_out():
     plan = align.Plan(steps=5, batch=4)
     whole = list(align.Batches(30, align.Plan(steps=5, batch=8), 0))
     parts = [list(align.Batches(30, plan, 0, rank, 2)) for rank in range(2)]
-    assert [a + b for a, b in zip(*parts, strict=True)] == whole
+    assert [a + b for a, b in zip(*parts)] == whole
     assert list(align.Batches(30, plan, 3, 1, 2)) == parts[1][3:]
     with pytest.raises(ValueError, match="lower --batch"):
         align.Batches(7, plan, 0, 0, 2)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from functools import cache, partial
+from functools import lru_cache, partial
 
 import pytest
 import torch
@@ -17,12 +17,12 @@ from benchmarks.accuracy.scenes import PLAIN, make_scenes
 from benchmarks.accuracy.throughput import throughput
 
 
-@cache
+@lru_cache(maxsize=None)
 def few_questions(count, pool, seed, layout=PLAIN):
     return Questions.make(6, 3, seed, layout)
 
 
-@cache
+@lru_cache(maxsize=None)
 def few_scenes(layout):
     return make_scenes(24, 0, False, layout)
 

@@ -122,7 +122,7 @@ def test_autocast_loses_what_float32_loses(name, monkeypatch):
     with autocast(True), handle.record() as half:
         found = floats(head.call(batch))
     assert closest_call(trace) > 8 * HALF and len(half) == len(trace) == 4
-    assert all(torch.equal(one.kept, two.kept) for one, two in zip(half, trace, strict=True))
+    assert all(torch.equal(one.kept, two.kept) for one, two in zip(half, trace))
     torch.testing.assert_close([loss.float() for loss in found], expected, rtol=HALF, atol=0)
     assert not all(map(torch.equal, found, expected)), "nothing ran in half precision"
     loss_of(found).backward()
@@ -147,7 +147,7 @@ def step(name: str, checkpointing: CheckpointImpl | None, detached: bool = False
     model = head.model.train()
     handle = patchselect.apply(model, 0.5, LAYERS)
     kept: list[list[Tensor]] = [[] for _ in LAYERS]
-    for runs, layer in zip(kept, LAYERS, strict=True):
+    for runs, layer in zip(kept, LAYERS):
         norm = handle.towers[0].blocks[layer].norm2  # reads what the selection leaves
         norm.register_forward_pre_hook(lambda module, args, runs=runs: runs.append(args[0].detach().clone()))
     text, weights = head.text_features(), dict(model.named_parameters())
@@ -174,7 +174,7 @@ def test_checkpointing_changes_no_loss_and_no_gradient(name, kind):
     dust = 1e-6 * max(float(gradient.abs().max()) for gradient in whole.gradients.values())
     for key, expected in whole.gradients.items():
         torch.testing.assert_close(again.gradients[key], expected, rtol=1e-4, atol=dust)
-    for once, (first, second) in zip(whole.kept, again.kept, strict=True):
+    for once, (first, second) in zip(whole.kept, again.kept):
         assert torch.equal(first, once[0]) and torch.equal(second, first), "the recomputation kept other patches"
 
 

@@ -38,7 +38,7 @@ def guided(case: Case, images) -> None:
         case.image_side(case.model, images)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=None)
 def real_clip():
     transformers = pytest.importorskip("transformers")
     config = transformers.CLIPVisionConfig(**REAL, patch_size=16, image_size=224, projection_dim=512)

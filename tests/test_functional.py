@@ -39,7 +39,7 @@ def draw(case):
 
 def slow_select(tokens, relevance, keep, prefix, fusion):
     rows, kept_rows = [], []
-    for row, weights in zip(tokens, relevance, strict=True):
+    for row, weights in zip(tokens, relevance):
         ranked = sorted(range(len(weights)), key=lambda i: (-float(weights[i]), i))
         kept, rest = sorted(ranked[:keep]), sorted(ranked[keep:])
         out = [row[i] for i in range(prefix)] + [row[prefix + i] for i in kept]
@@ -84,7 +84,7 @@ def test_kept_and_fused_weights_account_for_every_patch(case):
 @settings(max_examples=60, deadline=None)
 @given(shapes, st.randoms(use_true_random=False))
 def test_permuting_the_patches_permutes_the_choice(case, random):
-    tokens, relevance = draw(case | {"ties": False})
+    tokens, relevance = draw({**case, "ties": False})
     order = list(range(case["patches"]))
     random.shuffle(order)
     prefix, keep = case["prefix"], op.num_kept(case["patches"], case["rate"])

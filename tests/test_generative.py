@@ -44,8 +44,8 @@ def build(name: str, vision_width: int = 64):
     torch.manual_seed(0)
     if name in VILTS:
         return getattr(transformers, name)(transformers.ViltConfig(**VILT)).eval()
-    text = BLIP_TEXT | {"encoder_hidden_size": vision_width}
-    vision = BLIP_VISION | {"hidden_size": vision_width}
+    text = {**BLIP_TEXT, "encoder_hidden_size": vision_width}
+    vision = {**BLIP_VISION, "hidden_size": vision_width}
     config = transformers.BlipConfig(
         text_config=text, vision_config=vision, projection_dim=32, image_text_hidden_size=32
     )
@@ -70,7 +70,7 @@ def inputs(name: str) -> dict[str, torch.Tensor]:
 
 def call(model, given, **more):
     torch.manual_seed(5)  # ViLT shuffles its patches
-    return [part for part in model(**given | more).to_tuple() if isinstance(part, torch.Tensor)]
+    return [part for part in model(**{**given, **more}).to_tuple() if isinstance(part, torch.Tensor)]
 
 
 def lengths(prefix: int) -> list[int]:
@@ -120,7 +120,7 @@ def test_a_text_guides_its_own_image_alone(name):
     other[1, 1:4] = 7
     with handle.record() as moved:
         call(model, given, input_ids=other)
-    for one, two in zip(trace, moved, strict=True):
+    for one, two in zip(trace, moved):
         assert (one.relevance != two.relevance).any(dim=1).tolist() == [False, True, False]
 
 
@@ -295,7 +295,7 @@ def test_padding_of_bare_ids_is_no_word(name):
     expected = patchselect.score_pairs(model, given["pixel_values"], texts, progress=False)
     found = patchselect.score_pairs(model, given["pixel_values"], texts["input_ids"], progress=False)
     torch.testing.assert_close(found, expected)
-    every = texts | {"attention_mask": torch.ones_like(texts["input_ids"])}
+    every = {**texts, "attention_mask": torch.ones_like(texts["input_ids"])}
     words = patchselect.score_pairs(model, given["pixel_values"], every, progress=False)
     assert (words - expected)[:, 1].abs().min() > 1e-4
 

@@ -222,13 +222,13 @@ def gradients(name: str, switch, relevance: str):
     texts = [torch.randn(2, case.text_width, generator=torch.Generator().manual_seed(i)) for i in (1, 2)]
     texts = [text.requires_grad_() for text in texts]
     losses = []
-    for weight, text in zip((1.0, 3.0), texts, strict=True):
+    for weight, text in zip((1.0, 3.0), texts):
         with patchselect.guide(case.model, text):
             losses.append(weight * case.image_side(case.model, images).square().sum())
     with patchselect.guide(case.model, torch.randn(2, case.text_width)):
         sum(losses).backward()
     found = {key: value.grad for key, value in case.model.named_parameters()}
-    return found | {f"text {index}": text.grad for index, text in enumerate(texts)}
+    return {**found, **{f"text {index}": text.grad for index, text in enumerate(texts)}}
 
 
 def checkpointing(model, **options):
@@ -276,7 +276,7 @@ def test_checkpointing_where_nothing_before_the_selection_trains(name, guidance)
         (out.square().sum() + sum(entry.pooled.square().sum() for entry in trace)).backward()
         found.append([p.grad for p in case.model.parameters() if p.grad is not None])
     assert len(found[0]) == len(found[1]) > 0
-    for plain, recomputed in zip(*found, strict=True):
+    for plain, recomputed in zip(*found):
         torch.testing.assert_close(recomputed, plain, rtol=1e-4, atol=1e-5)
 
 
@@ -360,7 +360,7 @@ def test_pooled_patches_train_under_checkpointing(guidance):
                 out = case.image_side(case.model, case.images(2))
         (out.sum() + sum(entry.pooled.square().sum() for entry in trace)).backward()
         found.append([p.grad for p in case.model.visual.parameters()])
-    for plain, recomputed in zip(*found, strict=True):
+    for plain, recomputed in zip(*found):
         torch.testing.assert_close(recomputed, plain, rtol=1e-4, atol=1e-5)
 
 
@@ -374,7 +374,7 @@ def test_reentrant_checkpointing_without_the_graph_of_pooled_patches_is_an_error
     case.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
     with handle.record() as trace, patchselect.guide(case.model, text):
         out = case.image_side(case.model, images)
-    for entry, plain in zip(trace, expected, strict=True):
+    for entry, plain in zip(trace, expected):
         torch.testing.assert_close(entry.pooled.detach(), plain.pooled)
     out.sum().backward()
     with handle.record() as trace, patchselect.guide(case.model, text):

@@ -74,7 +74,7 @@ def test_a_text_guides_its_own_image_alone(name):
     with torch.no_grad(), handle.record() as other:
         head.call(batch if head.captions else changed(batch, 1), text=other_features)
     assert len(trace) == len(other) >= 2
-    for number, (one, two) in enumerate(zip(trace, other, strict=True)):
+    for number, (one, two) in enumerate(zip(trace, other)):
         moved = (one.relevance != two.relevance).any(dim=1)
         expected = torch.arange(head.images) % texts == 1
         assert moved[expected].all(), number

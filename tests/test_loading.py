@@ -34,7 +34,7 @@ def test_local_checkpoints(tiny, tmp_path):
 
     small = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2)
     config = transformers.CLIPConfig(
-        vision_config=small | dict(image_size=32, patch_size=8), text_config=small, projection_dim=16
+        vision_config={**small, **dict(image_size=32, patch_size=8)}, text_config=small, projection_dim=16
     )
     transformers.CLIPModel(config).save_pretrained(tmp_path / "folder")
     for size in (None, 48):
@@ -47,7 +47,7 @@ def test_local_checkpoints(tiny, tmp_path):
 
 def saved_shapes(name, folder, **changed):
     """A file with the shapes of an architecture, and no values."""
-    config = open_clip.get_model_config(name) | changed
+    config = {**open_clip.get_model_config(name), **changed}
     with torch.device("meta"):
         state = open_clip.CLIP(**config).state_dict()
     torch.save(state, folder / f"{name}.pt")
@@ -59,7 +59,7 @@ def test_a_file_is_recognised_by_all_of_its_shapes(tmp_path):
     assert name_of_shapes(saved_shapes("ViT-B-32-256", tmp_path)) == "ViT-B-32-256"
     assert name_of_shapes(saved_shapes("ViT-S-32-alt", tmp_path)) == "ViT-S-32-alt"
     with pytest.raises(ValueError, match="no CLIP of open_clip has the shapes .* say which it is, --model NAME"):
-        vision = open_clip.get_model_config("ViT-B-32")["vision_cfg"] | {"image_size": 320}
+        vision = {**open_clip.get_model_config("ViT-B-32")["vision_cfg"], "image_size": 320}
         name_of_shapes(saved_shapes("ViT-B-32", tmp_path, vision_cfg=vision))
     torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), tmp_path / "scripted.pt")
     with pytest.raises(ValueError, match="holds no state dict that torch can read safely"):
@@ -100,7 +100,7 @@ def test_a_tag_brings_its_activation(tiny, tmp_path, monkeypatch):
 
 
 def test_a_file_with_a_name_that_has_a_twin_is_noted(tmp_path, monkeypatch):
-    configs = {name: TINY | {"quick_gelu": "quick" in name} for name in ("small", "small-quickgelu")}
+    configs = {name: {**TINY, "quick_gelu": "quick" in name} for name in ("small", "small-quickgelu")}
     monkeypatch.setattr(open_clip.factory, "_MODEL_CONFIGS", configs)
     torch.save(open_clip.create_model("small").state_dict(), tmp_path / "weights.pt")
     plain, quick = (load(name, pretrained=str(tmp_path / "weights.pt")) for name in configs)
@@ -133,7 +133,7 @@ SMALL = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_atte
 
 def small_clip():
     config = transformers.CLIPConfig(
-        vision_config=SMALL | dict(image_size=32, patch_size=8), text_config=SMALL, projection_dim=16
+        vision_config={**SMALL, **dict(image_size=32, patch_size=8)}, text_config=SMALL, projection_dim=16
     )
     return transformers.CLIPModel(config)
 
@@ -160,7 +160,7 @@ def test_weights_that_a_folder_lacks_are_random(tmp_path):
 
 def test_a_tokenizer_in_anothers_place_is_refused(tmp_path):
     config = transformers.CLIPConfig(
-        vision_config=SMALL | dict(image_size=32, patch_size=8), text_config=SMALL | dict(vocab_size=100)
+        vision_config={**SMALL, **dict(image_size=32, patch_size=8)}, text_config={**SMALL, **dict(vocab_size=100)}
     )
     transformers.CLIPModel(config).save_pretrained(tmp_path)
     host = load(str(tmp_path))

@@ -91,7 +91,7 @@ def test_candidates_stand_in_for_the_features_of_the_batch(shape, more, alpha, d
             scores = [math.exp(cosine(one[i], row) / 0.3) for row in rows]
             likeness = [
                 alpha * math.exp(cosine(taught_one[i], taught)) + (1 - alpha) * math.exp(cosine(one[i], row))
-                for row, taught in zip(rows, taught_rows, strict=True)
+                for row, taught in zip(rows, taught_rows)
             ]
             weights = [value**-delta for value in likeness]
             mean = (sum(weights) - weights[i]) / (len(rows) - 1)
@@ -242,7 +242,7 @@ def test_hard_negatives_are_drawn_by_likeness_and_never_match():
         for i in range(6):
             scores = [0.0 if groups[i] == groups[j] else math.exp(cosine(one[i], other[j]) / 0.5) for j in range(6)]
             shares = found[:, i].bincount(minlength=6) / count
-            for share, score in zip(shares.tolist(), scores, strict=True):
+            for share, score in zip(shares.tolist(), scores):
                 chance = score / sum(scores)
                 assert abs(share - chance) <= 5 * math.sqrt(chance * (1 - chance) / count)
     images, texts = losses.hard_negatives(image[:2], text[:2])  # the only other one

@@ -71,7 +71,7 @@ def test_the_gradient_of_the_text_itself(use_reentrant, monkeypatch):
     monkeypatch.setattr(
         torch.utils.checkpoint,
         "checkpoint",
-        lambda *args, **options: checkpoint(*args, **options | {"use_reentrant": use_reentrant}),
+        lambda *args, **options: checkpoint(*args, **{**options, "use_reentrant": use_reentrant}),
     )
     for checkpointing in (True, False):
         torch.manual_seed(0)
@@ -130,7 +130,7 @@ def test_the_text_of_a_video_guides_all_of_its_frames(name):
     with torch.no_grad(), handle.record() as expected:
         head.call(text=texts.repeat_interleave(frames, dim=0))
     assert frames > 1 and [len(entry.kept) for entry in trace] == [videos * frames] * 2
-    assert all(torch.equal(one.kept, two.kept) for one, two in zip(trace, expected, strict=True))
+    assert all(torch.equal(one.kept, two.kept) for one, two in zip(trace, expected))
 
 
 def test_a_prefix_serves_the_towers_of_mplug():
@@ -189,6 +189,6 @@ def test_the_real_openai_clip():
     module.convert_weights(model)
     assert model(images.half(), text)[0].isfinite().all()
     handle.remove()
-    resnet = module.CLIP(vision_layers=(1, 1, 1, 1), **sizes | {"vision_width": 64})
+    resnet = module.CLIP(vision_layers=(1, 1, 1, 1), **{**sizes, "vision_width": 64})
     with pytest.raises(TypeError, match="no sequence of patches"):
         patchselect.apply(resnet)

@@ -33,7 +33,7 @@ def pair_by_pair(case: Case, images, text: Tensor) -> Tensor:
     return scores
 
 
-@functools.cache
+@functools.lru_cache(maxsize=None)
 def shared_case(name: str) -> Case:
     return build(name)
 
@@ -78,7 +78,7 @@ def test_more_texts_than_patches_choose_what_they_choose_in_a_larger_batch(name,
             found.append((case.image_side(case.model, take(images, rows)), trace))
     (alone, one), (batch, many) = found
     rows = len(alone)
-    for first, second in zip(one, many, strict=True):
+    for first, second in zip(one, many):
         assert torch.equal(first.kept, second.kept[:rows])
         torch.testing.assert_close(first.relevance, second.relevance[:rows], rtol=1e-3, atol=1e-6)
     torch.testing.assert_close(alone, batch[:rows], rtol=1e-3, atol=1e-4)
@@ -138,7 +138,7 @@ def test_images_may_come_one_by_one():
     patchselect.apply(case.model, 0.5, layers=[1, 3])
     images, text = case.images(3), texts(case, 4)
     expected = scored(case.model, images, text)
-    for source in (list(images), tuple(images), zip(images, range(3), strict=True)):
+    for source in (list(images), tuple(images), zip(images, range(3))):
         torch.testing.assert_close(scored(case.model, source, text), expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(scored(case.model, images[0], text), expected[:1], rtol=1e-5, atol=1e-5)
     candidates = torch.tensor([[1], [0], [3]])

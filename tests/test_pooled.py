@@ -68,7 +68,7 @@ def test_its_benchmark_counts_what_it_saves(tmp_path, capsys):
     last_block = pytest.importorskip("benchmarks.last_block")
 
     def tiny(size: int):
-        config = transformers.CLIPVisionConfig(**VISION | {"image_size": size}, projection_dim=512)
+        config = transformers.CLIPVisionConfig(**{**VISION, "image_size": size}, projection_dim=512)
         return transformers.CLIPVisionModelWithProjection(config).eval()
 
     arguments = ["--image-size", "64", "--layers", "1", "3", "--rounds", "1", "--device", "cpu"]

@@ -22,7 +22,7 @@ def split(images) -> tuple[Tensor, dict]:
 
 
 def from_prefix(case: Case, images, prefix: patchselect.Prefix, text: Tensor, pairing: str = "paired") -> Tensor:
-    inputs = images | {"pixel_values": prefix.images} if isinstance(images, dict) else prefix.images
+    inputs = {**images, "pixel_values": prefix.images} if isinstance(images, dict) else prefix.images
     with torch.no_grad(), patchselect.guide(case.model, text, pairing, prefix=prefix):
         return case.image_side(case.model, inputs)
 
@@ -129,7 +129,7 @@ def test_the_stand_in_without_its_prefix_gives_no_numbers(name):
     patchselect.apply(case.model, 0.5, layers=[1, 3])
     pixels, options = split(images)
     prefix = patchselect.encode_prefix(case.model, pixels, **options)
-    inputs = images | {"pixel_values": prefix.images} if isinstance(images, dict) else prefix.images
+    inputs = {**images, "pixel_values": prefix.images} if isinstance(images, dict) else prefix.images
     assert not from_pixels(case, inputs, texts(case, 2)).isfinite().any()
 
 
@@ -209,7 +209,7 @@ def test_gradients_reach_the_text_and_the_suffix_through_checkpointing():
             output = case.image_side(case.model, prefix.images)
         weights = case.tower(case.model).encoder.layers[2].mlp.fc1.weight
         found.append(torch.autograd.grad(output.square().sum(), (text, weights)))
-    for one, other in zip(*found, strict=True):
+    for one, other in zip(*found):
         assert one.abs().sum() > 0
         torch.testing.assert_close(one, other)
 

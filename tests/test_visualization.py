@@ -42,7 +42,7 @@ def test_one_row_per_text_and_one_column_per_layer_on_every_grid(name, fusion, t
         "image", "relevance, block 1", "left after block 1", "left after block 3",
     ]  # fmt: skip
     for row in range(2):
-        for axis, entry in zip(axes[4 * row + 2 : 4 * row + 4], trace, strict=True):
+        for axis, entry in zip(axes[4 * row + 2 : 4 * row + 4], trace):
             kept = visualization.kept_map(entry, row)
             assert kept.shape == case.grid
             shown = torch.as_tensor(axis.images[0].get_array()).permute(2, 0, 1)
@@ -74,7 +74,7 @@ def test_the_share_is_that_of_the_least_relevant_after_any_number_of_layers(laye
     with torch.no_grad(), handle.record() as trace, patchselect.guide(case.model, torch.randn(3, 24)):
         case.image_side(case.model, case.images(3))
     for row in range(3):
-        for entry, share in zip(trace, visualization.fused_shares(trace, row), strict=True):
+        for entry, share in zip(trace, visualization.fused_shares(trace, row)):
             least = entry.relevance[row].sort().values[: entry.relevance.shape[1] - entry.kept.shape[1]]
             assert share == pytest.approx(float(least.sum()), abs=1e-5)
 

@@ -31,8 +31,8 @@ DEEP = {"layers": 24, "width": 32, "attentional_pool": True, "attn_pooler_heads"
 def name(request, tmp_path_factory):
     """The name of a small open_clip architecture."""
     path = tmp_path_factory.mktemp("configs") / f"zeroshot-{request.param.split(',')[0]}.json"
-    vision = TINY["vision_cfg"] | (DEEP if "deep" in request.param else {})
-    path.write_text(json.dumps(TINY | {"vision_cfg": vision}))
+    vision = {**TINY["vision_cfg"], **(DEEP if "deep" in request.param else {})}
+    path.write_text(json.dumps({**TINY, "vision_cfg": vision}))
     open_clip.add_model_config(path)
     return path.stem
 
@@ -166,8 +166,13 @@ def test_aligned_transformers_is_evaluated_by_its_folder(table, folder, tmp_path
     """From weights in half precision, with a processor and a tokenizer of its own."""
     transformers, tokenizers = pytest.importorskip("transformers"), pytest.importorskip("tokenizers")
     small = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=2)
-    vision, text = small | dict(image_size=32, patch_size=8), small | dict(vocab_size=9, max_position_embeddings=6)
-    config = transformers.CLIPConfig(vision_config=vision, text_config=text | dict(eos_token_id=8), projection_dim=16)
+    vision, text = (
+        {**small, **dict(image_size=32, patch_size=8)},
+        {**small, **dict(vocab_size=9, max_position_embeddings=6)},
+    )
+    config = transformers.CLIPConfig(
+        vision_config=vision, text_config={**text, **dict(eos_token_id=8)}, projection_dim=16
+    )
     transformers.CLIPModel(config).half().save_pretrained(tmp_path / "folder")
     sizes = dict(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}, image_mean=[0.1, 0.2, 0.3])
     transformers.CLIPImageProcessor(**sizes).save_pretrained(tmp_path / "folder")

@@ -153,7 +153,7 @@ def align(
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, plan.rate, total_steps=plan.steps, pct_start=0.1)
     state = {"model": host.model, "optimizer": optimizer, "schedule": schedule}
     run = {"plan": repr(plan), "model": host.name, "weights": host.weights, "data": pairs.name}
-    run |= {"pairs": str(len(pairs)), "processes": str(world)}
+    run.update({"pairs": str(len(pairs)), "processes": str(world)})
     start = resume(folder, run, state)
     loader = DataLoader(pairs, batch_sampler=Batches(len(pairs), plan, start, rank, world), num_workers=workers)
     patchselect.apply(host.model, plan.keep_rate(start), plan.layers, "text", plan.relevance)
@@ -265,7 +265,7 @@ def _run(options: argparse.Namespace) -> dict[str, Any]:
         sys.stdout.write(f"Note: {note}.\n")
     losses = align(host, pairs, plan, options.output, options.save_every, options.workers)
     report: dict[str, Any] = {"model": host.name, "weights": host.weights, "notes": host.notes, "plan": vars(plan)}
-    report |= {"pairs": len(pairs), "losses": losses}
+    report.update({"pairs": len(pairs), "losses": losses})
     if first:
         saved = options.output / ("model.pt" if small else "model")
         if small:

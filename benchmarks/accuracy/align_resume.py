@@ -21,7 +21,7 @@ def save(folder: Path, run: dict[str, str], state: dict[str, Any], step: int) ->
         step: steps that are done.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    content = {name: part.state_dict() for name, part in state.items()} | {"step": step, "run": run}
+    content = {**{name: part.state_dict() for name, part in state.items()}, "step": step, "run": run}
     content["random"] = torch.get_rng_state()
     torch.save(content, folder / f"{FILE}.part")
     os.replace(folder / f"{FILE}.part", folder / FILE)

@@ -70,7 +70,7 @@ def summarise(found: list[Found]) -> list[dict[str, Any]]:
     records = []
     for (name, relevance, texts, rate), values in average.items():
         key = (name, relevance, texts, rate)
-        record: dict[str, Any] = dict(zip(("plan", "relevance", "texts", "keep_rate"), key, strict=True))
+        record: dict[str, Any] = dict(zip(("plan", "relevance", "texts", "keep_rate"), key))
         record["by_model"] = [float(one[key].mean()) for one in found]
         record["accuracy"], record["standard_error"] = mean(values)
         record["against_control"] = mean(values - average[CONTROL, relevance, texts, rate])
@@ -111,7 +111,7 @@ def study(options: argparse.Namespace) -> dict[str, Any]:
         "settings": {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()},
         "results": records,
     }
-    report["settings"] = {k: v for k, v in report["settings"].items() if isinstance(v, str | int | float | list)}
+    report["settings"] = {k: v for k, v in report["settings"].items() if isinstance(v, (str, int, float, list))}
     parts = [
         "# A short alignment of the small CLIP",
         f"{options.steps} steps of {options.batch} pairs, both models, {options.count} test questions (chance 0.0625). "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -103,7 +103,7 @@ def merged(patches: int, keep_rate: float, depth: int = 6) -> int:
     return min(round(per_block * depth), patches - 1)
 
 
-@cache
+@lru_cache(maxsize=None)
 def vision_flops(image_size: int, keep_rate: float, layers: tuple[int, ...] = LAYERS, method: str = "text") -> int:
     """FLOPs of encoding one image by one of `METHODS`, counted; at keep rate 1 those of the unpatched encoder."""
     model = MiniAlbef(image_size).eval()
@@ -115,7 +115,7 @@ def vision_flops(image_size: int, keep_rate: float, layers: tuple[int, ...] = LA
     return count_flops(call)
 
 
-@cache
+@lru_cache(maxsize=None)
 def smaller_side(image_size: int, keep_rate: float) -> int:
     """The side whose unpatched FLOPs come closest to those of the selection, whole patches only."""
     target = vision_flops(image_size, keep_rate)

@@ -7,7 +7,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Sequence
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +61,7 @@ def save(model: torch.nn.Module, path: Path, **facts: Any) -> None:
     path.with_suffix(".json").write_text(json.dumps(made, indent=1) + "\n")
 
 
-@cache
+@lru_cache(maxsize=None)
 def commit() -> str:
     """The commit of the code that runs, marked where files were changed; asked for once, when a run starts."""
     here = Path(__file__).parent

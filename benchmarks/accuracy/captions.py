@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import cache
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ CAPTION_LENGTH = 9
 """Tokens of the longest caption: [CLS] a X , a Y and a Z."""
 
 
-@cache
+@lru_cache(maxsize=None)
 def concepts() -> tuple[str, ...]:
     """The names of the drawn things, in the order of `EMOJI`."""
     import emoji

@@ -12,7 +12,6 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +46,7 @@ class Stem(nn.Sequential):
 
     def __init__(self, width: int) -> None:
         steps = (3, width // 4, width // 2, width)
-        convolutions = [nn.Conv2d(a, b, 3, 2, 1) for a, b in pairwise(steps)]
+        convolutions = [nn.Conv2d(a, b, 3, 2, 1) for a, b in zip(steps, steps[1:])]
         super().__init__(convolutions[0], nn.GELU(), convolutions[1], nn.GELU(), convolutions[2])
 
 

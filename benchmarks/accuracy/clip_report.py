@@ -10,7 +10,7 @@ from typing import Any
 def aligned(rows: Sequence[Sequence[str]]) -> str:
     """Markdown, columns aligned so that it also reads well in a terminal; the first row is the head."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |" for row in rows]
+    lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(row, widths)) + " |" for row in rows]
     return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
 
 
@@ -20,7 +20,7 @@ def _lookup(report: dict[str, Any]) -> tuple[list[str], list[float], dict[tuple[
     rates = sorted({record["keep_rate"] for record in records if record["keep_rate"] < 1}, reverse=True)
     found = {(record["arm"], record["keep_rate"]): record for record in records}
     # Without selection there is one figure, whatever the rate.
-    found |= {(n, r): found[n, 1.0] for n in names for r in rates if (n, r) not in found}
+    found.update({(n, r): found[n, 1.0] for n in names for r in rates if (n, r) not in found})
     return names, rates, found
 
 
@@ -78,7 +78,7 @@ def document(report: dict[str, Any]) -> str:
     if report["bars"]:
         each = report["bars_by_model"]
         head = ["values shared by the candidates, keep 0.3", "mean of the models", *(f"seed {seed}" for seed in each)]
-        rows = zip(report["bars"], *each.values(), strict=True)
+        rows = zip(report["bars"], *each.values())
         checked = ([f"{row[0]['what']} standard error(s)", *map(verdict, row)] for row in rows)
         parts.append(aligned([head, *checked]))
     return "\n\n".join(parts) + "\n"

@@ -241,12 +241,12 @@ def main(options: argparse.Namespace) -> dict[str, Any]:
     report = {
         "machine": about,
         "versions": versions(),
-        "settings": vars(options) | {key: str(vars(options)[key]) for key in ("output", "checkpoints")},
+        "settings": {**vars(options), **{key: str(vars(options)[key]) for key in ("output", "checkpoints")}},
         "results": records,
         "bars": bars(records),
-        "bars_by_model": {seed: bars(summarise([one], arms)) for seed, one in zip(options.seeds, found, strict=True)},
+        "bars_by_model": {seed: bars(summarise([one], arms)) for seed, one in zip(options.seeds, found)},
     }
-    report["settings"] = {k: v for k, v in report["settings"].items() if isinstance(v, str | int | float | list)}
+    report["settings"] = {k: v for k, v in report["settings"].items() if isinstance(v, (str, int, float, list))}
     options.output.mkdir(parents=True, exist_ok=True)
     (options.output / f"clip-{options.split}.json").write_text(json.dumps(report, indent=1) + "\n")
     (options.output / f"clip-{options.split}.md").write_text(document(report))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -45,7 +45,7 @@ class Questions:
         return model.encode_text(tokenize(distinct), normalize=True)[rows]
 
 
-@cache
+@lru_cache(maxsize=None)
 def make_questions(count: int, split: str, named: int = 2) -> Questions:
     """Questions on scenes that training never sees.
 

@@ -53,10 +53,10 @@ class Sampler:
         asked = list(rows) * captions
         chosen = [self.scenes.objects[row] for row in asked]
         named = [name_some(objects, self.random, self.most) for objects in chosen]
-        other = [swap_one(names, objects, self.random) for names, objects in zip(named, chosen, strict=True)]
+        other = [swap_one(names, objects, self.random) for names, objects in zip(named, chosen)]
         here = torch.tensor(rows)
         mentioned = torch.zeros(len(asked), self.masks.shape[-1], dtype=torch.bool)
-        for place, (row, names, objects) in enumerate(zip(asked, named, chosen, strict=True)):
+        for place, (row, names, objects) in enumerate(zip(asked, named, chosen)):
             mentioned[place] = self.masks[row, [objects.index(name) for name in names]].any(0)
         texts = (token_ids(named), token_ids(other))
         return Batch(self.scenes.images(here), *texts, self.objects[here], self.masks[here], mentioned)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -52,7 +52,7 @@ def noto_font() -> Path | None:
     return None
 
 
-@cache
+@lru_cache(maxsize=None)
 def drawings(style: str = "openmoji") -> tuple[Image.Image, ...]:
     """One RGBA drawing for each concept, 48 pixels at its longest, cropped to its outline.
 
@@ -81,7 +81,7 @@ def drawings(style: str = "openmoji") -> tuple[Image.Image, ...]:
     return tuple(drawn)
 
 
-@cache
+@lru_cache(maxsize=None)
 def backgrounds(test: bool) -> tuple[Image.Image, ...]:
     """Photographs, no smaller than 160 pixels; those of the test are never seen in training.
 
@@ -171,7 +171,7 @@ def _scene(
     chosen = random.permutation(len(EMOJI))[:number]
     cells = random.permutation(9)[:number]
     cell, scale, boxes = layout.size / 3, layout.size / 80, []
-    for concept, place in zip(chosen.tolist(), cells.tolist(), strict=True):
+    for concept, place in zip(chosen.tolist(), cells.tolist()):
         drawing = drawings(layout.style)[concept].rotate(
             float(random.uniform(-layout.turn, layout.turn)), Image.Resampling.BILINEAR, expand=True
         )
@@ -182,7 +182,7 @@ def _scene(
         slack = (cell - width, cell - height)
         left, top = (
             int(np.clip(round(cell * index + free * random.uniform(0, 1)), 0, layout.size - side))
-            for index, free, side in zip((place % 3, place // 3), slack, (width, height), strict=True)
+            for index, free, side in zip((place % 3, place // 3), slack, (width, height))
         )
         canvas.paste(drawing, (left, top), drawing)
         boxes.append((left, top, left + width, top + height))

@@ -63,7 +63,7 @@ def train_from_scratch(
                 tokens = model.encode_image(batch.images).repeat(2, 1, 1)
         total = matching_loss(model.match(tokens, text, ids))
         passed = [None, *(layer.kept for layer in trace)] if trace else [None] * 3
-        for seen, kept in zip((*(model.vision.norm(one) for one in middle), tokens), passed, strict=True):
+        for seen, kept in zip((*(model.vision.norm(one) for one in middle), tokens), passed):
             total = total + region_words(model, *surviving(seen[:size], batch, kept))
         if contrastive:
             total = total + itc_loss(model.vision_proj(tokens[:size, 0]), own, TEMPERATURE)

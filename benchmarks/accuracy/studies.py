@@ -90,7 +90,7 @@ def layers(folder: Path, seeds: Seeds) -> None:
         cells = [pick(records, layers=where, keep_rate=rate) for rate in KEEP_RATES]
         ratios = [pick(records, "ratio", layers=where, keep_rate=rate)[0] for rate in KEEP_RATES]
         blocks = " and ".join(str(block + 1) for block in where)
-        rows.append([blocks, *(f"{spread(cell)} at {ratio:.2f}x" for cell, ratio in zip(cells, ratios, strict=True))])
+        rows.append([blocks, *(f"{spread(cell)} at {ratio:.2f}x" for cell, ratio in zip(cells, ratios))])
     figure, (axis,) = axes()
     for where in WHERE:
         points = [
@@ -183,7 +183,7 @@ def from_scratch(seed: int, keep_rate: float, aligned: bool, steps: tuple[int, i
     with reduced(model, "none" if keep_rate == 1 else "text", keep_rate) as encode:
         hits = matching_hits(model, encode, Questions.make(QUERIES // 2, 8, TEST_SEED)).float()
     facts = {"seed": seed, "keep_rate": keep_rate, "aligned": aligned}
-    return facts | {"accuracy": 100 * float(hits.mean()), "error": 100 * float(hits.std() / len(hits) ** 0.5)}
+    return {**facts, "accuracy": 100 * float(hits.mean()), "error": 100 * float(hits.std() / len(hits) ** 0.5)}
 
 
 def scratch(folder: Path, seeds: Seeds) -> None:

@@ -39,7 +39,7 @@ def throughput(model: MiniAlbef, rounds: int = 7, batch: int = 128, image_size: 
                 seconds[method, rate].append(spent)
     records = []
     for (method, rate), spent in seconds.items():
-        ratios = [base / own for base, own in zip(seconds["none", 1.0], spent, strict=True)]
+        ratios = [base / own for base, own in zip(seconds["none", 1.0], spent)]
         lower, median, upper = statistics.quantiles(ratios, n=4, method="inclusive")
         records.append(
             {

@@ -205,7 +205,7 @@ def summarise(seen: dict[Arm, Seen]) -> list[dict[str, Any]]:
         gap = right - base_right
         record["against_none"] = (float(gap.mean()), float(gap.std(unbiased=False) / root))
         if one.seconds:
-            record["speed_up"] = spread([b / s for b, s in zip(base.seconds, one.seconds, strict=True)])
+            record["speed_up"] = spread([b / s for b, s in zip(base.seconds, one.seconds)])
         record["outliers"] = one.diagnosis.report()
         records.append(record)
     return records
@@ -265,7 +265,7 @@ def main(options: argparse.Namespace) -> dict[str, Any]:
         "classes": len(names),
         "results": records,
     }
-    report["settings"] = {k: v for k, v in report["settings"].items() if isinstance(v, str | int | float | list)}
+    report["settings"] = {k: v for k, v in report["settings"].items() if isinstance(v, (str, int, float, list))}
     parts = [
         f"# Zero-shot accuracy of {host.name} with patch selection",
         f"{host.library}; {host.weights}. {count} images, {len(names)} classes, {host.image_size} px; "
