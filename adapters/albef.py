@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from patchselect.adapter import Attended, Projections, Tower, affine, gathered, patch_grid, through_norm
+from patchselect.adapter import Attended, Tower, patch_grid
+from patchselect.weights import Projections, affine, gathered, through_norm
 
 from .heads import Heads
 
