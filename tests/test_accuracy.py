@@ -7,9 +7,13 @@ import pytest
 import torch
 
 import patchselect
-from benchmarks.accuracy import base, contrast, curves, scratch
-from benchmarks.accuracy.arms import METHODS, merged, reduced, smaller_side, tokens_per_block, vision_flops
-from benchmarks.accuracy.captions import (
+from benchmarks.accuracy.albef import base, contrast, curves, scratch
+from benchmarks.accuracy.albef.arms import METHODS, merged, reduced, smaller_side, tokens_per_block, vision_flops
+from benchmarks.accuracy.albef.evaluate import Questions, match_logits, matching_hits, patch_recall, retrieval
+from benchmarks.accuracy.albef.model import LAYERS, PATCH, MiniAlbef
+from benchmarks.accuracy.albef.report import FREE, curve_table, differences, error, pick, spread
+from benchmarks.accuracy.albef.train import Arm, matching_loss, pretrain, region_words, selection_inputs, tune
+from benchmarks.accuracy.world.captions import (
     AND,
     CAPTION_LENGTH,
     EMOJI,
@@ -21,13 +25,9 @@ from benchmarks.accuracy.captions import (
     swap_one,
     unique_captions,
 )
-from benchmarks.accuracy.evaluate import Questions, match_logits, matching_hits, patch_recall, retrieval
-from benchmarks.accuracy.model import LAYERS, PATCH, MiniAlbef
-from benchmarks.accuracy.report import FREE, curve_table, differences, error, pick, spread
-from benchmarks.accuracy.sampling import Sampler
-from benchmarks.accuracy.scenes import TEST_PHOTOS, TRAIN_PHOTOS, Layout, backgrounds, make_scenes
-from benchmarks.accuracy.train import Arm, matching_loss, pretrain, region_words, selection_inputs, tune
-from benchmarks.tome import schedule
+from benchmarks.accuracy.world.sampling import Sampler
+from benchmarks.accuracy.world.scenes import TEST_PHOTOS, TRAIN_PHOTOS, Layout, backgrounds, make_scenes
+from benchmarks.common.tome import schedule
 
 
 @pytest.fixture(scope="module")

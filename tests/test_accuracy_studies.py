@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from benchmarks.accuracy import __main__ as command
-from benchmarks.accuracy import contrast, contrast_studies, curves, scratch, studies, train
-from benchmarks.accuracy.evaluate import Questions
-from benchmarks.accuracy.model import MiniAlbef
-from benchmarks.accuracy.sampling import Sampler
-from benchmarks.accuracy.scenes import PLAIN, make_scenes
-from benchmarks.accuracy.throughput import throughput
+from benchmarks.accuracy.albef import contrast, contrast_studies, curves, scratch, studies, train
+from benchmarks.accuracy.albef.evaluate import Questions
+from benchmarks.accuracy.albef.model import MiniAlbef
+from benchmarks.accuracy.albef.throughput import throughput
+from benchmarks.accuracy.world.sampling import Sampler
+from benchmarks.accuracy.world.scenes import PLAIN, make_scenes
 
 
 @lru_cache(maxsize=None)

@@ -65,7 +65,7 @@ def test_a_last_block_that_selects_is_refused_and_training_runs_as_always():
 def test_its_benchmark_counts_what_it_saves(tmp_path, capsys):
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("tqdm")
-    last_block = pytest.importorskip("benchmarks.last_block")
+    last_block = pytest.importorskip("benchmarks.speed.last_block")
 
     def tiny(size: int):
         config = transformers.CLIPVisionConfig(**{**VISION, "image_size": size}, projection_dim=512)

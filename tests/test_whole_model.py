@@ -10,7 +10,7 @@ from doubles import albef
 from doubles.text import pictures, sentences
 
 pytest.importorskip("tqdm")
-whole_model = pytest.importorskip("benchmarks.whole_model")
+whole_model = pytest.importorskip("benchmarks.speed.whole_model")
 
 
 def tiny(work: str, size: int, batch: int, length: int):

@@ -7,24 +7,35 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import accumulate
+from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
-from torch.utils.flop_counter import FlopCounterMode
 
-Call = Callable[[], object]
+try:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+except ModuleNotFoundError:  # torch before 2.3; `countable` says so
+    FlopCounterMode = None
 
 
 @contextmanager
-def countable() -> Iterator[None]:
-    """Kernels that the FLOP counter knows: it sees neither flash attention on CPU nor `nn.MultiheadAttention`'s own."""
+def countable() -> Iterator[Any]:
+    """Yield torch's counter of FLOPs, which counts while this lasts.
+
+    It sees neither flash attention on CPU nor `nn.MultiheadAttention`'s own kernel: others stand in for them.
+
+    Raises:
+        RuntimeError: this torch has no such counter.
+    """
+    if FlopCounterMode is None:
+        raise RuntimeError(f"counting FLOPs takes torch 2.3 or newer, this is {torch.__version__}")
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            yield counter
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
 
@@ -34,13 +45,12 @@ def count_flops(call: Callable[[], object]) -> int:
 
     The call runs on fake tensors (real modules, no arithmetic): it must make its own inputs with `torch.zeros`.
     """
-    counter = FlopCounterMode(display=False)
-    with torch.no_grad(), countable(), FakeTensorMode(allow_non_fake_inputs=True), counter:
+    with torch.no_grad(), countable() as counter, FakeTensorMode(allow_non_fake_inputs=True):
         call()
     return int(counter.get_total_flops())
 
 
-def peak_memory(call: Call, device: torch.device) -> int:
+def peak_memory(call: Callable[[], object], device: torch.device) -> int:
     """Bytes that a call holds at its peak, on top of what was there before it (weights, inputs).
 
     CUDA: `torch.cuda.max_memory_allocated`. CPU: the running sum of torch's own allocations and releases, as its

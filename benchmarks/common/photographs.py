@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import cycle, islice
-from typing import NamedTuple
+from typing import Callable, NamedTuple, Tuple
 
 import numpy as np
 from PIL import Image
@@ -28,7 +28,7 @@ def from_sklearn(name: str) -> np.ndarray:
     return load_sample_image(name)
 
 
-Source = tuple[Callable[[str], np.ndarray], str, str]
+Source = Tuple[Callable[[str], np.ndarray], str, str]
 
 SOURCES: tuple[Source, ...] = (
     (

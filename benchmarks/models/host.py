@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Dict
 
 import torch
 from PIL import Image
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 RANDOM = "random weights: the speed does not depend on them, but which patches stay means nothing"
 
-Tokens = dict[str, Tensor]
+Tokens = Dict[str, Tensor]
 """What the tokenizer gives: names of arguments and `(B, L)` each."""
 
 
@@ -139,6 +140,11 @@ class TransformersHost(Host):
 def _features(output: Any) -> Tensor:
     """transformers 4 gives the features, transformers 5 an output that holds them."""
     return output if isinstance(output, Tensor) else output.pooler_output
+
+
+def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any]:
+    """`amp`: fp32 weights under bf16 autocast. Otherwise nothing: the weights have the precision."""
+    return torch.autocast(device.type, torch.bfloat16) if precision == "amp" else nullcontext()
 
 
 def first_line(error: BaseException) -> str:

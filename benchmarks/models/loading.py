@@ -8,9 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from unittest import mock
 
+from .from_open_clip import is_open_clip, load_open_clip, name_of_shapes
+from .from_transformers import load_transformers
 from .host import Host
-from .models_open_clip import is_open_clip, load_open_clip, name_of_shapes
-from .models_transformers import load_transformers
 
 
 def load(name: str, image_size: int | None = None, pretrained: str | None = None) -> Host:

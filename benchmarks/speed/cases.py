@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import patchselect
-
-from .host import Host, Tokens
-from .tome import token_merging
+from benchmarks.common.objects import name_of
+from benchmarks.common.tome import token_merging
+from benchmarks.models.host import Host, Tokens, autocast
 
 PASSES = ("forward", "train", "checkpointed")
 VIEWS = ("tower", "pair")
@@ -52,6 +52,23 @@ class Case:
         return self.method if self.keep_rate == 1.0 else f"{self.method} {self.keep_rate:g}"
 
 
+@dataclass(frozen=True)
+class Selection:
+    """What all selecting cases share, as `patchselect.apply` takes it; `None` lets the adapter choose."""
+
+    layers: Sequence[int] | None = None
+    relevance: Any = None
+    """Of text guidance: a name or an object."""
+    fusion: Any = "mean"
+    """Of what is not kept, likewise."""
+
+    def label(self, method: str) -> str:
+        """Name a method with the relevance and the fusion that were asked for."""
+        relevance = name_of(self.relevance) if method == "text" else None
+        fusion = f"fusion {name_of(self.fusion)}" if method in GUIDED and self.fusion != "mean" else None
+        return ", ".join(part for part in (TOME.get(method, method), relevance, fusion) if part)
+
+
 @dataclass
 class Inputs:
     """One batch on the device, and the text features that guide it, encoded before the clock starts."""
@@ -71,14 +88,15 @@ class Inputs:
 
 
 @contextmanager
-def patched(host: Host, case: Case, layers: Sequence[int] | None, relevance: str | None) -> Any:
+def patched(host: Host, case: Case, selection: Selection) -> Any:
     """The model as this case wants it, and as it was afterwards."""
     if case.method in TOME:
         with token_merging(host.model, case.removed, fused=case.method == "fused tome"):
             yield
     elif case.method in GUIDED:
-        chosen = relevance if case.method == "text" else None
-        handle = patchselect.apply(host.model, case.keep_rate, layers, case.method, chosen)
+        chosen = selection.relevance if case.method == "text" else None
+        fusion = selection.fusion
+        handle = patchselect.apply(host.model, case.keep_rate, selection.layers, case.method, chosen, fusion)
         try:
             yield
         finally:
@@ -127,11 +145,6 @@ def mode(host: Host, work: str) -> Any:
         if work == "checkpointed":
             host.checkpoint(False)
         host.model.eval()
-
-
-def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any]:
-    """`amp`: fp32 weights under bf16 autocast. Otherwise nothing: the weights have the precision."""
-    return torch.autocast(device.type, torch.bfloat16) if precision == "amp" else nullcontext()
 
 
 def dtype_of(precision: str) -> torch.dtype:

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
+from benchmarks.common.cost import count_flops
+from benchmarks.common.tome import matching_flops
+from benchmarks.models.host import Host
 from patchselect.hosts import find_towers
 
-from .cases import Case, Inputs, Setting, patched, runner
-from .cost import count_flops
-from .host import Host
-from .tome import matching_flops
+from .cases import Case, Inputs, Selection, Setting, patched, runner
 
 
 class FlopBook:
     """Counts each case once; a count is per image, forward, and does not depend on the batch or the precision."""
 
-    def __init__(self, host: Host, layers: Sequence[int] | None, relevance: str | None, inputs: Inputs) -> None:
-        self.host, self.layers, self.relevance, self.inputs = host, layers, relevance, inputs
+    def __init__(self, host: Host, selection: Selection, inputs: Inputs) -> None:
+        self.host, self.selection, self.inputs = host, selection, inputs
         self.known: dict[tuple[str, Case], float] = {}
 
     def of(self, case: Case, view: str = "tower") -> float:
@@ -27,7 +25,7 @@ class FlopBook:
             def call() -> object:
                 return runner(self.host, case, setting, self.inputs.fake())()
 
-            with patched(self.host, case, self.layers, self.relevance):
+            with patched(self.host, case, self.selection):
                 self.known[view, case] = count_flops(call) / len(self.inputs.images)
         return self.known[view, case]
 

@@ -1,5 +1,6 @@
-"""What it saves to leave out the patch outputs of the last block that nobody reads. `python -m benchmarks.last_block`.
+"""What it saves to leave out the patch outputs of the last block that nobody reads.
 
+`python -m benchmarks.speed.last_block`
 CLIP's ViT-B/16 with random weights, with and without selection: counted FLOPs, time in turns, and how far the pooled
 output moves (`patchselect.skip_unread_outputs` is exact but for rounding).
 """
@@ -7,10 +8,8 @@ output moves (`patchselect.skip_unread_outputs` is exact but for rounding).
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,28 +17,23 @@ from torch import nn
 from tqdm import tqdm
 
 import patchselect
+from benchmarks.common.clock import timed
+from benchmarks.common.command import add_device, add_layers, add_output, parse, report_on, write
+from benchmarks.common.cost import count_flops
+from benchmarks.common.tables import aligned, quartiles, spread
 
-from .cost import count_flops
-from .measure import timed
-from .report import machine, spread, versions
-from .resolution import call_of, vit
+from .encoder import call_of, vit
 
 
-def parser() -> argparse.ArgumentParser:
-    options = argparse.ArgumentParser(
-        prog="python -m benchmarks.last_block",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = options.add_argument
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
     add("--image-size", type=int, default=224)
-    add("--layers", type=int, nargs="+", default=[4, 9], metavar="BLOCK")
+    add_layers(parser, [4, 9])
     add("--keep-rate", type=float, nargs="+", default=[1.0, 0.7, 0.5], metavar="RATE")
     add("--batch", type=int, default=2)
     add("--rounds", type=int, default=5)
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--output", type=Path, default=Path("results/last_block.json"))
-    return options
+    add_device(parser)
+    add_output(parser, "results/last_block.json", "JSON file; the table goes beside it")
 
 
 def measure(model: nn.Module, rate: float, options: argparse.Namespace) -> dict[str, Any]:
@@ -85,30 +79,22 @@ def measure(model: nn.Module, rate: float, options: argparse.Namespace) -> dict[
 
 
 def table(records: Sequence[dict[str, Any]]) -> str:
-    lines = ["| keep rate | GFLOPs | with it | saved | speed-up | output moves by |", "|---|---|---|---|---|---|"]
+    rows = [["keep rate", "GFLOPs", "with it", "saved", "speed-up", "output moves by"]]
     for r in records:
-        speed = "{median:.3f} [{q1:.3f}, {q3:.3f}]".format(**r["speed_up"])
-        lines.append(
-            f"| {r['keep_rate']} | {r['gflops']:.2f} | {r['gflops_with']:.2f} | {r['saved']:.1%} | {speed} | "
-            f"{r['moved']:.0e} |"
-        )
-    return "\n".join(lines)
+        flops = [f"{r['gflops']:.2f}", f"{r['gflops_with']:.2f}", f"{r['saved']:.1%}"]
+        rows.append([str(r["keep_rate"]), *flops, quartiles(r["speed_up"], 3), f"{r['moved']:.0e}"])
+    return aligned(rows)
 
 
 def main(arguments: Sequence[str] | None = None, build: Callable[[int], nn.Module] = vit) -> dict[str, Any]:
     """Run the benchmark; returns what the JSON file holds."""
-    options = parser().parse_args(arguments)
+    options = parse("benchmarks.speed.last_block", __doc__, add_arguments, arguments)
+    report = report_on(options, options.device)
     model = build(options.image_size).to(options.device)
     rates = tqdm(options.keep_rate, file=sys.stderr, unit="rate")
-    report = {
-        "machine": machine(torch.device(options.device)),
-        "versions": versions(),
-        "settings": {**vars(options), "output": str(options.output)},
-        "results": [measure(model, rate, options) for rate in rates],
-    }
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(report, indent=1))
-    sys.stdout.write(f"ViT-B/16, random weights, {options.image_size} px\n{table(report['results'])}\n")
+    report["results"] = [measure(model, rate, options) for rate in rates]
+    about = f"ViT-B/16, random weights, {options.image_size} px"
+    write(options.output, report, f"{about}\n\n{table(report['results'])}")
     return report
 
 

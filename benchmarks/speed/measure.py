@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,11 +13,12 @@ from unittest import mock
 import torch
 from tqdm import tqdm
 
+from benchmarks.common.clock import timed, turns
+from benchmarks.common.cost import peak_memory
+from benchmarks.models.host import Host
 from patchselect.blocks import Layer
 
-from .cases import Case, Inputs, Setting, mode, patched, runner
-from .cost import peak_memory
-from .host import Host
+from .cases import Case, Inputs, Selection, Setting, mode, patched, runner
 
 FEWEST_ROUNDS = 3
 MOST_ROUNDS = 40
@@ -74,31 +74,12 @@ class SelectionClock:
             yield
 
 
-def synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def timed(call: Callable[[], object], device: torch.device) -> float:
-    """Seconds of one call, until the device has finished it."""
-    synchronise(device)
-    gc.disable()
-    try:
-        start = time.perf_counter()
-        call()
-        synchronise(device)
-        return time.perf_counter() - start
-    finally:
-        gc.enable()
-
-
 def measure(
     host: Host,
     setting: Setting,
     cases: Sequence[Case],
     inputs: Inputs,
-    layers: Sequence[int] | None,
-    relevance: str | None,
+    selection: Selection,
     seconds: float,
     rounds: int | None,
     bar: tqdm[Any],
@@ -111,40 +92,39 @@ def measure(
         setting: what they share.
         cases: what is compared.
         inputs: one batch.
-        layers: selection layers, as `patchselect.apply` takes them.
-        relevance: for the text-guided cases, likewise.
+        selection: what `patchselect.apply` takes besides the keep rate and the guidance.
         seconds: warm-up and rounds together may take about this long; at least `FEWEST_ROUNDS` rounds are run.
         rounds: exactly so many instead.
         bar: told about every call.
         seed: of the order of the cases.
     """
-    device, shuffle = inputs.images.device, random.Random(seed).shuffle
+    device = inputs.images.device
     clock, results = SelectionClock(device), {}
     end = time.monotonic() + seconds
 
-    def each(order: Sequence[Case]) -> Iterator[tuple[Case, Callable[[], object]]]:
-        for case in order:
-            bar.set_description_str(f"{setting} | {case}")
-            with patched(host, case, layers, relevance):
-                yield case, runner(host, case, setting, inputs)
-            bar.update()
+    @contextmanager
+    def ready(case: Case) -> Iterator[Callable[[], object]]:
+        bar.set_description_str(f"{setting} | {case}")
+        with patched(host, case, selection):
+            yield runner(host, case, setting, inputs)
+        bar.update()
 
     with mode(host, setting.work), clock.running():
-        with patched(host, cases[0], layers, relevance):
+        with patched(host, cases[0], selection):
             runner(host, cases[0], setting, inputs)()  # the very first call allocates what all later ones reuse
         start = time.monotonic()
-        for case, call in each(cases):  # the warm-up of each case is where its memory is measured
-            results[case] = Measured(setting, case, peak_memory(call, device))
+        for case in cases:  # the warm-up of each case is where its memory is measured
+            with ready(case) as call:
+                results[case] = Measured(setting, case, peak_memory(call, device))
             clock.read()
         if rounds is None:
             fitting = int((end - time.monotonic()) / (time.monotonic() - start))
             rounds = min(max(fitting, FEWEST_ROUNDS), MOST_ROUNDS)
         bar.total = bar.n + rounds * len(cases)
-        for _ in range(rounds):
-            order = list(cases)
-            shuffle(order)
-            for case, call in each(order):
-                results[case].seconds.append(timed(call, device))
+        for order in turns(cases, rounds, seed):
+            for case in order:
+                with ready(case) as call:
+                    results[case].seconds.append(timed(call, device))
                 results[case].selecting.append(clock.read())
             gc.collect()
     return list(results.values())

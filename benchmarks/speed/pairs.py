@@ -1,13 +1,13 @@
-"""Every image with every text: on one prefix, from a kept prefix, pair by pair. `python -m benchmarks.pairs`."""
+"""Every image with every text: on one prefix, from a kept prefix, pair by pair. `python -m benchmarks.speed.pairs`.
+
+FLOPs and time against as many guided passes, in turns.
+"""
 
 from __future__ import annotations
 
 import argparse
-import json
-import random
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,12 +15,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 import patchselect
-
-from .cost import count_flops
-from .host import Host
-from .measure import timed
-from .models import load
-from .report import machine, spread, versions
+from benchmarks.common.clock import timed, turns
+from benchmarks.common.command import add_device, add_layers, add_model, add_output, parse, report_on, write
+from benchmarks.common.cost import count_flops
+from benchmarks.common.tables import aligned, quartiles, spread
+from benchmarks.models.host import Host
+from benchmarks.models.loading import load
 
 PAIRED, ALL, PREFIX, SHARED = (
     "guided pass per pair",
@@ -30,23 +30,16 @@ PAIRED, ALL, PREFIX, SHARED = (
 )
 
 
-def parser() -> argparse.ArgumentParser:
-    options = argparse.ArgumentParser(
-        prog="python -m benchmarks.pairs",
-        description="FLOPs and time of every image with every text, against as many guided passes, in turns.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    add = options.add_argument
-    add("--model", default="openai/clip-vit-base-patch16", help="open_clip or transformers name, or a local checkpoint")
-    add("--pretrained", help="weights, as in benchmarks.speed")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add_model(parser, "openai/clip-vit-base-patch16")
     add("--texts", type=int, nargs="+", default=[1, 4, 16], help="texts per image")
     add("--images", type=int, default=1, help="images in a batch")
     add("--keep-rate", type=float, default=0.5)
-    add("--layers", type=int, nargs="+", help="0-based selection blocks; default: 5th and 10th of 12")
+    add_layers(parser)
     add("--rounds", type=int, default=5)
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--output", type=Path, default=Path("results/pairs"))
-    return options
+    add_device(parser)
+    add_output(parser, "results/pairs")
 
 
 def calls(host: Host, images: Tensor, texts: Tensor) -> dict[str, Callable[[], Any]]:
@@ -103,10 +96,7 @@ def compare(host: Host, options: argparse.Namespace, count: int, bar: tqdm[Any])
     texts = torch.randn(count, width.adapter.text_width(width), generator=generator).to(device)
     found, flops = calls(host, images, texts), flops_of(host, images, texts)
     seconds: dict[str, list[float]] = {name: [] for name in found}
-    shuffle = random.Random(0).shuffle
-    for turn in range(options.rounds + 1):
-        order = list(found)
-        shuffle(order)
+    for turn, order in enumerate(turns(list(found), options.rounds + 1)):
         for name in order:
             bar.set_description_str(f"{count} texts | {name}")
             taken = timed(found[name], device)
@@ -127,41 +117,25 @@ def compare(host: Host, options: argparse.Namespace, count: int, bar: tqdm[Any])
 
 
 def table(records: Sequence[dict[str, Any]]) -> str:
-    lines = [
-        "| texts | encoded by | GFLOPs | of the FLOPs | seconds (quartiles) | of the time |",
-        "|---|---|---|---|---|---|",
-    ]
+    rows = [["texts", "encoded by", "GFLOPs", "of the FLOPs", "seconds [quartiles]", "of the time"]]
     for r in records:
-        quartiles = f"{r['median']:.3f} ({r['q1']:.3f}–{r['q3']:.3f})"
-        lines.append(
-            f"| {r['texts']} | {r['way']} | {r['gflops']:.1f} | {r['flop_ratio']:.3f} | {quartiles} | "
-            f"{r['time_ratio']:.3f} |"
-        )
-    return "\n".join(lines)
+        flops = [f"{r['gflops']:.1f}", f"{r['flop_ratio']:.3f}"]
+        rows.append([str(r["texts"]), r["way"], *flops, quartiles(r, 3), f"{r['time_ratio']:.3f}"])
+    return aligned(rows)
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    options = parser().parse_args(arguments)
+    """Run the benchmark; returns what the JSON file holds."""
+    options = parse("benchmarks.speed.pairs", __doc__, add_arguments, arguments)
     host = load(options.model, pretrained=options.pretrained)
     host.model.eval().to(options.device)
-    about = machine(torch.device(options.device))
+    report = report_on(options, options.device)
     patchselect.apply(host.model, options.keep_rate, options.layers)
     with tqdm(total=len(options.texts) * 4 * (options.rounds + 1), file=sys.stderr) as bar:
         records = [record for count in options.texts for record in compare(host, options, count, bar)]
-    report = {
-        "machine": about,
-        "versions": versions(),
-        "model": {"name": host.name, "weights": host.weights},
-        "settings": {**vars(options), "output": str(options.output)},
-        "results": records,
-    }
-    options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / "pairs.json").write_text(json.dumps(report, indent=1))
-    (options.output / "pairs.md").write_text(table(records) + "\n")
-    sys.stdout.write(
-        f"{host.name}, {host.weights}; {options.images} image(s) a batch, keep rate {options.keep_rate}\n"
-        f"{table(records)}\n"
-    )
+    report.update(model={"name": host.name, "weights": host.weights}, results=records)
+    about = f"{host.name}, {host.weights}; {options.images} image(s) a batch, keep rate {options.keep_rate}"
+    write(options.output / "pairs.json", report, f"{about}\n\n{table(records)}")
     return report
 
 

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from benchmarks.common.tables import markdown
+
 
 def stretches(depth: int, layers: Sequence[int]) -> list[tuple[str, slice]]:
     """Blocks that see sequences of one length, named as people count them: `blocks 1-5` ends with layer 4."""
@@ -50,8 +52,7 @@ def parts_table(records: Sequence[Mapping[str, Any]]) -> str:
     """One row per part; for each method its seconds per pair, then for each its GFLOPs per pair."""
     names = [r["method"] if r["keep_rate"] is None else f"keep {r['keep_rate']}" for r in records]
     rows = [["part", *(f"{name}, s" for name in names), *(f"{name}, GFLOPs" for name in names)]]
-    rows.append(["---"] * len(rows[0]))
     for part in records[0]["parts"]:
         cells = [record["parts"][part] for record in records]
         rows.append([part, *(f"{cell['seconds']:.3f}" for cell in cells), *(f"{cell['gflops']:.1f}" for cell in cells)])
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    return markdown(rows)

@@ -7,6 +7,9 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from benchmarks.common.plots import canvas
+
+from .cases import GUIDED
 from .report import VIEW, WORK
 
 STYLES = {
@@ -20,16 +23,11 @@ STYLES = {
 
 def draw(report: dict[str, Any], path: Path) -> None:
     """One panel per setting; medians with quartiles."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     keys = ("image_size", "batch", "precision", "work", "view")
     groups = [(k, list(g)) for k, g in groupby(report["results"], key=lambda r: tuple(r[key] for key in keys))]
     columns = min(3, len(groups))
     rows = -(-len(groups) // columns)
-    figure = Figure(figsize=(max(6.5, 4.6 * columns), 4.0 * rows + 0.9), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(rows, columns, squeeze=False).flatten()
+    figure, axes = canvas(max(6.5, 4.6 * columns), 4.0 * rows + 0.9, rows, columns)
     for axis, (values, records) in zip(axes, groups):
         size, batch, precision, work, view = values
         _panel(axis, records, report["flop_limit"][f"{size}/{view}"])
@@ -55,6 +53,8 @@ def _panel(axis: Any, records: Sequence[dict[str, Any]], limit: Sequence[dict[st
     for position, method in enumerate(methods):
         colour, line, label = STYLES[method]
         shown = sorted((r for r in records if r["method"] == method), key=lambda r: r["keep_rate"])
+        _, *asked = shown[0]["label"].split(", ", 1)  # the relevance and the fusion, where they were chosen
+        label += "".join(f" ({names})" for names in asked) if method in GUIDED else ""
         medians = [r["speed_up"]["median"] for r in shown]
         lower = [r["speed_up"]["median"] - r["speed_up"]["q1"] for r in shown]
         upper = [r["speed_up"]["q3"] - r["speed_up"]["median"] for r in shown]

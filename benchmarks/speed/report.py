@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import platform
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 from itertools import groupby
-from pathlib import Path
-from statistics import quantiles
 from typing import Any
 
-import torch
+from benchmarks.common.tables import aligned, quartiles, spread
 
-from .cases import GUIDED, TOME, Case
+from .cases import GUIDED, TOME, Case, Selection
 from .measure import Measured
-
-PACKAGES = ("patchselect", "torch", "open_clip_torch", "transformers", "timm", "numpy")
 
 COLUMNS = (
     "method", "keep", "images/s", "speed-up", "GFLOPs each", "FLOP ratio", "efficiency", "peak MB", "selecting",
@@ -38,18 +31,15 @@ TRAIN = (
 PAIR = "Each call is the whole model on images and texts: the text encoder is inside, its output guides the image side."
 
 
-def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median and quartiles."""
-    low, middle, high = quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
-    return {"median": middle, "q1": low, "q3": high}
-
-
-def summarise(measured: Sequence[Measured], flops: dict[tuple[int, str, Case], float]) -> list[dict[str, Any]]:
+def summarise(
+    measured: Sequence[Measured], flops: dict[tuple[int, str, Case], float], selection: Selection
+) -> list[dict[str, Any]]:
     """One record per setting and case: every figure that the table shows, and the times behind it.
 
     Args:
         measured: what `measure` returned, the unpatched case first in each setting.
         flops: forward FLOPs per image, by image size, view and case.
+        selection: names the relevance and the fusion, where they are not the defaults.
     """
     records = []
     for _, group in groupby(measured, key=lambda entry: entry.setting):
@@ -62,6 +52,7 @@ def summarise(measured: Sequence[Measured], flops: dict[tuple[int, str, Case], f
             record = {
                 **vars(setting),
                 "method": case.method,
+                "label": selection.label(case.method),
                 "keep_rate": case.keep_rate,
                 "rounds": len(entry.seconds),
                 "seconds": entry.seconds,
@@ -93,18 +84,18 @@ def _cells(record: dict[str, Any]) -> tuple[str, ...]:
             return "–"
         if not isinstance(value, dict):
             return f"{value * scale:.{digits}f}{unit}"
-        middle, low, high = (f"{value[name] * scale:.{digits}f}" for name in ("median", "q1", "q3"))
-        return f"{middle}{unit} [{low}, {high}]"
+        return quartiles(value, digits, unit, scale)
 
-    plain = record["method"] in ("unpatched", "text encoder")
+    method = record["method"]
+    plain = method in ("unpatched", "text encoder")
     share = record["selecting_share"]
     return (
-        TOME.get(record["method"], record["method"]),
+        record["label"],
         "–" if plain else f"{record['keep_rate']:g}",
         shown("images_per_second", 2),
-        "1" if record["method"] == "unpatched" else shown("speed_up", 3),
+        "1" if method == "unpatched" else shown("speed_up", 3),
         f"{record['gflops_per_image']:.4g}",
-        "1" if record["method"] == "unpatched" else shown("flop_ratio", 3),
+        "1" if method == "unpatched" else shown("flop_ratio", 3),
         "–" if plain else shown("efficiency", 3),
         f"{record['peak_memory_bytes'] / 1e6:.4g}",
         "–" if share is None else f"{100 * share['median']:.2f} %",
@@ -112,11 +103,8 @@ def _cells(record: dict[str, Any]) -> tuple[str, ...]:
 
 
 def table(records: Sequence[dict[str, Any]]) -> str:
-    """Markdown, columns aligned so that it also reads well in a terminal."""
-    rows = [COLUMNS, *map(_cells, records)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(COLUMNS))]
-    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in rows]
-    return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
+    """Write one row per case."""
+    return aligned([COLUMNS, *map(_cells, records)])
 
 
 def document(report: dict[str, Any]) -> str:
@@ -154,35 +142,3 @@ WORK = {
     "checkpointed": "forward and backward with gradient checkpointing",
 }
 VIEW = {"tower": "vision tower", "pair": "whole model"}
-
-
-def machine(device: torch.device) -> dict[str, Any]:
-    """What the figures were measured on."""
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
-    return {
-        "device": device.type,
-        "processor": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "load_before": load,
-        "system": platform.platform(),
-        "python": platform.python_version(),
-    }
-
-
-def _processor() -> str:
-    """Linux knows more than `platform.processor`."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def versions() -> dict[str, str]:
-    found = {}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found

@@ -12,15 +12,15 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from benchmarks.common.photographs import Photo, batch_of, load_photos
+from benchmarks.models.host import Host
+from benchmarks.models.loading import load
 from patchselect.checks import check_layers
 from patchselect.hosts import find_towers
 
-from .cases import TOME, Case, Inputs, Setting, dtype_of
+from .cases import TOME, Case, Inputs, Selection, Setting, dtype_of
 from .counting import FlopBook
-from .data import Photo, batch_of, load_photos
-from .host import Host
 from .measure import Measured, measure
-from .models import load
 
 KINDS = {"tome": "published", "fused tome": "fused"}
 """Cases of ToMe, as `--tome` names them."""
@@ -42,6 +42,7 @@ class Found:
 def run(options: argparse.Namespace, bar: tqdm[Any]) -> Found:
     """Measure what the options of `benchmarks.speed` ask for."""
     photos, found, end = load_photos(), Found(), 0.0
+    selection = selection_of(options)
     sizes = options.image_size or [None]
     combinations = list(product(options.batch, options.precision, options.work, options.view))
     ahead = len(sizes) * sum(weight(*combination) for combination in combinations)
@@ -52,7 +53,7 @@ def run(options: argparse.Namespace, bar: tqdm[Any]) -> Found:
         end = end or time.monotonic() + options.seconds
         describe(host, options, found)
         bar.set_description_str("counting FLOPs")
-        book = FlopBook(host, options.layers, options.relevance, inputs_of(host, photos, 1))
+        book = FlopBook(host, selection, inputs_of(host, photos, 1))
         cases = {view: cases_of(options, book, view) for view in options.view}
         for view in options.view:
             found.limits[f"{host.image_size}/{view}"] = book.limit(min(options.keep_rate), view)
@@ -65,8 +66,7 @@ def run(options: argparse.Namespace, bar: tqdm[Any]) -> Found:
                 Setting(host.image_size, batch, precision, work, view),
                 [case for case in cases[view] if suits(case, work)],
                 inputs_of(host, photos, batch),
-                options.layers,
-                options.relevance,
+                selection,
                 seconds=mine / ahead * (end - time.monotonic()),
                 rounds=options.rounds,
                 bar=bar,
@@ -74,6 +74,11 @@ def run(options: argparse.Namespace, bar: tqdm[Any]) -> Found:
             )
             ahead -= mine
     return found
+
+
+def selection_of(options: argparse.Namespace) -> Selection:
+    """Return what all selecting cases share."""
+    return Selection(options.layers, options.relevance, options.fusion)
 
 
 def weight(batch: int, precision: str, work: str, view: str) -> float:

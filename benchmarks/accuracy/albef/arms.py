@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
+from typing import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import patchselect
-from benchmarks.cost import count_flops
-from benchmarks.tome import token_merging
+from benchmarks.common.cost import count_flops
+from benchmarks.common.tome import token_merging
 
 from .model import LAYERS, PATCH, MiniAlbef
 

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-import subprocess
 import sys
 from collections.abc import Sequence
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.accuracy import CHECKPOINTS
+from benchmarks.accuracy.world.sampling import Sampler
+from benchmarks.accuracy.world.scenes import VARIED, Layout, make_scenes
+from benchmarks.common.machine import commit
+
 from .model import PATCH, MiniAlbef
-from .sampling import Sampler
-from .scenes import VARIED, Layout, make_scenes
 from .train import pretrain
 
-COMMITTED = Path(__file__).parent / "checkpoints"
 RESULTS = Path("results/accuracy")
 TRAIN_SCENES = 8000
 BATCH = 32
@@ -61,16 +61,6 @@ def save(model: torch.nn.Module, path: Path, **facts: Any) -> None:
     path.with_suffix(".json").write_text(json.dumps(made, indent=1) + "\n")
 
 
-@lru_cache(maxsize=None)
-def commit() -> str:
-    """The commit of the code that runs, marked where files were changed; asked for once, when a run starts."""
-    here = Path(__file__).parent
-    answer = subprocess.run(
-        ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True, text=True
-    )
-    return answer.stdout.strip() or "unknown"
-
-
 def load(path: Path) -> MiniAlbef:
     """A base in single precision and evaluation mode. It takes images of any size: positions are resampled."""
     model = MiniAlbef()
@@ -91,7 +81,7 @@ def base(seed: int, folder: Path = RESULTS, stage: int = 2) -> MiniAlbef:
         FileNotFoundError: it was not; names the command that trains it.
     """
     name = f"albef-{seed}.pt" if stage == 2 else f"albef-{seed}-stage1.pt"
-    for place in (folder, COMMITTED):
+    for place in (folder, CHECKPOINTS):
         if (place / name).exists():
             return load(place / name)
     raise FileNotFoundError(f"{folder / name}: train it with `python -m benchmarks.accuracy train --seed {seed}`")

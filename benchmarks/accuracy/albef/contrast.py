@@ -17,15 +17,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.accuracy.world.captions import AND
+from benchmarks.accuracy.world.sampling import Batch
+from benchmarks.accuracy.world.scenes import PLAIN, Layout, noto_font
+from benchmarks.common.machine import commit
 from patchselect.losses import cosine_alignment_loss, itc_loss, negative_weights, progressive_alpha, srcl_loss
 from patchselect.metrics import retrieval_recall
 
-from .base import base, commit, digest, train_sampler
-from .captions import AND
+from .base import base, digest, train_sampler
 from .evaluate import Questions
 from .model import MiniAlbef
-from .sampling import Batch
-from .scenes import PLAIN, Layout, noto_font
 from .train import TEMPERATURE, fit
 
 CONTRAST_BATCH = 64

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Callable, Sequence, Tuple
+
+from benchmarks.common.plots import canvas
+from benchmarks.common.tables import markdown
 
 from .contrast import POOL, Objective, Run
 from .contrast import train as contrast
 from .jobs import run_all
-from .report import Record, asked, at, axes, error, spread, table, write
+from .report import Record, asked, at, error, spread, write
 
 Seeds = Sequence[int]
 Study = Callable[[Path, Seeds], None]
-Bar = tuple[str, float, float]
+Bar = Tuple[str, float, float]
 KINDS = ("weight_true", "weight_false")
 
 
@@ -58,7 +61,7 @@ def contrast_study(name: str, question: Sequence[Objective], scenes: Sequence[st
             "weight of true negatives",
             "of false negatives",
         ]
-        write(folder, name, asked(f"study {name}", seeds), table(head, rows), records=records)
+        write(folder, name, asked(f"study {name}", seeds), markdown([head, *rows]), records=records)
 
     return study
 
@@ -72,7 +75,8 @@ def named(objective: Objective) -> str:
 
 def draw(bars: Sequence[Bar], weighed: Sequence[Bar], path: Path) -> None:
     """R@1 with its standard error over the bases and, where there is a choice of SRCL, what its negatives weigh."""
-    figure, panels = axes(max(5.6, 0.75 * len(bars)), 4.2, 2 if len(weighed) > 1 else 1)
+    columns = 2 if len(weighed) > 1 else 1
+    figure, panels = canvas(columns * max(5.6, 0.75 * len(bars)), 4.2, columns=columns)
     panels[0].bar(range(len(bars)), [b[1] for b in bars], yerr=[b[2] for b in bars], color="tab:blue", capsize=3)
     panels[0].axhline(100 / POOL, color="black", linewidth=0.8, linestyle=":", label="chance")
     panels[0].set_xticks(range(len(bars)), [b[0] for b in bars], fontsize=7)

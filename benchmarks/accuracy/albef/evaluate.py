@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 import patchselect
+from benchmarks.accuracy.world.captions import captions, unique_captions
+from benchmarks.accuracy.world.sampling import Sampler
+from benchmarks.accuracy.world.scenes import PLAIN, Layout, make_scenes
 from patchselect.metrics import retrieval_recall
 
 from .arms import RELEVANCE, Encode, lifted
-from .captions import captions, unique_captions
 from .model import LAYERS, PATCH, MiniAlbef
-from .sampling import Sampler
-from .scenes import PLAIN, Layout, make_scenes
 
 CHUNK = 128
 

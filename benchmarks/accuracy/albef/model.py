@@ -13,7 +13,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from .captions import CAPTION_LENGTH, PAD, vocabulary_size
+from benchmarks.accuracy.world.captions import CAPTION_LENGTH, PAD, vocabulary_size
 
 WIDTH = 64
 JOINT = 32

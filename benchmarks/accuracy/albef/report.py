@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Dict
 
 import torch
 
-from benchmarks import report
+from benchmarks.common import command
+from benchmarks.common.machine import commit, machine
+from benchmarks.common.plots import canvas
+from benchmarks.common.tables import markdown
 
 from .arms import LABELS
-from .base import commit
 from .train import KEEP_RATES
 
-Record = dict[str, Any]
+Record = Dict[str, Any]
 
 COLOURS = {
     "text": "tab:red",
@@ -39,12 +40,6 @@ def spread(values: Sequence[float]) -> str:
 def error(values: Sequence[float]) -> float:
     """Standard error of the mean; 0 of a single value."""
     return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Markdown."""
-    lines = [list(head), ["---"] * len(head), *(list(row) for row in rows)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def pick(records: Sequence[Record], value: str = "accuracy", **where: Any) -> list[float]:
@@ -89,7 +84,7 @@ def curve_table(records: Sequence[Record], value: str) -> str:
         cells = [cell(records, value, trained=trained, method=method, keep_rate=rate) for rate in KEEP_RATES]
         if any(cells):
             rows.append([name_of(trained, method), *(one or "–" for one in cells)])
-    return table(["", *(f"keep {rate:g}" for rate in KEEP_RATES)], rows)
+    return markdown([["", *(f"keep {rate:g}" for rate in KEEP_RATES)], *rows])
 
 
 def curve_report(records: Sequence[Record], steps: int, queries: int, pool: int) -> str:
@@ -128,7 +123,7 @@ def differences(records: Sequence[Record]) -> str:
                 gaps = [own - pick(records, seed=seed, trained=other, **rival)[0] for seed, own in seeds.items()]
                 cells.append(f"{statistics.fmean(gaps):+.1f} ± {error(gaps):.1f}")
             rows.append([f"{name_of(one, arms[one])} − {name_of(other, arms.get(other, 'none'))}", *cells])
-    return table(["", *(f"keep {rate:g}" for rate in KEEP_RATES)], rows)
+    return markdown([["", *(f"keep {rate:g}" for rate in KEEP_RATES)], *rows])
 
 
 def name_of(trained: str, method: str) -> str:
@@ -142,30 +137,12 @@ def asked(name: str, seeds: Sequence[int]) -> str:
     return f"python -m benchmarks.accuracy {name} --seed " + " ".join(str(seed) for seed in seeds)
 
 
-def machine() -> str:
-    """What the figures were measured on, in a line."""
-    about = report.machine(torch.device("cpu"))
-    return f"{about['processor']}, {about['cores']} cores, torch {torch.__version__}"
-
-
-def write(folder: Path, name: str, command: str, text: str, **data: Any) -> None:
+def write(folder: Path, name: str, asked_for: str, text: str, **data: Any) -> None:
     """`name.md` and `name.json` in the folder, and the text on the terminal."""
-    folder.mkdir(parents=True, exist_ok=True)
-    head = f"`{command}` ({machine()}, commit {commit()})\n\n"
-    (folder / f"{name}.md").write_text(head + text + "\n")
-    facts = {"command": command, "machine": machine(), "commit": commit(), **data}
-    (folder / f"{name}.json").write_text(json.dumps(facts, indent=1) + "\n")
-    print(head + text)  # noqa: T201
-
-
-def axes(width: float = 6.4, height: float = 4.2, columns: int = 1) -> tuple[Any, Sequence[Any]]:
-    """A figure that needs no display, and its axes."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width * columns, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure, figure.subplots(1, columns, squeeze=False)[0]
+    about = machine(torch.device("cpu"))
+    where = f"{about['processor']}, {about['cores']} cores, torch {torch.__version__}"
+    facts = {"command": asked_for, "machine": where, "commit": commit(), **data}
+    command.write(folder / f"{name}.json", facts, f"`{asked_for}` ({where}, commit {commit()})\n\n{text}")
 
 
 def draw_curves(records: Sequence[Record], speeds: Sequence[Record], path: Path) -> None:
@@ -174,7 +151,8 @@ def draw_curves(records: Sequence[Record], speeds: Sequence[Record], path: Path)
     Dashed: as it is; solid: trained with selection; dotted with stars: trained with its alignment too. Bars are
     standard errors over the bases. Points lie a little beside their keep rate, so that none hides another.
     """
-    figure, panels = axes(5.6, 4.8, 2 if speeds else 1)
+    columns = 2 if speeds else 1
+    figure, panels = canvas(5.6 * columns, 4.8, columns=columns)
     left, right = panels[0], panels[-1]
     faster = {(s["method"], s["keep_rate"]): s["speed_up"]["median"] for s in speeds}
     lines, handles = lines_of(records), {}

@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import patchselect
+from benchmarks.accuracy.world.sampling import Batch, Sampler
 from patchselect.losses import itc_loss
 
 from .model import LAYERS, MiniAlbef
-from .sampling import Batch, Sampler
 from .train import TEMPERATURE, alignment, both, fit, matching_loss, region_words, selection_inputs
 
 

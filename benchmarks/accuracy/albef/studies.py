@@ -10,6 +10,9 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.accuracy.world.scenes import Layout
+from benchmarks.common.plots import canvas
+from benchmarks.common.tables import markdown
 from patchselect import keep_rate_for_budget
 
 from .arms import LABELS, reduced, vision_flops
@@ -21,8 +24,7 @@ from .curves import measure as measure_curve
 from .evaluate import Questions, matching_hits
 from .jobs import call, run_all
 from .model import LAYERS, MiniAlbef
-from .report import FREE, Record, asked, axes, cell, curve_table, draw_curves, error, pick, spread, table, write
-from .scenes import Layout
+from .report import FREE, Record, asked, cell, curve_table, draw_curves, error, pick, spread, write
 from .scratch import train_from_scratch
 from .throughput import throughput
 from .train import KEEP_RATES, Arm, tune
@@ -54,7 +56,7 @@ def speed(folder: Path, seeds: Seeds) -> None:
     rows[0].append("")
     head = ["method", "keep", "pairs/s", "speed-up [quartiles]", "FLOP ratio, image encoder", "as it is", "trained"]
     draw_curves(records, speeds, folder / "speed.png")
-    write(folder, "speed", asked("study speed", seeds), table(head, rows), speeds=speeds)
+    write(folder, "speed", asked("study speed", seeds), markdown([head, *rows]), speeds=speeds)
 
 
 def accuracy(records: Sequence[Record], trained: str, method: str, keep_rate: float) -> str:
@@ -91,7 +93,7 @@ def layers(folder: Path, seeds: Seeds) -> None:
         ratios = [pick(records, "ratio", layers=where, keep_rate=rate)[0] for rate in KEEP_RATES]
         blocks = " and ".join(str(block + 1) for block in where)
         rows.append([blocks, *(f"{spread(cell)} at {ratio:.2f}x" for cell, ratio in zip(cells, ratios))])
-    figure, (axis,) = axes()
+    figure, (axis,) = canvas(6.4, 4.2)
     for where in WHERE:
         points = [
             (pick(records, "ratio", layers=where, keep_rate=r), pick(records, layers=where, keep_rate=r))
@@ -108,7 +110,7 @@ def layers(folder: Path, seeds: Seeds) -> None:
     axis.grid(alpha=0.25)
     figure.savefig(folder / "layers.png", dpi=150)
     head = ["selection inside block", *(f"keep {rate:g}" for rate in KEEP_RATES)]
-    write(folder, "layers", asked("study layers", seeds), table(head, rows), records=records)
+    write(folder, "layers", asked("study layers", seeds), markdown([head, *rows]), records=records)
 
 
 SMALL = (11, 15)
@@ -150,14 +152,14 @@ def resolution(folder: Path, seeds: Seeds) -> None:
             [f"{size} px", LABELS[guidance], f"{found[0]['rate']:.3f}", f"{found[0]['cost']:.3f}", spread(values)]
         )
         bars.append((f"{size} px\n{guidance}\ncost {found[0]['cost']:.2f}", statistics.fmean(values), error(values)))
-    figure, (axis,) = axes()
+    figure, (axis,) = canvas(6.4, 4.2)
     axis.bar(range(len(bars)), [b[1] for b in bars], yerr=[b[2] for b in bars], capsize=3, color="tab:orange")
     axis.set_xticks(range(len(bars)), [b[0] for b in bars])
     axis.set_ylim(50, 100)
     axis.set_ylabel("matching accuracy, %")
     figure.savefig(folder / "resolution.png", dpi=150)
     head = ["image", "guidance", "keep rate", "cost (FLOPs of 80 px = 1)", "accuracy"]
-    write(folder, "resolution", asked("study resolution", seeds), table(head, rows), records=records)
+    write(folder, "resolution", asked("study resolution", seeds), markdown([head, *rows]), records=records)
 
 
 def alignment(folder: Path, seeds: Seeds) -> None:
@@ -197,14 +199,14 @@ def scratch(folder: Path, seeds: Seeds) -> None:
         name = "no selection" if rate == 1 else "with selection alignment" if aligned else "as in the papers"
         rows.append([name, f"{rate:g}", cell(records, "accuracy", keep_rate=rate, aligned=aligned)])
         bars.append((f"{name}\nkeep {rate:g}", statistics.fmean(values), error(values)))
-    figure, (axis,) = axes(8)
+    figure, (axis,) = canvas(8, 4.2)
     axis.bar(range(len(bars)), [b[1] for b in bars], yerr=[b[2] for b in bars], capsize=3, color="tab:green")
     axis.set_xticks(range(len(bars)), [b[0] for b in bars], fontsize=8)
     axis.set_ylim(50, 100)
     axis.set_ylabel("matching accuracy, %")
     figure.savefig(folder / "scratch.png", dpi=150)
     head = ["training", "keep", "accuracy"]
-    write(folder, "scratch", asked("study scratch", seeds), table(head, rows), records=records)
+    write(folder, "scratch", asked("study scratch", seeds), markdown([head, *rows]), records=records)
 
 
 STUDIES: dict[str, Study] = {

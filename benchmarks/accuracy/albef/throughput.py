@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import random
 import statistics
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from benchmarks.measure import timed
+from benchmarks.accuracy.world.captions import captions
+from benchmarks.common.clock import timed, turns
+from benchmarks.common.tables import spread
 
 from .arms import METHODS, reduced, vision_flops
-from .captions import captions
 from .evaluate import match_logits
 from .model import MiniAlbef
 from .train import KEEP_RATES
@@ -29,9 +29,7 @@ def throughput(model: MiniAlbef, rounds: int = 7, batch: int = 128, image_size: 
     images = torch.rand(batch, 3, image_size, image_size)
     ids, device = captions([(row % 7, 8 + row % 5) for row in range(batch)]), torch.device("cpu")
     seconds: dict[tuple[str, float], list[float]] = {case: [] for case in cases}
-    order = list(cases)
-    for turn in tqdm(range(rounds + 1), "throughput", unit="round"):
-        random.Random(turn).shuffle(order)
+    for turn, order in enumerate(tqdm(turns(cases, rounds + 1), "throughput", rounds + 1, unit="round")):
         for method, rate in order:
             with reduced(model, method, rate) as encode:
                 spent = timed(lambda encode=encode: match_logits(model, encode, images, ids), device)
@@ -40,13 +38,12 @@ def throughput(model: MiniAlbef, rounds: int = 7, batch: int = 128, image_size: 
     records = []
     for (method, rate), spent in seconds.items():
         ratios = [base / own for base, own in zip(seconds["none", 1.0], spent)]
-        lower, median, upper = statistics.quantiles(ratios, n=4, method="inclusive")
         records.append(
             {
                 "method": method,
                 "keep_rate": rate,
                 "pairs_per_second": batch / statistics.median(spent),
-                "speed_up": {"q1": lower, "median": median, "q3": upper},
+                "speed_up": spread(ratios),
                 "flop_ratio": vision_flops(image_size, 1.0) / vision_flops(image_size, rate, method=method),
             }
         )

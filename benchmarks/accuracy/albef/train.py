@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import patchselect
+from benchmarks.accuracy.world.captions import EMOJI, captions
+from benchmarks.accuracy.world.sampling import Batch, Sampler
 from patchselect.losses import itc_loss, itm_loss, selection_alignment_loss
 
 from .arms import RELEVANCE, lifted
-from .captions import EMOJI, captions
 from .model import LAYERS, MiniAlbef
-from .sampling import Batch, Sampler
 
 TEMPERATURE = 0.1
 CAPTIONS = 3

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-from pathlib import Path
-from typing import Any
+from typing import Any, Dict, Tuple
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks.report import machine, versions
+from benchmarks.accuracy.yours.alignment import Plan, align
+from benchmarks.common import command
+from benchmarks.common.tables import aligned
 
-from .align import Plan, align
-from .clip import LAYERS
-from .clip_report import aligned
-from .clip_study import NONE, Arm, answers, mean
-from .pairs import scene_pairs, small_host
+from .arms import NONE, Arm, answers
+from .host import scene_pairs, small_host
+from .model import LAYERS
 from .questions import TEST, make_questions, right
+from .study import mean
 
 CONTROL = "fine-tuned without selection"
 PLANS: dict[str, Plan | None] = {
@@ -35,7 +34,7 @@ PLANS: dict[str, Plan | None] = {
 """What the models were fine-tuned with; nothing in it was tuned."""
 
 RATES = (0.5, 0.3)
-Found = dict[tuple[str, str, str, float], Tensor]
+Found = Dict[Tuple[str, str, str, float], Tensor]
 """By plan, relevance, texts and rate: `(N,)`, 1 where the answer was right."""
 
 
@@ -101,17 +100,11 @@ def _cell(record: dict[str, Any], plain: bool) -> str:
 
 def study(options: argparse.Namespace) -> dict[str, Any]:
     """Fine-tune and ask both models, print the tables, write JSON and Markdown."""
-    about, seeds = machine(torch.device("cpu")), (0, 1)
+    report, seeds = command.report_on(options), (0, 1)
     with tqdm(total=len(PLANS) * len(seeds), file=sys.stderr) as bar:
         found = [run(seed, options, bar) for seed in seeds]
     records = summarise(found)
-    report = {
-        "machine": about,
-        "versions": versions(),
-        "settings": {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()},
-        "results": records,
-    }
-    report["settings"] = {k: v for k, v in report["settings"].items() if isinstance(v, (str, int, float, list))}
+    report["results"] = records
     parts = [
         "# A short alignment of the small CLIP",
         f"{options.steps} steps of {options.batch} pairs, both models, {options.count} test questions (chance 0.0625). "
@@ -119,9 +112,5 @@ def study(options: argparse.Namespace) -> dict[str, Any]:
         table(records, "values"),
         table(records, "keys"),
     ]
-    text = "\n\n".join(parts) + "\n"
-    options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / "align-study.json").write_text(json.dumps(report, indent=1) + "\n")
-    (options.output / "align-study.md").write_text(text)
-    sys.stdout.write(text)
+    command.write(options.output / "align-study.json", report, "\n\n".join(parts))
     return report

@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.accuracy.world.captions import name_some, swap_one
+from benchmarks.accuracy.world.scenes import Layout, Scenes, make_scenes
 from patchselect.metrics import retrieval_recall
 
-from .captions import name_some, swap_one
-from .clip import SIZE, tokenize
-from .scenes import Layout, Scenes, make_scenes
+from .model import SIZE, tokenize
 
 CHOICES = 16
 VALIDATION, TEST = "validation", "test"

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-
-def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Markdown, columns aligned so that it also reads well in a terminal; the first row is the head."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(row, widths)) + " |" for row in rows]
-    return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
+from benchmarks.common.plots import canvas
+from benchmarks.common.tables import aligned
 
 
 def _lookup(report: dict[str, Any]) -> tuple[list[str], list[float], dict[tuple[str, float], dict[str, Any]]]:
@@ -86,13 +81,8 @@ def document(report: dict[str, Any]) -> str:
 
 def draw(report: dict[str, Any], path: Path) -> None:
     """Accuracy against keep rate, error bars of two standard errors."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     names, rates, found = _lookup(report)
-    figure = Figure(figsize=(9.5, 5), layout="constrained")
-    FigureCanvasAgg(figure)
-    axis = figure.subplots()
+    figure, (axis,) = canvas(9.5, 5)
     colours = [f"tab:{c}" for c in ("red", "purple", "blue", "brown", "orange", "gray", "olive", "green", "cyan")]
     kinds = list(dict.fromkeys(name.split(",")[0] for name in names if name != "no selection"))
     for position, name in enumerate(names):

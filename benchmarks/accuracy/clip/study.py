@@ -7,156 +7,23 @@ patches. All arms answer the same questions, so that their differences have smal
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-import patchselect
-from benchmarks.report import machine, versions
-from benchmarks.tome import schedule, token_merging
-from patchselect.functional import as_ratio, num_kept
+from benchmarks.common import command
 
-from . import clip
-from .captions import EMOJI
-from .clip import DEPTH, LAYERS, PATCH, SIZE, load, tokenize
-from .clip_report import document, draw
-from .questions import CHOICES, SEEDS, TEST, Questions, encode, make_questions, right
+from . import training
+from .arms import ARMS, NONE, RIVALS, SHARED, Arm, answers, spent
+from .model import load
+from .questions import SEEDS, TEST, Questions, make_questions, right
+from .report import document, draw
 
 RATES = (0.7, 0.5, 0.3, 0.15)
-GRID = SIZE // PATCH
-
-
-@dataclass(frozen=True)
-class Arm:
-    """One way to spend fewer tokens."""
-
-    name: str
-    guidance: str = "text"
-    """`text`, `image`, `random`, `grid`, `tome` or `none`."""
-    relevance: str | None = None
-    texts: str = ""
-    """`paired`: each caption guides its own pass; `candidates`: the 16 of a scene share one; `nouns`: all concepts."""
-
-
-ARMS = (
-    Arm("no selection", "none"),
-    Arm("values, shared by the candidates", "text", "values", "candidates"),
-    Arm("values, shared by all nouns", "text", "values", "nouns"),
-    Arm("values, per caption", "text", "values", "paired"),
-    Arm("joint, shared by the candidates", "text", "joint", "candidates"),
-    Arm("joint, per caption", "text", "joint", "paired"),
-    Arm("keys, shared by the candidates", "text", "keys", "candidates"),
-    Arm("keys, per caption (TRIPS)", "text", "keys", "paired"),
-    Arm("keys, shared by all nouns", "text", "keys", "nouns"),
-    Arm("features, shared by all nouns", "text", "features", "nouns"),
-    Arm("image [CLS] (EViT)", "image"),
-    Arm("random", "random"),
-    Arm("smaller grid, equal tokens", "grid"),
-    Arm("ToMe, equal tokens", "tome"),
-)
-NONE, SHARED = ARMS[0].name, ARMS[1].name
-RIVALS = ("image [CLS] (EViT)", "keys, per caption (TRIPS)", "keys, shared by the candidates", "ToMe, equal tokens")
-
-
-def tokens_with(rate: float) -> int:
-    """Tokens that all MLPs of the tower see, [CLS] and fused token included: what "equal tokens" compares."""
-    total, patches = 0, GRID * GRID
-    for index in range(DEPTH):
-        if index in LAYERS and rate < 1:
-            patches = min(patches, num_kept(patches, as_ratio(rate)) + 1)
-        total += 1 + patches
-    return total
-
-
-def tokens_merged(removed: int) -> int:
-    """The same for token merging, where a layer can merge no more than half of its patches."""
-    total, patches = 0, GRID * GRID
-    for step in schedule(removed, DEPTH):
-        patches -= min(step, patches // 2)
-        total += 1 + patches
-    return total
-
-
-def merged_like(tokens: int) -> int:
-    """How many patches ToMe removes in all to spend `tokens`, or as close as it gets."""
-    return min(range(GRID * GRID), key=lambda removed: (abs(tokens_merged(removed) - tokens), removed))
-
-
-def grid_like(tokens: int) -> tuple[int, int]:
-    """The grid, square or one longer, that spends about as many."""
-    sides = [(side, side + longer) for side in range(1, GRID) for longer in (0, 1)]
-    return min(sides, key=lambda side: abs(DEPTH * (1 + side[0] * side[1]) - tokens))
-
-
-def spent(arm: Arm, rate: float) -> int:
-    """Tokens of this arm over all blocks."""
-    if arm.guidance == "none":
-        return tokens_with(1.0)
-    if arm.guidance == "tome":
-        return tokens_merged(merged_like(tokens_with(rate)))
-    if arm.guidance == "grid":
-        height, width = grid_like(tokens_with(rate))
-        return DEPTH * (1 + height * width)
-    return tokens_with(rate)
-
-
-@torch.no_grad()
-def encode_smaller(model: Any, images: Tensor, side: tuple[int, int]) -> Tensor:
-    """`(N, E)` features of scaled-down images, with the position embeddings scaled like them."""
-    small = F.interpolate(images, [PATCH * length for length in side], mode="bilinear", antialias=True)
-    first, rest = model.visual.positional_embedding.split([1, GRID * GRID])
-    square = rest.T.unflatten(1, (GRID, GRID)).unsqueeze(0)
-    square = F.interpolate(square, side, mode="bicubic", antialias=True).flatten(2)[0].T
-    state = {"positional_embedding": torch.cat([first, square])}
-    return torch.cat([torch.func.functional_call(model.visual, state, (part,)) for part in small.split(256)])
-
-
-@torch.no_grad()
-def answers(model: Any, arm: Arm, rate: float, images: Tensor, texts: Tensor, fusion: Any = "mean") -> Tensor:
-    """Image features `(N, E)`, or `(N, CHOICES, E)` where each caption guides its own.
-
-    Args:
-        model: in evaluation mode, without selection; it is left so.
-        arm: what to do.
-        rate: keep rate of both layers.
-        images: `(N, 3, S, S)`.
-        texts: `(N, CHOICES, E)`.
-        fusion: of `patchselect.apply`.
-    """
-    if arm.guidance == "none":
-        return encode(model, images)
-    if arm.guidance == "grid":
-        return encode_smaller(model, images, grid_like(tokens_with(rate)))
-    if arm.guidance == "tome":
-        with token_merging(model, merged_like(tokens_with(rate))):
-            return encode(model, images)
-    handle = patchselect.apply(model, rate, LAYERS, arm.guidance, arm.relevance, fusion)
-    try:
-        if arm.guidance != "text":
-            return encode(model, images)
-        if arm.texts == "nouns":
-            nouns = model.encode_text(tokenize([(concept,) for concept in range(len(EMOJI))]))
-            with patchselect.guide(model, nouns, "shared"):
-                return encode(model, images)
-        pairing = "all" if arm.texts == "paired" else "shared"
-        parts = []
-        for rows in torch.arange(len(images)).split(8 if pairing == "all" else 128):
-            with patchselect.guide(model, texts[rows], pairing):
-                parts.append(model.encode_image(images[rows]))
-        found = torch.cat(parts)
-        return found.unflatten(0, (-1, CHOICES)) if pairing == "all" else found
-    finally:
-        handle.remove()
-
-
 Progress = Callable[[str], None]
 
 
@@ -209,7 +76,7 @@ def bars(records: Sequence[dict[str, Any]], rate: float = 0.3) -> list[dict[str,
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    clip.add_arguments(parser)
+    training.add_arguments(parser)
     add = parser.add_argument
     add("--seeds", type=int, nargs="+", default=[0, 1], help="models of the table")
     add("--count", type=int, default=1024, help="questions")
@@ -217,15 +84,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--keep-rate", type=float, nargs="+", default=list(RATES))
     add("--arms", nargs="+", default=[], help="those whose names contain one of these; default: all")
     add("--fusion", choices=("mean", "sum", "none"), default="mean")
-    add("--output", type=Path, default=Path("results/clip"))
+    command.add_output(parser, "results/clip")
 
 
 def main(options: argparse.Namespace) -> dict[str, Any]:
     """Ask all models, print the tables, write JSON, Markdown and plot; with `--train`, make a checkpoint instead."""
     if options.train:
-        return clip.main(options)
+        return training.main(options)
     torch.set_num_threads(options.threads)
-    about = machine(torch.device("cpu"))
+    report = command.report_on(options)
     arms = [arm for arm in ARMS if not options.arms or any(part in arm.name for part in (*options.arms, NONE))]
     questions = make_questions(options.count, options.split)
     runs = len(options.seeds) * sum(1 if arm.guidance == "none" else len(options.keep_rate) for arm in arms)
@@ -238,28 +105,16 @@ def main(options: argparse.Namespace) -> dict[str, Any]:
         models = (load(seed, options.checkpoints) for seed in options.seeds)
         found = [ask(model, questions, arms, options.keep_rate, options.fusion, progress) for model in models]
     records = summarise(found, arms)
-    report = {
-        "machine": about,
-        "versions": versions(),
-        "settings": {**vars(options), **{key: str(vars(options)[key]) for key in ("output", "checkpoints")}},
-        "results": records,
-        "bars": bars(records),
-        "bars_by_model": {seed: bars(summarise([one], arms)) for seed, one in zip(options.seeds, found)},
-    }
-    report["settings"] = {k: v for k, v in report["settings"].items() if isinstance(v, (str, int, float, list))}
-    options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / f"clip-{options.split}.json").write_text(json.dumps(report, indent=1) + "\n")
-    (options.output / f"clip-{options.split}.md").write_text(document(report))
-    draw(report, options.output / f"clip-{options.split}.png")
-    sys.stdout.write(document(report))
+    report.update(
+        results=records,
+        bars=bars(records),
+        bars_by_model={seed: bars(summarise([one], arms)) for seed, one in zip(options.seeds, found)},
+    )
+    path = options.output / f"clip-{options.split}.json"
+    command.write(path, report, document(report))
+    draw(report, path.with_suffix(".png"))
     return report
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.accuracy.clip_study", description=__doc__)
-    add_arguments(parser)
-    return parser.parse_args(arguments)
-
-
-if __name__ == "__main__":
-    main(parse())
+    return command.parse("benchmarks.accuracy clip", __doc__, add_arguments, arguments)

@@ -17,7 +17,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from benchmarks.data import from_skimage, from_sklearn, load_photos
+from benchmarks.common.photographs import from_skimage, from_sklearn, load_photos
 
 from .captions import EMOJI
 

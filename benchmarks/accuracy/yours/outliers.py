@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.host import Host
+from benchmarks.models.host import Host
 from patchselect.adapter import Tower
 from patchselect.checks import check_layers
 from patchselect.hosts import find_towers
