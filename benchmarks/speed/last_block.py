@@ -20,7 +20,7 @@ import patchselect
 from benchmarks.common.clock import timed
 from benchmarks.common.command import add_device, add_layers, add_output, parse, report_on, write
 from benchmarks.common.cost import count_flops
-from benchmarks.common.tables import aligned, quartiles, spread
+from benchmarks.common.show import aligned, quartiles, spread
 
 from .encoder import call_of, vit
 

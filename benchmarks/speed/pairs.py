@@ -18,7 +18,7 @@ import patchselect
 from benchmarks.common.clock import timed, turns
 from benchmarks.common.command import add_device, add_layers, add_model, add_output, parse, report_on, write
 from benchmarks.common.cost import count_flops
-from benchmarks.common.tables import aligned, quartiles, spread
+from benchmarks.common.show import aligned, quartiles, spread
 from benchmarks.models.host import Host
 from benchmarks.models.loading import load
 

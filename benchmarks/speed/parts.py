@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from benchmarks.common.tables import markdown
+from benchmarks.common.show import markdown
 
 
 def stretches(depth: int, layers: Sequence[int]) -> list[tuple[str, slice]]:

@@ -7,7 +7,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common.plots import canvas
+from benchmarks.common.show import canvas
 
 from .cases import GUIDED
 from .report import VIEW, WORK

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
 
-from benchmarks.common.tables import aligned, quartiles, spread
+from benchmarks.common.show import aligned, quartiles, spread
 
 from .cases import GUIDED, TOME, Case, Selection
 from .measure import Measured

@@ -19,7 +19,7 @@ import patchselect
 from benchmarks.common.clock import timed, turns
 from benchmarks.common.command import add_device, add_layers, add_output, parse, report_on, write
 from benchmarks.common.cost import count_flops
-from benchmarks.common.tables import aligned, spread
+from benchmarks.common.show import aligned, spread
 
 from .encoder import call_of, vit
 

@@ -24,7 +24,7 @@ import patchselect
 from benchmarks.common.clock import synchronise, timed, turns
 from benchmarks.common.command import add_layers, add_output, parse, report_on, write
 from benchmarks.common.cost import countable
-from benchmarks.common.tables import markdown, quartiles, spread
+from benchmarks.common.show import markdown, quartiles, spread
 from patchselect.hosts import find_towers
 
 from .parts import as_parts, parts_table, spent_by_part

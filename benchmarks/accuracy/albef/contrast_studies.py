@@ -6,8 +6,7 @@ import statistics
 from pathlib import Path
 from typing import Callable, Sequence, Tuple
 
-from benchmarks.common.plots import canvas
-from benchmarks.common.tables import markdown
+from benchmarks.common.show import canvas, markdown
 
 from .contrast import POOL, Objective, Run
 from .contrast import train as contrast

@@ -12,8 +12,7 @@ import torch
 
 from benchmarks.common import command
 from benchmarks.common.machine import commit, machine
-from benchmarks.common.plots import canvas
-from benchmarks.common.tables import markdown
+from benchmarks.common.show import canvas, markdown
 
 from .arms import LABELS
 from .train import KEEP_RATES

@@ -11,8 +11,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.accuracy.world.scenes import Layout
-from benchmarks.common.plots import canvas
-from benchmarks.common.tables import markdown
+from benchmarks.common.show import canvas, markdown
 from patchselect import keep_rate_for_budget
 
 from .arms import LABELS, reduced, vision_flops

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from benchmarks.accuracy.world.captions import captions
 from benchmarks.common.clock import timed, turns
-from benchmarks.common.tables import spread
+from benchmarks.common.show import spread
 
 from .arms import METHODS, reduced, vision_flops
 from .evaluate import match_logits

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from benchmarks.accuracy.yours.alignment import Plan, align
 from benchmarks.common import command
-from benchmarks.common.tables import aligned
+from benchmarks.common.show import aligned
 
 from .arms import NONE, Arm, answers
 from .host import scene_pairs, small_host

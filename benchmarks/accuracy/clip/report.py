@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common.plots import canvas
-from benchmarks.common.tables import aligned
+from benchmarks.common.show import aligned, canvas
 
 
 def _lookup(report: dict[str, Any]) -> tuple[list[str], list[float], dict[tuple[str, float], dict[str, Any]]]:

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 import patchselect
 from benchmarks.common.clock import timed
-from benchmarks.common.tables import spread
+from benchmarks.common.show import spread
 from benchmarks.models.host import Host, first_line
 
 from .outliers import Diagnosis, diagnose

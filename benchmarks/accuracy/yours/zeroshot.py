@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import command
-from benchmarks.common.tables import aligned, quartiles
+from benchmarks.common.show import aligned, quartiles
 from benchmarks.models.loading import load
 
 from .classes import TEMPLATES, class_features, images_of, prompts

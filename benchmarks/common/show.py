@@ -1,9 +1,10 @@
-"""Figures in words: medians with quartiles, and tables in Markdown."""
+"""Show figures: medians with quartiles, tables in Markdown, and axes to plot on."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from statistics import quantiles
+from typing import Any
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
@@ -29,3 +30,13 @@ def aligned(rows: Sequence[Sequence[str]]) -> str:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(row, widths)) + " |" for row in rows]
     return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
+
+
+def canvas(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Any, list[Any]]:
+    """Return a figure of so many inches that needs no display, and its axes row by row."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, list(figure.subplots(rows, columns, squeeze=False).flatten())
