@@ -23,7 +23,7 @@ from .run import run, selection_of
 DESCRIPTION = """\
 Times a CLIP-like model unpatched and with patch selection guided by text, image and chance, on real photographs with
 captions, all in turns in one run. Nothing is downloaded unless --pretrained asks."""
-OUTSIDE = "or MODULE:ATTRIBUTE of your own (examples.trim:TrimRelevance)"
+OUTSIDE = "or MODULE:ATTRIBUTE of your own file"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
