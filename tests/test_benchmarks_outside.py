@@ -6,12 +6,14 @@ import argparse
 import json
 
 import pytest
+import torch
 
 pytest.importorskip("open_clip")
 pytest.importorskip("skimage")
 pytest.importorskip("matplotlib")
 
 import patchselect
+from benchmarks.accuracy.yours import evaluate
 from benchmarks.common.objects import name_of, named
 from benchmarks.speed.__main__ import main
 from benchmarks.speed.cases import Selection
@@ -99,3 +101,12 @@ def test_an_object_from_outside_reaches_apply_and_the_tables(outside, tiny, tmp_
     report = json.loads((tmp_path / "speed.json").read_text())
     assert report["settings"]["relevance"] == "nearest" and report["settings"]["fusion"] == "scaled 0.5"
     assert "| text, nearest, fusion scaled 0.5 |" in capsys.readouterr().out
+
+
+def test_zero_shot_calls_an_object_by_its_name(outside):
+    found = named("somebodys_file:half")
+    assert str(evaluate.Arm("text", found, 0.5)) == "text, scaled 0.5"
+    right, sure = evaluate.Seen([torch.tensor([True, True])]), evaluate.Seen([torch.tensor([True, False])])
+    records = evaluate.summarise({evaluate.Arm("none"): right, evaluate.Arm("text", found, 0.5): sure})
+    assert json.loads(json.dumps(records[1]))["relevance"] == "scaled 0.5"
+    assert records[1]["against_none"][0] == -0.5

@@ -65,7 +65,9 @@ def report_on(options: argparse.Namespace, device: str = "cpu") -> dict[str, Any
 
 def _plain(value: Any) -> Any:
     """Return what JSON can hold: of a path its text, of an object its name."""
-    if value is None or isinstance(value, (str, int, float, list, tuple)):
+    if isinstance(value, (list, tuple)):
+        return [_plain(each) for each in value]
+    if value is None or isinstance(value, (str, int, float)):
         return value
     return str(value) if isinstance(value, Path) else name_of(value)
 

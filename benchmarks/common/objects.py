@@ -6,6 +6,9 @@ import argparse
 from importlib import import_module
 from typing import Any
 
+OUTSIDE = "or MODULE:ATTRIBUTE of your own file"
+"""What `--help` says of names that `named` takes."""
+
 
 def named(text: str) -> Any:
     """Return what `--relevance` or `--fusion` names, as `patchselect.apply` takes it.

@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.common.command import add_device, add_layers, add_model, add_output, parse, report_on, write
-from benchmarks.common.objects import named
+from benchmarks.common.objects import OUTSIDE, named
 
 from .cases import GUIDED, PASSES, VIEWS
 from .measure import MOST_ROUNDS
@@ -23,7 +23,6 @@ from .run import run, selection_of
 DESCRIPTION = """\
 Times a CLIP-like model unpatched and with patch selection guided by text, image and chance, on real photographs with
 captions, all in turns in one run. Nothing is downloaded unless --pretrained asks."""
-OUTSIDE = "or MODULE:ATTRIBUTE of your own file"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -19,6 +19,7 @@ import patchselect
 from benchmarks.common.clock import timed, turns
 from benchmarks.common.command import add_device, add_layers, add_output, parse, report_on, write
 from benchmarks.common.cost import count_flops
+from benchmarks.common.objects import OUTSIDE, named
 from benchmarks.common.show import aligned, spread
 
 from .encoder import call_of, vit
@@ -31,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--own-size", type=int, default=224, help="image size of the unpatched ViT-B/16: 224 (CLIP), 256, 384 (ALBEF)")
     add("--sizes", type=int, nargs="+", default=SIZES, metavar="PIXELS")
     add_layers(parser, [4, 9])
-    add("--relevance", choices=["keys", "values"], default="values", help="values: CLIP; keys: ALBEF and mPLUG")
+    add("--relevance", type=named, default="values", metavar="NAME", help=f"values: CLIP; keys: ALBEF; {OUTSIDE}")
     add("--budget", type=float, default=1.0)
     add("--batch", type=int, default=2)
     add("--rounds", type=int, default=5)

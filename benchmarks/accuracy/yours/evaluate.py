@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 import patchselect
 from benchmarks.common.clock import timed
+from benchmarks.common.objects import name_of
 from benchmarks.common.show import spread
 from benchmarks.models.host import Host, first_line
 
@@ -31,13 +32,14 @@ class Arm:
 
     guidance: str
     """`none`, `text` (all classes share one selection per image), `image` or `random`."""
-    relevance: str | None = None
+    relevance: Any = None
+    """A name or an object; `None` is the adapter's choice."""
     keep_rate: float = 1.0
 
     def __str__(self) -> str:
         if self.guidance == "none":
             return "no selection"
-        return f"text, {self.relevance}" if self.guidance == "text" else self.guidance
+        return f"text, {name_of(self.relevance)}" if self.guidance == "text" else self.guidance
 
 
 @dataclass
@@ -120,7 +122,13 @@ def summarise(seen: dict[Arm, Seen]) -> list[dict[str, Any]]:
     for arm, one in seen.items():
         right = torch.cat(one.right).double()
         root = len(right) ** 0.5
-        record: dict[str, Any] = {**vars(arm), "arm": str(arm), "images": len(right), "accuracy": float(right.mean())}
+        record: dict[str, Any] = {
+            **vars(arm),
+            "relevance": name_of(arm.relevance),
+            "arm": str(arm),
+            "images": len(right),
+            "accuracy": float(right.mean()),
+        }
         record["standard_error"] = float(right.std(unbiased=False) / root)
         gap = right - base_right
         record["against_none"] = (float(gap.mean()), float(gap.std(unbiased=False) / root))

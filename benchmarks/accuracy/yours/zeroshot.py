@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import command
+from benchmarks.common.objects import OUTSIDE, named
 from benchmarks.common.show import aligned, quartiles
 from benchmarks.models.loading import load
 
@@ -27,7 +28,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--random-weights", action="store_true", help="a dry run: go on where weights or tokenizer are missing")
     add("--classes", type=Path, help="one class name a line, in the order of the sorted folders; default: their names")
     add("--templates", nargs="+", default=list(TEMPLATES), help="prompts with {} for the class, averaged; or one file")
-    add("--relevance", nargs="+", default=["values", "keys", "joint"], help="of text guidance")
+    add(
+        "--relevance",
+        nargs="+",
+        type=named,
+        default=["values", "keys", "joint"],
+        metavar="NAME",
+        help=f"of text, {OUTSIDE}",
+    )
     add("--guidance", nargs="+", default=["text", "image", "random"], choices=("text", "image", "random"))
     add("--keep-rate", type=float, nargs="+", default=[0.7, 0.5, 0.3])
     command.add_layers(parser)
