@@ -1,5 +1,6 @@
 """Tiny models: one thread is faster than several, and tests that run side by side do not fight for the cores."""
 
+import inspect
 import json
 
 import pytest
@@ -23,3 +24,20 @@ def tiny(tmp_path_factory):
     path.write_text(json.dumps(TINY))
     open_clip.add_model_config(path)
     return path.stem
+
+
+@pytest.fixture
+def flops():
+    """FLOPs can be counted; a test that counts them is skipped under an older torch."""
+    from benchmarks.common.cost import FlopCounterMode
+
+    if FlopCounterMode is None:
+        pytest.skip(f"counting FLOPs takes torch 2.3 or newer, this is {torch.__version__}")
+
+
+@pytest.fixture
+def any_size():
+    """The mini-ALBEF can be built; a test of it is skipped under an older timm."""
+    timm = pytest.importorskip("timm")
+    if "dynamic_img_size" not in inspect.signature(timm.models.vision_transformer.VisionTransformer).parameters:
+        pytest.skip(f"the mini-ALBEF takes a timm whose ViT has dynamic_img_size, this is {timm.__version__}")

@@ -9,7 +9,7 @@ is the business of the runners, `albef_targets.py` and `mplug_targets.py`:
 - `batch(seed=…)` returns the positional and the named arguments of a training call, on any number of pairs.
 - `active()` is a context in which the model can be pickled.
 
-(`benchmarks.whole_model` asks for `image_size=…, small=False, train=…, distill=…`, and for
+(`benchmarks.speed.whole_model` asks for `image_size=…, small=False, train=…, distill=…`, and for
 `batch(batch_size=…, length=…, train=…)`.)
 """
 

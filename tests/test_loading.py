@@ -9,11 +9,11 @@ pytest.importorskip("skimage")
 pytest.importorskip("matplotlib")
 transformers = pytest.importorskip("transformers")
 
-from benchmarks.data import SOURCES, load_photos  # noqa: E402
-from benchmarks.models import load  # noqa: E402
-from benchmarks.models_open_clip import name_of_shapes  # noqa: E402
-from benchmarks.models_transformers import preprocessing  # noqa: E402
-from benchmarks.run import inputs_of  # noqa: E402
+from benchmarks.common.photographs import SOURCES, load_photos  # noqa: E402
+from benchmarks.models.from_open_clip import name_of_shapes  # noqa: E402
+from benchmarks.models.from_transformers import preprocessing  # noqa: E402
+from benchmarks.models.loading import load  # noqa: E402
+from benchmarks.speed.run import inputs_of  # noqa: E402
 
 
 def test_unknown_model_says_what_is_known():

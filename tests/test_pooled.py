@@ -62,10 +62,10 @@ def test_a_last_block_that_selects_is_refused_and_training_runs_as_always():
     assert lengths[0] > 1 and last.mlp.fc1.weight.grad.abs().sum() > 0
 
 
-def test_its_benchmark_counts_what_it_saves(tmp_path, capsys):
+def test_its_benchmark_counts_what_it_saves(tmp_path, capsys, flops):
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("tqdm")
-    last_block = pytest.importorskip("benchmarks.last_block")
+    from benchmarks.speed import last_block
 
     def tiny(size: int):
         config = transformers.CLIPVisionConfig(**{**VISION, "image_size": size}, projection_dim=512)

@@ -10,7 +10,10 @@ from doubles import albef
 from doubles.text import pictures, sentences
 
 pytest.importorskip("tqdm")
-whole_model = pytest.importorskip("benchmarks.whole_model")
+
+from benchmarks.speed import whole_model
+
+pytestmark = pytest.mark.usefixtures("flops")
 
 
 def tiny(work: str, size: int, batch: int, length: int):

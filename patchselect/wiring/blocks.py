@@ -50,12 +50,12 @@ def run_block(block: nn.Module, name: str, original: Original, *args: Any, **kwa
         if held is not None and held.take(layer, attended):
             return adapter.as_output(tower, hidden)
     seen = _seen(layer, block, attended, guidance)
-    tokens = _select(layer, seen, hidden, guidance)  # 2, 3 and 4
+    tokens = select(layer, seen, hidden, guidance)  # 2, 3 and 4
     tokens = tokens if tower.batch_first else tokens.transpose(0, 1)
     return adapter.finish(tower, block, tokens, attended.rest)  # 5: the MLP
 
 
-def _select(layer: Layer, seen: Candidates, hidden: Tensor, guidance: Guidance | None) -> Tensor:
+def select(layer: Layer, seen: Candidates, hidden: Tensor, guidance: Guidance | None) -> Tensor:
     """Shorten tokens `(B, N, D)` after attention to `(B, N', D)`, or to `(B * T, N', D)` for `pairing="all"`."""
     tokens, prefix = seen.all_tokens, seen.num_prefix_tokens
     patches = tokens.shape[1] - prefix
