@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
+from since import BENCHMARKS, needs
+
+needs(*BENCHMARKS, module=True)
+import numpy as np
 
 import patchselect
 from benchmarks.accuracy import base, contrast, curves, scratch

@@ -7,6 +7,9 @@ from functools import lru_cache, partial
 
 import pytest
 import torch
+from since import BENCHMARKS, needs
+
+needs(*BENCHMARKS, module=True)
 
 from benchmarks.accuracy import __main__ as command
 from benchmarks.accuracy import contrast, contrast_studies, curves, scratch, studies, train

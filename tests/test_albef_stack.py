@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.multiprocessing
 from heads import build, floats, loss_of, rewound
+from since import since
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
 
@@ -57,7 +58,7 @@ def _step(rank: int, world: int, store: str, name: str, how: str, half: bool, re
 
 
 @REAL_OR_DOUBLE
-@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+@pytest.mark.parametrize("how", ["ddp", pytest.param("fsdp", marks=since("FSDP2"))])
 @pytest.mark.parametrize("half", [False, True], ids=["float32", "autocast"])
 def test_two_processes_lose_what_one_loses(name, how, half, tmp_path):
     """Each rank has the loss of its share alone, and the gradients are the mean of the two."""

@@ -4,21 +4,20 @@ import json
 
 import pytest
 import torch
+from since import BENCHMARKS, needs
 
-open_clip = pytest.importorskip("open_clip")
-pytest.importorskip("skimage")
-pytest.importorskip("matplotlib")
-transformers = pytest.importorskip("transformers")
+needs(*BENCHMARKS, module=True)
+import transformers
 
-from benchmarks.cases import Case, Inputs  # noqa: E402
-from benchmarks.cost import peak_memory  # noqa: E402
-from benchmarks.counting import FlopBook  # noqa: E402
-from benchmarks.data import SOURCES, batch_of, load_photos  # noqa: E402
-from benchmarks.models import load  # noqa: E402
-from benchmarks.run import inputs_of  # noqa: E402
-from benchmarks.speed import main  # noqa: E402
-from benchmarks.tome import match, matching_flops, merge, schedule, token_merging  # noqa: E402
-from patchselect.functional import num_kept  # noqa: E402
+from benchmarks.cases import Case, Inputs
+from benchmarks.cost import peak_memory
+from benchmarks.counting import FlopBook
+from benchmarks.data import SOURCES, batch_of, load_photos
+from benchmarks.models import load
+from benchmarks.run import inputs_of
+from benchmarks.speed import main
+from benchmarks.tome import match, matching_flops, merge, schedule, token_merging
+from patchselect.functional import num_kept
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -9,6 +9,7 @@ import torch
 from hosts import HOSTS, Case, build
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from since import needs
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -40,7 +41,9 @@ def guided(case: Case, images) -> None:
 
 @functools.lru_cache(maxsize=None)
 def real_clip():
-    transformers = pytest.importorskip("transformers")
+    needs("projected tower")
+    import transformers
+
     config = transformers.CLIPVisionConfig(**REAL, patch_size=16, image_size=224, projection_dim=512)
     return transformers.CLIPVisionModelWithProjection(config).eval()
 

@@ -6,7 +6,8 @@ import functools
 
 import pytest
 import torch
-from hosts import build, ids
+from hosts import build, ids, vision_transformer
+from since import needs
 from torch import nn
 
 import patchselect
@@ -215,7 +216,9 @@ def test_data_parallel_around_a_patched_model_is_refused():
     ],
 )
 def test_open_clip_towers_that_cannot_be_supported_are_refused_by_name(name, reason):
-    open_clip = pytest.importorskip("open_clip")
+    needs("open_clip")
+    import open_clip
+
     with torch.device("meta"):
         model = open_clip.create_model(name, device="meta")
     before = classes(model)
@@ -225,7 +228,9 @@ def test_open_clip_towers_that_cannot_be_supported_are_refused_by_name(name, rea
 
 
 def test_dense_readers_are_refused():
-    transformers = pytest.importorskip("transformers")
+    needs("CLIPSeg", "LLaVA")
+    import transformers
+
     sizes = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2)
     vision = dict(sizes, image_size=32, patch_size=16)
     config = transformers.CLIPSegConfig(
@@ -296,8 +301,9 @@ def test_a_mask_that_the_tower_does_not_read_is_refused_if_it_hides_something(ca
 
 
 def test_patch_dropout_cannot_be_recorded():
-    open_clip = pytest.importorskip("open_clip")
     case = build("open_clip")
+    import open_clip
+
     case.model.visual.patch_dropout = open_clip.transformer.PatchDropout(0.5)
     handle = patchselect.apply(case.model, 0.5, guidance="image")
     case.model.train()
@@ -307,9 +313,9 @@ def test_patch_dropout_cannot_be_recorded():
 
 
 def test_a_record_knows_the_grid_of_each_call_and_none_afterwards():
-    timm = pytest.importorskip("timm")
+    needs("intermediates")
     sizes = dict(img_size=64, patch_size=16, embed_dim=48, depth=6, num_heads=4, dynamic_img_size=True)
-    model = timm.models.VisionTransformer(**sizes).eval()
+    model = vision_transformer()(**sizes).eval()
     handle = patchselect.apply(model, 0.5, layers=[1, 4], guidance="image")
     tall, wide = torch.randn(1, 3, 64, 32), torch.randn(1, 3, 32, 64)
     with torch.no_grad(), handle.record() as trace:

@@ -7,12 +7,14 @@ import pickle
 
 import pytest
 import torch
+from since import needs
 
 import patchselect
 from patchselect import visualization
 from patchselect.functional import num_kept
 
-transformers = pytest.importorskip("transformers")
+needs("transformers", module=True)
+import transformers
 
 LAYERS = [1, 3]
 BLIP_TEXT = dict(
@@ -41,6 +43,7 @@ every_model = pytest.mark.parametrize("name", [*BLIP, *VILTS])
 
 
 def build(name: str, vision_width: int = 64):
+    needs(name if name == "ViltForTokenClassification" else "ViLT" if name in VILTS else "BLIP")
     torch.manual_seed(0)
     if name in VILTS:
         return getattr(transformers, name)(transformers.ViltConfig(**VILT)).eval()
@@ -302,7 +305,7 @@ def test_padding_of_bare_ids_is_no_word(name):
 
 @pytest.mark.parametrize("name", ["ViltModel", "ViltForImagesAndTextClassification", "BlipForConditionalGeneration"])
 def test_a_call_of_the_whole_model_can_be_drawn(name, tmp_path):
-    pytest.importorskip("matplotlib")
+    needs("matplotlib")
     model, given = build(name), inputs(name)
     handle = patchselect.apply(model, 0.5, LAYERS)
     with torch.no_grad(), handle.record() as trace:

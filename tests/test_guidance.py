@@ -11,6 +11,7 @@ import threading
 import pytest
 import torch
 from hosts import build, ids
+from since import since
 from torch.utils.checkpoint import checkpoint
 
 import patchselect
@@ -110,6 +111,7 @@ def test_a_guide_whose_selection_is_gone_is_refused(case):
             pass
 
 
+@since("function transforms")
 def test_gradients_by_function_transforms():
     case = build("open_clip")
     patchselect.apply(case.model, 0.5)

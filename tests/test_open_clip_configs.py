@@ -7,12 +7,14 @@ from unittest import mock
 
 import pytest
 import torch
+from since import needs
 
 import patchselect
 from patchselect.functional import num_kept
 
-open_clip = pytest.importorskip("open_clip")
-timm = pytest.importorskip("timm")
+needs("open_clip", "timm", module=True)
+import open_clip
+import timm
 
 TIMM_SMALL = dict(img_size=64, patch_size=16, embed_dim=32, depth=4, num_heads=2)
 CONFIGS = {name: open_clip.get_model_config(name) for name in open_clip.list_models()}
@@ -125,7 +127,7 @@ def test_timm_tower(name):
 @pytest.mark.parametrize("name", TRANSFORMERS_TEXT)
 def test_text_towers_of_transformers(name):
     """The real text tower class of open_clip around a tiny encoder of transformers."""
-    transformers = pytest.importorskip("transformers")
+    import transformers
     from open_clip.hf_model import HFTextEncoder
 
     model = shrunk(name)

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from hosts import build, texts
+from since import needs
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
@@ -160,7 +161,9 @@ def test_two_processes_share_the_images_and_both_get_the_matrix(tmp_path):
 
 
 def test_progress_counts_images(monkeypatch):
-    tqdm = pytest.importorskip("tqdm")
+    needs("tqdm")
+    import tqdm
+
     seen = []
     monkeypatch.setattr(tqdm.auto.tqdm, "update", lambda bar, count: seen.append((bar.total, count)))
     case = build("clip")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from hosts import HOSTS, VISION, build
+from since import BENCHMARKS, needs
 
 import patchselect
 
@@ -63,9 +64,10 @@ def test_a_last_block_that_selects_is_refused_and_training_runs_as_always():
 
 
 def test_its_benchmark_counts_what_it_saves(tmp_path, capsys):
-    transformers = pytest.importorskip("transformers")
-    pytest.importorskip("tqdm")
-    last_block = pytest.importorskip("benchmarks.last_block")
+    needs("projected tower", *BENCHMARKS)
+    import transformers
+
+    from benchmarks import last_block
 
     def tiny(size: int):
         config = transformers.CLIPVisionConfig(**{**VISION, "image_size": size}, projection_dim=512)

@@ -10,10 +10,13 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 from hosts import build, ids
+from since import missing, since
 from torch import nn
-from torch._dynamo.utils import counters
 
 import patchselect
+
+if missing("compile") is None:
+    from torch._dynamo.utils import counters
 
 COMPILED = ["clip", "siglip", "open_clip", "timm_registers", "open_clip_siglip"]
 
@@ -37,6 +40,7 @@ def ready(name, **options):
     return case
 
 
+@since("fullgraph")
 @pytest.mark.parametrize("relevance", ["keys", "values"])
 @pytest.mark.parametrize("name", COMPILED)
 def test_compile_without_graph_breaks_or_recompiles(name, relevance):
@@ -58,6 +62,7 @@ def test_compile_without_graph_breaks_or_recompiles(name, relevance):
     assert graphs == [2, 2, 2], "a new text must not compile anything anew"
 
 
+@since("fullgraph")
 @pytest.mark.parametrize("name", ["clip", "open_clip"])
 def test_compiled_paired_calls_take_their_text_from_the_call(name):
     case = ready(name)
@@ -71,6 +76,7 @@ def test_compiled_paired_calls_take_their_text_from_the_call(name):
     assert counters["stats"]["unique_graphs"] == 1
 
 
+@since("compile")
 def test_applying_and_removing_reaches_a_model_that_was_compiled_from_it():
     case = build("clip_vision")
     torch._dynamo.reset()
@@ -93,6 +99,7 @@ def test_inductor_gives_the_same_numbers():
     torch.testing.assert_close(torch.compile(program)(images, text), program(images, text), rtol=1e-3, atol=1e-4)
 
 
+@since("export")
 @pytest.mark.parametrize("relevance", ["keys", "values"])
 @pytest.mark.parametrize("name", ["clip", "open_clip", "timm_class_token"])
 def test_export_with_a_dynamic_batch(name, relevance):
@@ -104,9 +111,10 @@ def test_export_with_a_dynamic_batch(name, relevance):
     torch.testing.assert_close(exported.module()(*other), program(*other))
 
 
+@since("ONNX", "onnxruntime", "onnxscript")
 def test_onnx_with_a_dynamic_batch(tmp_path):
-    runtime = pytest.importorskip("onnxruntime")
-    pytest.importorskip("onnxscript")
+    import onnxruntime as runtime
+
     case = ready("clip")
     program, batch = Guided(case), torch.export.Dim("batch", min=2, max=64)
     example = case.images(3), torch.randn(3, 24)
@@ -139,16 +147,16 @@ def test_hidden_states_have_their_true_lengths(name, used_before):
 
 
 def test_attention_maps_have_their_true_sizes():
-    transformers = pytest.importorskip("transformers")
     case = build("clip_vision")
     config = case.model.config
     config._attn_implementation = "eager"
-    model = transformers.CLIPVisionModel(config).eval()
+    model = type(case.model)(config).eval()
     patchselect.apply(model, 0.5, layers=[1, 3], guidance="image")
     maps = model(case.images(2), output_attentions=True).attentions
     assert [tuple(m.shape[-2:]) for m in maps] == [(n, n) for n in (17, 17, 10, 10, 7, 7)]
 
 
+@since("other sizes of CLIP")
 def test_images_of_other_sizes():
     case = build("clip")
     handle = patchselect.apply(case.model, 0.5, guidance="image")
@@ -158,6 +166,7 @@ def test_images_of_other_sizes():
     assert trace[0].grid == (6, 3) and trace[0].num_tokens == 1 + 9 + 1
 
 
+@since("fused attention")
 def test_no_attention_kernel_is_replaced_and_no_square_map_is_built():
     case = ready("clip")
     text, seen = torch.randn(2, 24), []
@@ -221,7 +230,7 @@ def _distributed(rank: int, world: int, path: str, kind: str, relevance: str) ->
 
 
 @pytest.mark.parametrize("relevance", ["keys", "values"])
-@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("kind", ["ddp", pytest.param("fsdp2", marks=since("FSDP2"))])
 def test_two_processes_have_the_gradients_of_one(tmp_path, kind, relevance):
     mp.spawn(_distributed, args=(2, str(tmp_path / "store"), kind, relevance), nprocs=2)
 
@@ -246,6 +255,7 @@ def _sharded_pool(rank: int, path: str) -> None:
     dist.destroy_process_group()
 
 
+@since("FSDP2")
 def test_text_is_read_back_through_a_pool_in_shards(tmp_path):
     mp.spawn(_sharded_pool, args=(str(tmp_path / "store"),), nprocs=1)
 

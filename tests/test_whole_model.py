@@ -8,9 +8,10 @@ import pytest
 import torch
 from doubles import albef
 from doubles.text import pictures, sentences
+from since import BENCHMARKS, needs
 
-pytest.importorskip("tqdm")
-whole_model = pytest.importorskip("benchmarks.whole_model")
+needs(*BENCHMARKS, module=True)
+from benchmarks import whole_model
 
 
 def tiny(work: str, size: int, batch: int, length: int):
