@@ -22,7 +22,7 @@ SHIPPED = {f"patchselect/{path.name}" for path in (ROOT / "patchselect").glob("*
 def tree(tmp_path_factory) -> Path:
     """A copy of the sources, so that building leaves nothing behind."""
     copy = tmp_path_factory.mktemp("sources") / "patchselect"
-    skip = shutil.ignore_patterns(".git", ".venv*", "build", "dist", "*.egg-info", "__pycache__", "results")
+    skip = shutil.ignore_patterns(".git", ".venv*", ".nox", "build", "dist", "*.egg-info", "__pycache__", "results")
     shutil.copytree(ROOT, copy, ignore=skip)
     return copy
 
