@@ -26,6 +26,7 @@ from patchselect.adapter import (
 from patchselect.blocks import call_with_text, recall_text
 from patchselect.scoring import Texts, pooled
 
+from .switches import advice_of_set_grad_checkpointing
 from .timm import TimmViT, partial_methods, why_not
 
 BLOCK_PARTS = {"ln_1", "attn", "ls_1", "ln_2", "mlp", "ls_2"}
@@ -137,6 +138,9 @@ class OpenClip(_Paired):
         if getattr(visual, "output_tokens", False) or getattr(visual, "pool_type", "tok") != "tok":
             return "this model pools or returns all tokens"
         return None
+
+    def instead_of_reentry(self, model: nn.Module, tower: Tower) -> str:
+        return advice_of_set_grad_checkpointing(tower.module) or super().instead_of_reentry(model, tower)
 
     def projections(self, block: Any) -> Projections:
         attention = block.attn

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from patchselect.adapter import Adapter, Attended, Projections, Tower, Wrapper, affine, gathered, present, through_norm
 from patchselect.blocks import call_tower, refuse_grid
 
+from .switches import advice_of_set_grad_checkpointing
+
 BLOCK_PARTS = {"norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2"}
 
 
@@ -103,6 +105,9 @@ class TimmViT(Adapter):
         trunk: Any = tower.module
         by_token = getattr(trunk, "global_pool", "token") == "token" and getattr(trunk, "attn_pool", None) is None
         return None if by_token else "this model pools over all patches"
+
+    def instead_of_reentry(self, model: nn.Module, tower: Tower) -> str:
+        return advice_of_set_grad_checkpointing(tower.module) or super().instead_of_reentry(model, tower)
 
     def projections(self, block: Any) -> Projections:
         attention = block.attn

@@ -9,7 +9,7 @@ from typing import Any, Callable, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .compat import is_compiling, partial_average
+from .compat import KEEPS_GRAPH, is_compiling, partial_average
 from .scoring import Scoring
 
 
@@ -161,6 +161,13 @@ class Adapter(Scoring):
     def carry(self, tower: Tower) -> dict[str, Any]:
         """Keyword arguments for `attend` that a block which checkpoints itself must find again when it runs anew."""
         return {}
+
+    def instead_of_reentry(self, model: nn.Module, tower: Tower) -> str:
+        """Return what to do in place of reentrant checkpointing, which passes gradients to a block's arguments alone.
+
+        It must exist in the releases that are installed.
+        """
+        return KEEPS_GRAPH or "turn gradient checkpointing off"
 
     def projections(self, block: nn.Module) -> Projections:
         raise NotImplementedError

@@ -13,6 +13,7 @@ from . import functional as op
 from .adapter import TextRun, Tower
 from .guidance import (
     Guidance,
+    carried_over,
     current,
     in_backward,
     note_for_recomputation,
@@ -53,7 +54,7 @@ class Layer:
     def guided_by(self, hidden: Tensor) -> Guidance:
         """The text of this call; if this is a recomputation, that of the first run."""
         if in_backward():
-            found = recalled(hidden, self)
+            found = recalled(hidden, self, self.instead_of_reentry)
         else:
             found = current(self.handle)
             if found is not None:
@@ -66,6 +67,10 @@ class Layer:
                 'choose a guidance that needs no text: patchselect.apply(model, guidance="image")'
             )
         return found
+
+    def instead_of_reentry(self) -> str:
+        """Return what to do in place of reentrant checkpointing, on this host."""
+        return self.tower.adapter.instead_of_reentry(self.handle.model, self.tower)
 
     def _reads_text(self) -> bool:
         """Whether some method of the patched model takes image and text together."""
@@ -106,7 +111,7 @@ class Layer:
             note_recording(hidden, self)
             note_selection(
                 recorder, self.tower, self.index, self.first, chosen, flat, after, tokens[:, prefix:], prefix,
-                loses_graph=without_grad_in_training(hidden),
+                instead=self.instead_of_reentry() if without_grad_in_training(hidden) else None,
             )  # fmt: skip
         elif again:
             pool(flat, tokens[:, prefix:])
@@ -178,7 +183,8 @@ def call_block(block: nn.Module, name: str, original: Original, *args: Any, **kw
     Reentrant checkpointing passes gradients to tensor arguments alone, so a text that needs one goes in as such.
     """
     layer: Layer = block._patchselect  # type: ignore[assignment]
-    kwargs.update(layer.tower.adapter.carry(layer.tower))
+    hidden = args[0] if args else next(iter(kwargs.values()))
+    kwargs.update(carried_over(hidden, layer, lambda: layer.tower.adapter.carry(layer.tower)))
     if getattr(block, "gradient_checkpointing", False) and block.training and layer.guidance == "text":
         guidance = current(layer.handle)
         if guidance is not None:

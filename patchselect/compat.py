@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor
 
 KEEPS_STORAGES = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 4)
@@ -29,6 +31,14 @@ else:
 
     def is_exporting() -> bool:
         return bool(torch.onnx.is_in_onnx_export())
+
+
+KEEPS_GRAPH = (
+    "call checkpoint(..., use_reentrant=False)"
+    if "use_reentrant" in inspect.signature(torch.utils.checkpoint.checkpoint).parameters  # torch 1.11
+    else None
+)
+"""How torch checkpoints without losing the graph of what a block reads besides its arguments, if it can."""
 
 
 def memory_of(tensor: Tensor) -> Any:

@@ -37,16 +37,16 @@ class Guidance:
         self.owner, self.text, self.pairing, self.outer = owner, text, pairing, outer
         self.exact, self.memo, self.prefix = exact, memo, prefix
         self.opened_by: scope | None = None
-        self.stashes: dict[int, dict[int, Any]] = {}
+        self.stashes: dict[int, list[Any]] = {}
 
-    def stash(self, tower: object) -> dict[int, Any] | None:
+    def stash(self, tower: object) -> list[Any] | None:
         """Where an inference pass of `tower` leaves what its later layers need again; `None` while training.
 
         With gradients, checkpointing may run a layer without the one before it, and must find the same graph.
         """
         if torch.is_grad_enabled() or is_compiling():
             return None
-        return self.stashes.setdefault(id(tower), {})
+        return self.stashes.setdefault(id(tower), [])
 
 
 _current: ContextVar[Guidance | None] = ContextVar("patchselect_guidance", default=None)
@@ -165,6 +165,7 @@ class guide(scope):
 _Key = Tuple[int, int, int]
 _noted: dict[_Key, tuple[Guidance, bool]] = {}
 _recorded: dict[_Key, bool] = {}
+_carried: dict[_Key, dict[str, Any]] = {}
 
 
 def _key(hidden: Tensor, reader: object) -> _Key:
@@ -218,8 +219,24 @@ def was_recorded(hidden: Tensor, reader: object) -> bool:
     return _key(hidden, reader) in _recorded
 
 
-def recalled(hidden: Tensor, reader: object) -> Guidance | None:
-    """The guidance that was current when this block first ran on this input."""
+def carried_over(hidden: Tensor, reader: object, find: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Return what `find` says of this call of a block; in a recomputation, what it said of the first run."""
+    if in_backward():
+        again = _carried.get(_key(hidden, reader))
+        if again is not None:
+            return again
+    found = find()
+    if found and _may_be_recomputed(hidden):
+        _keep(_carried, hidden, reader, found)
+    return found
+
+
+def recalled(hidden: Tensor, reader: object, instead: Callable[[], str]) -> Guidance | None:
+    """The guidance that was current when this block first ran on this input.
+
+    Raises:
+        RuntimeError: the first run kept no graph of a text that needs a gradient; `instead` says what would.
+    """
     found = _noted.get(_key(hidden, reader))
     if found is None:
         return None
@@ -231,7 +248,7 @@ def recalled(hidden: Tensor, reader: object) -> Guidance | None:
         )
     if not had_grad and guidance.text.requires_grad:
         raise RuntimeError(
-            "reentrant gradient checkpointing cannot carry a gradient to the text that guides the selection: call "
-            "checkpoint(..., use_reentrant=False), or give guide() detached text features"
+            "reentrant gradient checkpointing cannot carry a gradient to the text that guides the selection: "
+            f"{instead()}, or give guide() detached text features"
         )
     return guidance

@@ -109,30 +109,33 @@ class _WithoutGraph(torch.autograd.Function):
     """A tensor to look at; a loss that reads it must not come out without a gradient unseen."""
 
     @staticmethod
-    def forward(ctx: Any, value: Tensor) -> Tensor:
+    def forward(ctx: Any, value: Tensor, instead: str) -> Tensor:
+        ctx.instead = instead
         return value.view_as(value)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> NoReturn:
         raise RuntimeError(
-            "a loss reads `pooled` of record(), but reentrant gradient checkpointing keeps no graph of it: call "
-            "checkpoint(..., use_reentrant=False) (transformers: gradient_checkpointing_enable("
-            "gradient_checkpointing_kwargs={'use_reentrant': False})), or read pooled.detach() if no gradient is meant"
+            "a loss reads `pooled` of record(), but reentrant gradient checkpointing keeps no graph of it: "
+            f"{ctx.instead}, or read pooled.detach() if no gradient is meant"
         )
 
 
 @torch.enable_grad()
-def without_graph(value: Tensor) -> Tensor:
-    """`value`, which was computed without a graph; a backward pass through it says what to do."""
-    found: Tensor = _WithoutGraph.apply(value.detach().requires_grad_())
+def without_graph(value: Tensor, instead: str) -> Tensor:
+    """`value`, which was computed without a graph; a backward pass through it says what to do instead."""
+    found: Tensor = _WithoutGraph.apply(value.detach().requires_grad_(), instead)
     return found
 
 
 def note_selection(
     recorder: _Recorder, tower: Tower, layer: int, first: bool, chosen: Tensor, relevance: Tensor, after: Tensor,
-    patches: Tensor, num_prefix_tokens: int, loses_graph: bool = False,
+    patches: Tensor, num_prefix_tokens: int, instead: str | None = None,
 ) -> None:  # fmt: skip
-    """Add an entry; `chosen` `(B, k)` counts the n tokens of `relevance` `(B, n)`, `patches` is `(B, n, D)`."""
+    """Add an entry; `chosen` `(B, k)` counts the n tokens of `relevance` `(B, n)`, `patches` is `(B, n, D)`.
+
+    Where checkpointing keeps no graph of it, `instead` says what would.
+    """
     rows, num_patches = relevance.shape
     grid = recorder.grids.get(id(tower))
     order = recorder.orders.pop(id(tower), None)
@@ -173,7 +176,7 @@ def note_selection(
         places=sources,
         removed_share=(1 - relevance.detach().gather(1, chosen).sum(dim=1)).clamp(0, 1),
         num_tokens=after.shape[1],
-        pooled=without_graph(pooled) if loses_graph else pooled,
+        pooled=pooled if instead is None else without_graph(pooled, instead),
         layer=layer,
         num_prefix_tokens=num_prefix_tokens,
         grid=grid,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Optional, Tuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,8 +18,17 @@ if TYPE_CHECKING:
     from .patching import Layer
 
 
-Directions = Tuple[Tensor, Optional[Tensor]]
-"""One selection layer's own direction and the folded one of all later layers, each `(B, T, D)` or `(1, T, D)`."""
+class Directions(NamedTuple):
+    """What one selection layer reads its patches with, each `(B, T, D)` or `(1, T, D)`.
+
+    `layer` is compared and never looked for in a dict or a tuple: under torch.compile it can be a symbol, which some
+    releases do not find there.
+    """
+
+    layer: int
+    own: Tensor
+    folded: Tensor | None
+    """The sum over all later layers."""
 
 
 def relevance_of(
@@ -29,7 +38,7 @@ def relevance_of(
     tokens: Tensor,
     prefix: int,
     text: Tensor | None,
-    stash: dict[int, Directions] | None = None,
+    stash: list[Directions] | None = None,
 ) -> Tensor:
     """Relevance `(B, T, n)` of the patches for each text, or `(B, n)` for one selection per image.
 
@@ -101,7 +110,7 @@ def _attention(kind: str, weights: Projections, query: Tensor, normed: Tensor, p
 
 
 def _value_scores(
-    layer: Layer, normed: Tensor, patches: Tensor, text: Tensor, stash: dict[int, Directions] | None
+    layer: Layer, normed: Tensor, patches: Tensor, text: Tensor, stash: list[Directions] | None
 ) -> Tensor:
     """`values`: `s_i = sum over l >= j of LN_l(x_i) . w_l` with `w_l = g W_o^l W_v^l`, up to a constant; `(B, T, n)`.
 
@@ -110,19 +119,21 @@ def _value_scores(
     normalised tokens. Where there are more texts than patches, the patches go forward through the same weights.
     """
     adapter, tower = layer.tower.adapter, layer.tower
-    found = None if stash is None else stash.pop(layer.index, None)
+    found = stash.pop(0) if stash and stash[0].layer == layer.index else None
     if found is None:
         goal = adapter.read_back(tower, text)
         if not is_compiling() and patches.shape[:2].numel() < goal.shape[:2].numel():
             values = _through_values(adapter, tower, layer.index, normed, patches)
             return op.linear_scores(goal.to(values.dtype), values)
-        indices = (layer.index,) if stash is None else tuple(i for i in layer.handle.layers if i >= layer.index)
-        directions = _value_directions(adapter, tower, indices, goal)
-        found = directions.pop(layer.index)
+        later = () if stash is None else tuple(index for index in layer.handle.layers if index > layer.index)
+        found, left = _value_directions(adapter, tower, layer.index, later, goal)
         if stash is not None:
-            stash.update(directions)
+            stash[:] = left
     # What the first layer of pairing="all" left for (1, T) or (B, T) texts is for (T, 1) or (B * T, 1) texts here.
-    own, folded = (x if x is None or x.shape[:2] == text.shape[:2] else x.flatten(0, 1).unsqueeze(1) for x in found)
+    own, folded = (
+        x if x is None or x.shape[:2] == text.shape[:2] else x.flatten(0, 1).unsqueeze(1)
+        for x in (found.own, found.folded)
+    )
     assert own is not None
     scores = op.linear_scores(own, normed)
     if folded is None:
@@ -130,21 +141,25 @@ def _value_scores(
     return scores + op.normalised_scores(folded, patches, norm_eps(adapter.projections(tower.blocks[-1]).norm))
 
 
-def _value_directions(adapter: Adapter, tower: Tower, indices: Sequence[int], goal: Tensor) -> dict[int, Directions]:
-    """For each selection layer j of `indices` (ascending): `w_j`, and `sum over l > j of gamma_l * w_l` (if any)."""
+def _value_directions(
+    adapter: Adapter, tower: Tower, first: int, later: Sequence[int], goal: Tensor
+) -> tuple[Directions, list[Directions]]:
+    """Return `w_j` and `sum over l > j of gamma_l * w_l` (if any) of layer `first`, and those of the `later` ones."""
+    own = goal
     folded: Tensor | None = None
-    directions: dict[int, Directions] = {}
-    for index in reversed(range(indices[0], len(tower.blocks))):
+    beyond: Tensor | None = None
+    left: list[Directions] = []
+    for index in reversed(range(first, len(tower.blocks))):
         weights = adapter.projections(tower.blocks[index])
         output = gathered(weights.output)
         scaled = goal if weights.output_scale is None else goal * gathered(weights.output_scale)
-        own = op.value_direction(scaled.to(output.dtype), gathered(weights.value), output)
-        if index in indices:
-            directions[index] = (own, folded)
+        own, beyond = op.value_direction(scaled.to(output.dtype), gathered(weights.value), output), folded
         gamma = getattr(weights.norm, "weight", None)
-        later = own if gamma is None else own * gathered(gamma)
-        folded = later if folded is None else folded + later
-    return directions
+        term = own if gamma is None else own * gathered(gamma)
+        folded = term if folded is None else folded + term
+        if index in later:
+            left.append(Directions(index, own, beyond))
+    return Directions(first, own, beyond), left[::-1]
 
 
 def _through_values(adapter: Adapter, tower: Tower, first: int, normed: Tensor, patches: Tensor) -> Tensor:
