@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import warnings
 
@@ -74,6 +75,20 @@ def test_compiled_paired_calls_take_their_text_from_the_call(name):
         tokens = ids(3, seed)
         torch.testing.assert_close(compiled(case.images(3), tokens), case.pair(case.model, case.images(3), tokens))
     assert counters["stats"]["unique_graphs"] == 1
+
+
+@since("compile")
+@pytest.mark.parametrize("relevance", ["keys", "values"])
+def test_plain_compile_takes_new_texts(relevance):
+    """With graph breaks: on releases that trace no guided call whole, and on the newest."""
+    case = ready("clip", relevance=relevance)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda images: case.image_side(case.model, images), backend="aot_eager")
+    images = case.images(3)
+    for grad, seed in itertools.product((True, False), range(3)):
+        text = torch.randn(3, case.text_width, generator=torch.Generator().manual_seed(seed))
+        with torch.set_grad_enabled(grad), patchselect.guide(case.model, text):
+            torch.testing.assert_close(compiled(images), case.image_side(case.model, images))
 
 
 @since("compile")
