@@ -149,7 +149,8 @@ def run_block(block: nn.Module, name: str, original: Original, *args: Any, **kwa
     """A selecting block: its attention, the selection, and its MLP on what is left (TRIPS §3.2)."""
     layer: Layer = block._patchselect  # type: ignore[assignment]
     if not hasattr(block, "gradient_checkpointing"):  # else call_block has done it
-        kwargs = {**layer.tower.adapter.carry(layer.tower), **kwargs}
+        first = args[0] if args else next(iter(kwargs.values()))
+        kwargs = {**carried_over(first, layer, lambda: layer.tower.adapter.carry(layer.tower)), **kwargs}
     if getattr(block, "_is_replica", False):
         raise ValueError("nn.DataParallel is not supported: use DistributedDataParallel, or call its .module")
     carried: Guidance | None = kwargs.pop("_patchselect_guidance", None)

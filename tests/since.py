@@ -44,6 +44,9 @@ TORCH = {
     "weights_only": Feature(
         "torch", "2.4", "classes cannot be allowed in files", "torch.serialization:add_safe_globals"
     ),
+    "mask under autocast": Feature(
+        "torch", "2.4", "attention under autocast on CPU mixes its mask's type with its own"
+    ),
     "fullgraph": Feature("torch", "2.14", "dynamo does not trace a guided call into one graph"),
     "export": Feature("torch", "2.14", "torch.export does not trace a guided call"),
     "ONNX": Feature("torch", "2.14", "torch.onnx, which exports through torch.export, does not trace a guided call"),
@@ -61,6 +64,9 @@ TRANSFORMERS = {
         "4.23",
         "CLIP's tower with its projection has no class",
         "transformers:CLIPVisionModelWithProjection",
+    ),
+    "image processors": Feature(
+        "transformers", "4.25", "processors have other names", "transformers:CLIPImageProcessor"
     ),
     "CLIPSeg": Feature("transformers", "4.24", "there is no CLIPSeg", "transformers:CLIPSegModel"),
     "Chinese CLIP": Feature("transformers", "4.25", "there is no Chinese CLIP", "transformers:ChineseCLIPModel"),
@@ -81,10 +87,19 @@ TRANSFORMERS = {
 OTHERS = {
     "open_clip": Feature("open_clip_torch", "2.7", "there is no open_clip", "open_clip:create_model"),
     "normalised keys": Feature("open_clip_torch", "3.0", "its towers have no normalised keys"),
+    "open_clip intermediates": Feature("open_clip_torch", "2.32", "its towers have no forward_intermediates"),
+    "open_clip checkpoints": Feature("open_clip_torch", "2.32", "checkpointing is reentrant and takes no options"),
+    "towers on meta": Feature(
+        "open_clip_torch", "2.32", "some of these configurations do not exist, the others need memory and weights"
+    ),
+    "56 configurations": Feature("open_clip_torch", "3.3", "there are fewer configurations"),
+    "scaled cosine": Feature("open_clip_torch", "3.0", "its towers have no attention by scaled cosine"),
     "CoCa": Feature("open_clip_torch", "2.8", "there is no CoCa", "open_clip.coca_model:CoCa"),
     "timm": Feature("timm", "0.4.9", "there is no timm", "timm.models.vision_transformer:VisionTransformer"),
     "average pooling": Feature("timm", "0.6", "a ViT of timm pools by its class token alone"),
     "images of other sizes": Feature("timm", "0.9.7", "a ViT of timm takes images of one size"),
+    "timm switch": Feature("timm", "0.6", "a ViT of timm has no switch for checkpointing"),
+    "timm checkpoints": Feature("timm", "1.0.15", "checkpointing is reentrant and takes no options"),
     "registers": Feature("timm", "0.9.8", "a ViT of timm has no register tokens and no pool by attention"),
     "intermediates": Feature("timm", "1.0", "a ViT of timm has no forward_intermediates"),
 }
