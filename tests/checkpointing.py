@@ -22,6 +22,7 @@ class Way(NamedTuple):
 def ways(name: str) -> list[Way]:
     """Return the kinds that the switch of host `name` offers."""
     if name in ("clip", "siglip"):
+        needs("checkpoints of CLIP")
         if missing("checkpointing kinds") is not None:
             return [Way({}, True, False, "turn gradient checkpointing off, which this release")]
         advice = r"gradient_checkpointing_kwargs=\{'use_reentrant': False\}"

@@ -76,6 +76,9 @@ TRANSFORMERS = {
     "SigLIP": Feature("transformers", "4.37", "there is no SigLIP", "transformers:SiglipModel"),
     "SigLIP 2": Feature("transformers", "4.50", "there is no SigLIP 2", "transformers:Siglip2Model"),
     "MetaCLIP 2": Feature("transformers", "4.56", "there is no MetaCLIP 2", "transformers:MetaClip2Model"),
+    "checkpoints of CLIP": Feature(
+        "transformers", "4.33", "CLIP throws away what its checkpointed layers compute, selection or not (4.15: seen)"
+    ),
     "checkpointing kinds": Feature("transformers", "4.35", "checkpointing is reentrant and takes no options"),
     "checkpointed layers": Feature(
         "transformers", "4.53", "a checkpointed layer gets its arguments from outside, and no text"
