@@ -34,8 +34,8 @@ TORCH = {
         "torch", "2.0", "there is no fused attention", "torch.nn.functional:scaled_dot_product_attention"
     ),
     "device context": Feature("torch", "2.0", "torch.device is no context in which a model is made"),
-    "chosen attention kernel": Feature(
-        "torch", "2.3", "a kernel of attention cannot be chosen", "torch.nn.attention:sdpa_kernel"
+    "counting": Feature(
+        "torch", "2.3", "FLOPs cannot be counted: attention hides them", "torch.nn.attention:sdpa_kernel"
     ),
     "device mesh": Feature("torch", "2.2", "there is no device mesh", "torch.distributed.device_mesh:init_device_mesh"),
     "benchmark interfaces": Feature("torch", "2.3", "what the benchmarks count and choose with is missing"),
