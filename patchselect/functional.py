@@ -123,7 +123,7 @@ def standardise(scores: Tensor) -> Tensor:
     variance = centred.square().mean(dim=-1, keepdim=True)
     floor = (8 * torch.finfo(scores.dtype).eps * scores.detach().abs().amax(dim=-1, keepdim=True)).square()
     equal = variance <= floor
-    return torch.where(equal, torch.zeros_like(centred), centred * torch.where(equal, 1.0, variance).rsqrt())
+    return torch.where(equal, torch.zeros_like(centred), centred * variance.masked_fill(equal, 1.0).rsqrt())
 
 
 def combine_attention(attention: Tensor) -> Tensor:
@@ -242,7 +242,7 @@ def keep_and_fuse(
         if fusion == "mean":
             total = rest.sum(dim=-1, keepdim=True)
             even = torch.ones_like(weights).scatter(-1, kept, 0.0) / (num_patches - num_keep)
-            rest = torch.where(total > 0, rest / torch.where(total > 0, total, 1.0), even)
+            rest = torch.where(total > 0, rest / total.masked_fill(~(total > 0), 1.0), even)
         rest = rest.masked_fill(unknown, float("nan"))
         fused = rest.to(tokens.dtype) @ tokens[:, num_prefix_tokens:]
         out = torch.cat([out, fused.unsqueeze(2)], dim=2)

@@ -165,7 +165,7 @@ def note_selection(
     if held is not None:
         count = torch.arange(chosen.shape[1], device=chosen.device).expand(rows, -1)
         moved = torch.full_like(sources, chosen.shape[1] if fused else -1).scatter(1, chosen, count)
-        held = torch.where(held < 0, -1, moved.gather(1, held.clamp(min=0)))
+        held = moved.gather(1, held.clamp(min=0)).masked_fill(held < 0, -1)
     recorder.holders[id(tower)] = held
     lost = torch.full((rows, 1), -1, device=kept.device, dtype=kept.dtype)
     recorder.sources[id(tower)] = torch.cat([kept, lost], dim=1) if fused else kept
