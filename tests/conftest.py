@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from since import needs
 
 torch.set_num_threads(1)
 
@@ -19,7 +20,9 @@ TINY = {
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
     """The name of a small open_clip architecture."""
-    open_clip = pytest.importorskip("open_clip")
+    needs("open_clip")
+    import open_clip
+
     path = tmp_path_factory.mktemp("configs") / "patchselect-tiny.json"
     path.write_text(json.dumps(TINY))
     open_clip.add_model_config(path)

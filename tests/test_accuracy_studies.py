@@ -1,6 +1,5 @@
 """Every study of the accuracy benchmark runs to its table and its plot, on little data, one step of training each."""
 
-# ruff: noqa: E402
 from __future__ import annotations
 
 import json
@@ -9,6 +8,9 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+from since import BENCHMARKS, needs
+
+needs(*BENCHMARKS, module=True)
 
 for package in ("timm", "tqdm", "PIL", "skimage", "sklearn", "emoji", "matplotlib"):
     pytest.importorskip(package)

@@ -4,21 +4,20 @@ import json
 
 import pytest
 import torch
+from since import BENCHMARKS, needs
 
-open_clip = pytest.importorskip("open_clip")
-pytest.importorskip("skimage")
-pytest.importorskip("matplotlib")
-transformers = pytest.importorskip("transformers")
+needs(*BENCHMARKS, module=True)
+import transformers
 
-from benchmarks.common.cost import peak_memory  # noqa: E402
-from benchmarks.common.photographs import SOURCES, batch_of, load_photos  # noqa: E402
-from benchmarks.common.tome import attend, match, matching_flops, merge, schedule, token_merging  # noqa: E402
-from benchmarks.models.loading import load  # noqa: E402
-from benchmarks.speed.__main__ import main  # noqa: E402
-from benchmarks.speed.cases import Case, Inputs, Selection  # noqa: E402
-from benchmarks.speed.counting import FlopBook  # noqa: E402
-from benchmarks.speed.run import inputs_of  # noqa: E402
-from patchselect.functional import num_kept  # noqa: E402
+from benchmarks.common.cost import peak_memory
+from benchmarks.common.photographs import SOURCES, batch_of, load_photos
+from benchmarks.common.tome import attend, match, matching_flops, merge, schedule, token_merging
+from benchmarks.models.loading import load
+from benchmarks.speed.__main__ import main
+from benchmarks.speed.cases import Case, Inputs, Selection
+from benchmarks.speed.counting import FlopBook
+from benchmarks.speed.run import inputs_of
+from patchselect.functional import num_kept
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -8,9 +8,9 @@ import pytest
 import torch
 from doubles import albef
 from doubles.text import pictures, sentences
+from since import BENCHMARKS, needs
 
-pytest.importorskip("tqdm")
-
+needs(*BENCHMARKS, module=True)
 from benchmarks.speed import whole_model
 
 pytestmark = pytest.mark.usefixtures("flops")

