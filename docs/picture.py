@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 import patchselect  # noqa: E402
 from benchmarks.accuracy.base import base  # noqa: E402
 from benchmarks.accuracy.captions import EMOJI, caption_text, captions  # noqa: E402
-from benchmarks.accuracy.model import LAYERS  # noqa: E402
+from benchmarks.accuracy.model import LAYERS, MiniAlbef  # noqa: E402
 
 SIDE, DRAWING, SEEN = 720, 190, 80
 """Pixels of the picture, of a drawing in it, and of what the model sees of it."""
@@ -32,7 +33,7 @@ SCENE = "🌵🐟🚲🎸🐢🔑🚀🍕"
 SENTENCES = ("🐟🎸", "🍕🐢")
 
 
-def draw_scene(seed: int) -> Image.Image:
+def draw_scene(seed: int = 0) -> Image.Image:
     """Eight drawings, jittered on a grid over the photograph."""
     from skimage import data
 
@@ -60,6 +61,23 @@ def draw_scene(seed: int) -> Image.Image:
     return scene
 
 
+def as_pixels(scene: Image.Image) -> torch.Tensor:
+    """`(1, 3, SEEN, SEEN)`: what the model sees of it."""
+    seen = np.asarray(scene.resize((SEEN, SEEN), Image.Resampling.BOX))
+    return torch.from_numpy(seen.copy()).permute(2, 0, 1)[None].float() / 127.5 - 1
+
+
+@torch.no_grad()
+def read(model: MiniAlbef, sentences: Sequence[str]) -> tuple[list[str], torch.Tensor]:
+    """What sentences about these drawings say, and their features `(T, width of the vision tower)`.
+
+    They pass through the joint space of text and image, so `relevance="values"` can read them.
+    """
+    named = [[EMOJI.index(drawing) for drawing in sentence] for sentence in sentences]
+    features = model.text_proj(model.text(captions(named))[:, 0]) @ model.vision_proj.weight
+    return [f"“{caption_text(words)}”" for words in named], features
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "kept.png")
@@ -67,16 +85,11 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of where the drawings lie")
     options = parser.parse_args()
     model, scene = base(0), draw_scene(options.seed)
-    seen = np.asarray(scene.resize((SEEN, SEEN), Image.Resampling.BOX))
-    pixels = torch.from_numpy(seen.copy()).permute(2, 0, 1)[None].float() / 127.5 - 1
-    named = [[EMOJI.index(drawing) for drawing in sentence] for sentence in SENTENCES]
+    texts, features = read(model, SENTENCES)
     handle = patchselect.apply(model.vision, options.keep_rate, layers=LAYERS[:1], relevance="values")
-    with torch.no_grad(), handle.record() as trace:
-        joint = model.text_proj(model.text(captions(named))[:, 0])
-        with patchselect.guide(model.vision, joint @ model.vision_proj.weight, pairing="all"):
-            model.encode_image(pixels)
+    with torch.no_grad(), handle.record() as trace, patchselect.guide(model.vision, features, pairing="all"):
+        model.encode_image(as_pixels(scene))
     titles = ["photograph with drawings", "relevance for the sentence", f"patches kept in block {LAYERS[0] + 1} of 6"]
-    texts = [f"“{caption_text(words)}”" for words in named]
     patchselect.visualization.draw_selection(scene, trace, texts, titles=titles, path=options.output, dpi=100)
 
 
