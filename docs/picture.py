@@ -89,7 +89,7 @@ def main() -> None:
     handle = patchselect.apply(model.vision, options.keep_rate, layers=LAYERS[:1], relevance="values")
     with torch.no_grad(), handle.record() as trace, patchselect.guide(model.vision, features, pairing="all"):
         model.encode_image(as_pixels(scene))
-    titles = ["photograph with drawings", "relevance for the sentence", f"patches kept in block {LAYERS[0] + 1} of 6"]
+    titles = ["photograph", "relevance", f"kept in block {LAYERS[0] + 1} of 6"]
     patchselect.visualization.draw_selection(scene, trace, texts, titles=titles, path=options.output, dpi=100)
 
 
