@@ -59,8 +59,27 @@ def open_clip() -> nn.Module:
     return library.CLIP(embed_dim=24, vision_cfg=vision, text_cfg=text).eval()
 
 
+def vit_b_16() -> nn.Module:
+    """CLIP's ViT-B/16 in its own size, without memory for its weights: for what is counted and not computed."""
+    library = pytest.importorskip("open_clip", reason="the page uses open_clip")
+    config = library.get_model_config("ViT-B-16")
+    with torch.device("meta"):
+        return library.CLIP(**config)
+
+
 def open_clip_tokens(count: int = 4) -> Tensor:
     return tokenizer([f"text {letter}" for letter in "abcdefgh"[:count]]).input_ids
+
+
+def blip_captioning() -> nn.Module:
+    """A `BlipForConditionalGeneration` of transformers."""
+    transformers = pytest.importorskip("transformers", reason="the page uses transformers")
+    sizes = dict(num_hidden_layers=2, num_attention_heads=4, intermediate_size=96)
+    text = dict(sizes, hidden_size=64, encoder_hidden_size=64, vocab_size=120, bos_token_id=1, sep_token_id=2)
+    vision = dict(sizes, hidden_size=64, num_hidden_layers=DEPTH, image_size=64, patch_size=16)
+    config = transformers.BlipConfig(text_config=text, vision_config=vision, projection_dim=32)
+    torch.manual_seed(0)
+    return transformers.BlipForConditionalGeneration(config).eval()
 
 
 def _named(model: nn.Module, **names: nn.Module) -> nn.Module:
@@ -74,6 +93,7 @@ def albef() -> tuple[nn.Module, Tensor, Any]:
     """A head of ALBEF's structure, images and what its tokenizer gives."""
     torch.manual_seed(0)
     model = albef_doubles.Retrieval().eval()
+    model.temp = 0.07
     _named(model, visual_encoder=model.eyes, text_encoder=model.words, itm_head=model.score)
     return model, pictures(4), sentences(4)
 
