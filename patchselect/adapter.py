@@ -163,6 +163,7 @@ class Adapter(Scoring):
         return {}
 
     def projections(self, block: nn.Module) -> Projections:
+        """Return the weights of this block's self-attention."""
         raise NotImplementedError
 
     def reads_patches(self, model: nn.Module, tower: Tower) -> str | None:
