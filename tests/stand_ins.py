@@ -26,6 +26,10 @@ DEPTH = 12
 LENGTH = 7
 
 
+def _host(name: str, release: str) -> Any:
+    return pytest.importorskip(name, release, reason=f"the pages are written for {name} from {release} on")
+
+
 def images(count: int = 4, size: int = 64) -> Tensor:
     return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(7))
 
@@ -40,7 +44,7 @@ def tokenizer(texts: Sequence[str], **options: Any) -> Output:
 
 def clip() -> nn.Module:
     """A `CLIPModel` of transformers."""
-    transformers = pytest.importorskip("transformers", reason="the page uses transformers")
+    transformers = _host("transformers", "4.53")
     text = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, vocab_size=VOCABULARY)
     text.update(bos_token_id=VOCABULARY - 2, eos_token_id=VOCABULARY - 1, pad_token_id=1)
     vision = dict(hidden_size=48, intermediate_size=96, num_attention_heads=4, image_size=64, patch_size=8)
@@ -52,7 +56,7 @@ def clip() -> nn.Module:
 
 def open_clip() -> nn.Module:
     """A `CLIP` of open_clip."""
-    library = pytest.importorskip("open_clip", reason="the page uses open_clip")
+    library = _host("open_clip", "2.24")
     vision = dict(image_size=64, layers=DEPTH, width=64, head_width=16, patch_size=8)
     text = dict(context_length=LENGTH, vocab_size=VOCABULARY, width=32, heads=2, layers=2)
     torch.manual_seed(0)
@@ -61,7 +65,7 @@ def open_clip() -> nn.Module:
 
 def vit_b_16() -> nn.Module:
     """CLIP's ViT-B/16 in its own size, without memory for its weights: for what is counted and not computed."""
-    library = pytest.importorskip("open_clip", reason="the page uses open_clip")
+    library = _host("open_clip", "2.24")
     config = library.get_model_config("ViT-B-16")
     with torch.device("meta"):
         return library.CLIP(**config)
@@ -73,7 +77,7 @@ def open_clip_tokens(count: int = 4) -> Tensor:
 
 def blip_captioning() -> nn.Module:
     """A `BlipForConditionalGeneration` of transformers."""
-    transformers = pytest.importorskip("transformers", reason="the page uses transformers")
+    transformers = _host("transformers", "4.53")
     sizes = dict(num_hidden_layers=2, num_attention_heads=4, intermediate_size=96)
     text = dict(sizes, hidden_size=64, encoder_hidden_size=64, vocab_size=120, bos_token_id=1, sep_token_id=2)
     vision = dict(sizes, hidden_size=64, num_hidden_layers=DEPTH, image_size=64, patch_size=16)
