@@ -26,8 +26,8 @@ DEPTH = 12
 LENGTH = 7
 
 
-def _host(name: str, release: str) -> Any:
-    return pytest.importorskip(name, release, reason=f"the pages are written for {name} from {release} on")
+def _host(name: str, release: str | None = None) -> Any:
+    return pytest.importorskip(name, release, reason=f"the page uses {name} {release or ''}")
 
 
 def images(count: int = 4, size: int = 64) -> Tensor:
@@ -56,7 +56,7 @@ def clip() -> nn.Module:
 
 def open_clip() -> nn.Module:
     """A `CLIP` of open_clip."""
-    library = _host("open_clip", "2.24")
+    library = _host("open_clip")
     vision = dict(image_size=64, layers=DEPTH, width=64, head_width=16, patch_size=8)
     text = dict(context_length=LENGTH, vocab_size=VOCABULARY, width=32, heads=2, layers=2)
     torch.manual_seed(0)
@@ -65,7 +65,7 @@ def open_clip() -> nn.Module:
 
 def vit_b_16() -> nn.Module:
     """CLIP's ViT-B/16 in its own size, without memory for its weights: for what is counted and not computed."""
-    library = _host("open_clip", "2.24")
+    library = _host("open_clip")
     config = library.get_model_config("ViT-B-16")
     with torch.device("meta"):
         return library.CLIP(**config)
