@@ -12,6 +12,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 ALL = [*PAGES, ROOT / "CHANGELOG.md", ROOT / "benchmarks" / "RESULTS.md"]
+MODULE = re.compile(r"python -m (benchmarks[\w.]*|patchselect[\w.]*)")
+FILE = re.compile(r"(?:python|pytest) ((?:docs|examples|tests)/\w+\.py)")
 LINK = re.compile(r"\]\(([^)\s]+)\)|^\[[^\]]+\]:\s+(\S+)|<img src=\"([^\"]+)\"", re.MULTILINE)
 
 
@@ -73,3 +75,17 @@ def test_links_lead_somewhere(page):
         assert target.exists(), f"{named(page)} links to {link}, which is not there"
         if heading:
             assert heading in headings(target), f"{named(page)} links to {link}: no such heading"
+
+
+@pytest.mark.parametrize("page", ALL, ids=named)
+def test_commands_name_what_is_there(page):
+    text = page.read_text(encoding="utf-8")
+    for module in set(MODULE.findall(text)):
+        path = ROOT / module.replace(".", "/")
+        known = path.with_suffix(".py").exists() or (path / "__main__.py").exists()
+        assert known, f"{named(page)} runs {module}, which is not there"
+    for file in set(FILE.findall(text)):
+        assert (ROOT / file).exists(), f"{named(page)} runs {file}, which is not there"
+    jobs = re.findall(r"^([a-z]+)\)$", (ROOT / "run").read_text(encoding="utf-8"), re.MULTILINE)
+    for job in set(re.findall(r"\./run ([a-z]+)", text)):
+        assert job in jobs, f"{named(page)} asks for ./run {job}, which run does not know"
