@@ -44,6 +44,15 @@ def address_of(tensor: Tensor) -> int:
     return int(held._cdata if KEEPS_STORAGES else held.data_ptr())
 
 
+def bits_of(flat: Tensor, dtype: torch.dtype) -> Tensor:
+    """The memory of a flat tensor, read as another type."""
+    try:
+        return flat.view(dtype)
+    except RuntimeError:  # torch 1.10: types of one size alone
+        alike = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()]
+        return torch.from_numpy(flat.view(alike).cpu().numpy().view(str(dtype).rpartition(".")[2]))
+
+
 def in_graph_task() -> bool:
     """Whether this thread runs a backward pass."""
     found = getattr(torch._C, "_current_graph_task_id", None)  # torch 2.0
@@ -95,7 +104,16 @@ def partial_average() -> Any:
 try:
     from torch.utils.flop_counter import FlopCounterMode  # torch 2.1
 except ImportError:
-    from torch.utils._python_dispatch import TorchDispatchMode
+    try:
+        from torch.utils._python_dispatch import TorchDispatchMode
+    except ImportError:  # torch 1.12 and before
+
+        class TorchDispatchMode:  # type: ignore[no-redef]
+            def __enter__(self) -> Any:
+                raise RuntimeError("counting the FLOPs of a model needs torch 1.13 or newer")
+
+            def __exit__(self, *exception: object) -> None:
+                pass
 
     class FlopCounterMode(TorchDispatchMode):  # type: ignore[no-redef]
         """Counts matrix products."""

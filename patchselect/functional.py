@@ -242,7 +242,7 @@ def keep_and_fuse(
         if fusion == "mean":
             total = rest.sum(dim=-1, keepdim=True)
             even = torch.ones_like(weights).scatter(-1, kept, 0.0) / (num_patches - num_keep)
-            rest = torch.where(total > 0, rest / torch.where(total > 0, total, 1.0), even)
+            rest = torch.where(total > 0, rest / total.masked_fill(~(total > 0), 1.0), even)
         rest = rest.masked_fill(unknown, float("nan"))
         fused = rest.to(tokens.dtype) @ tokens[:, num_prefix_tokens:]
         out = torch.cat([out, fused.unsqueeze(2)], dim=2)
