@@ -88,17 +88,51 @@ def rewound(head: Head) -> Callable[[], object]:
     return lambda: head.model.load_state_dict(state)
 
 
+def pictures_in(batch: Any) -> Any:
+    """The images of a call, whatever they come in."""
+    first = batch[0][0]
+    if isinstance(first, dict):
+        return torch.cat([first[name] for name in ("image", "image0", "image1") if name in first])
+    return getattr(first, "tensors", first)
+
+
+def texts_in(batch: Any) -> Any:
+    """The texts of a call: strings, ids, or what holds ids."""
+    first, *more = batch[0]
+    return first["text_input"] if isinstance(first, dict) else more[0]
+
+
+def ids_in(text: Any) -> Any:
+    """Rows of a text that tell its length: its ids, or its strings."""
+    for name in ("input_ids", "tensors"):
+        if hasattr(text, name):
+            return getattr(text, name)
+    return text
+
+
 def changed(batch: Any, row: int) -> Any:
     """The same batch with other words in one of its texts."""
     args, kwargs = batch
-    text = args[1]
-    nested = hasattr(text, "tensors")
-    ids, mask = (text.tensors, text.mask) if nested else (text.input_ids, text.attention_mask)
-    ids = ids.clone()
+    text = texts_in(batch)
+    if isinstance(text, list):
+        text = [other_words(words) if index == row else words for index, words in enumerate(text)]
+        if isinstance(args[0], dict):
+            return ({**args[0], "text_input": text}, *args[1:]), kwargs
+        return (args[0], text, *args[2:]), kwargs
+    ids = ids_in(text).clone()
     ids[row, 1:3] = ids[row, 1:3] % 90 + 5
+    if isinstance(text, Tensor):
+        return (args[0], ids, *args[2:]), kwargs
+    nested = hasattr(text, "tensors")
+    mask = text.mask if nested else text.attention_mask
     names = ("tensors", "mask") if nested else ("input_ids", "attention_mask")
     other = SimpleNamespace(**dict(zip(names, (ids, mask))))
     return (args[0], other, *args[2:]), kwargs
+
+
+def other_words(words: str) -> str:
+    """A sentence of the same length."""
+    return " ".join(reversed(words.split()))
 
 
 def _double(model: nn.Module, *more: Any, **extra: Any) -> Head:

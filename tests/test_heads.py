@@ -7,7 +7,7 @@ import io
 
 import pytest
 import torch
-from heads import HEADS, build, changed, floats, loss_of, rewound
+from heads import HEADS, build, changed, floats, ids_in, loss_of, pictures_in, rewound, texts_in
 
 import patchselect
 from patchselect.functional import num_kept
@@ -63,9 +63,7 @@ def test_a_text_guides_its_own_image_alone(name):
     handle = patchselect.apply(head.model.eval(), 0.5, LAYERS)
     rewind = rewound(head)
     batch = head.batch(0)
-    texts = (
-        head.images if head.captions else len(getattr(batch[0][1], "input_ids", getattr(batch[0][1], "tensors", ())))
-    )
+    texts = head.images if head.captions else len(ids_in(texts_in(batch)))
     other_features = head.text_features()
     other_features[1] = torch.randn(other_features.shape[1], generator=torch.Generator().manual_seed(9))
     with torch.no_grad(), handle.record() as trace:
@@ -147,8 +145,7 @@ def test_its_tower_serves_every_text_prefixes_maps_and_budgets(name):
     model = head.model.eval()
     handle = patchselect.apply(model, 0.5, LAYERS)
     tower = handle.towers[0]
-    images = head.batch(0)[0][0]
-    images = getattr(images, "tensors", images).flatten(0, -4)
+    images = pictures_in(head.batch(0)).flatten(0, -4)
     text = head.text_features()[:2]
 
     def encode(given):
