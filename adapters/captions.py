@@ -162,7 +162,7 @@ class Captions(CaptionMatching, Albef):
             "calls": calls,
             "tokenizing": tokenizing(head, functions),
             "first_token": head.tokenizer.enc_token_id if "enc_token_id" in spoken else None,
-            "repeats": half is not None or "text" in constants or "forward_text" in spoken,
+            "repeats": "text" in constants or "forward_text" in spoken,
             "image_pairs": "split" in spoken,
         }
 
@@ -195,7 +195,9 @@ class Captions(CaptionMatching, Albef):
             device = next(encoder.parameters()).device
             tokens = made.input_ids.to(device), made.attention_mask.to(device)
         run = {"attention_mask": tokens[1], "return_dict": True, **text_mode(encoder)}
-        repeated = parts["repeats"] and ("match_head" not in names or given.get("match_head", "itm") == "itc")
+        repeated = parts["halves"] or (parts["repeats"] and "mode" not in names)
+        if "match_head" in names:
+            repeated = given.get("match_head", "itm") == "itc"
         with nullcontext() if repeated else own_random_stream(encoder):
             result = encoder(tokens[0], **run)
         remembered_run = Alike(encoder, "forward", (tokens[0],), run, result)

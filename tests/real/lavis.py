@@ -140,7 +140,7 @@ def albef_pretrain(folder: Path) -> Case:
     model = build(
         "albef_models.albef_pretrain", "AlbefPretrain", folder,
         lambda: dict(image_encoder=vit(), text_encoder=bert("BertForMaskedLM", fusion_layer=2)),
-        queue_size=24, embed_dim=32,
+        queue_size=24, embed_dim=32, mlm_mask_prob=0.5,
     )  # fmt: skip
 
     def batch(seed: int) -> Any:
@@ -213,7 +213,9 @@ def nlvr_case(model: Any, **more: Any) -> Case:
 
 def albef_nlvr(folder: Path) -> Case:
     make = lambda: dict(image_encoder=vit(), text_encoder=bert("BertModel", layers=18, fusion_layer=6))  # noqa: E731
-    return nlvr_case(build("albef_models.albef_nlvr", "AlbefNLVR", folder, make, num_classes=2))
+    model = build("albef_models.albef_nlvr", "AlbefNLVR", folder, make, num_classes=2)
+    # In training it runs its trained text encoder once more, for the momentum images: the half is remembered there too.
+    return nlvr_case(model, same_stream=False, extra_text_layers=-6)
 
 
 def blip_nlvr(folder: Path) -> Case:
@@ -224,9 +226,9 @@ def blip_nlvr(folder: Path) -> Case:
     return nlvr_case(model, extra_text_layers=layers)
 
 
-def classification_case(model: Any, **more: Any) -> Case:
+def classification_case(model: Any, train: bool = True, **more: Any) -> Case:
     def batch(seed: int) -> Any:
-        return (samples(seed, label=torch.tensor([0, 1, 2])),), {}
+        return (samples(seed, label=torch.tensor([0, 1, 2])),), dict(is_train=train)
 
     evaluation = Evaluation(lambda head: head.predict(samples(5, label=torch.tensor([0, 1, 2]))))
     return Case(model, batch, evaluations={"predict": evaluation}, **more)
@@ -238,9 +240,10 @@ def albef_classification(folder: Path) -> Case:
 
 
 def blip_classification(folder: Path) -> Case:
+    """It predicts; its training call fails in LAVIS itself, whose output takes no `encoder_output_m`."""
     module = "blip_models.blip_classification"
     model = build(module, "BlipClassification", folder, blip_text, num_classes=3)
-    return classification_case(model, extra_text_layers=LAYERS)
+    return classification_case(model, train=False, extra_text_layers=LAYERS)
 
 
 class Extractor(nn.Module):
