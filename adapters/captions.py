@@ -40,6 +40,7 @@ from .matching import CaptionMatching, text_mode
 
 CALLS = ("forward", "extract_features", "generate", "predict_answers")
 """Methods of a head that take an image, and most of them a text."""
+TOKENIZING = {"padding": True, "truncation": True}
 
 
 class Alike(TextRun):
@@ -84,36 +85,47 @@ def call_captioner(model: nn.Module, name: str, original: Any, *args: Any, **kwa
     return original(*args, **kwargs)
 
 
-def _tokenizer_calls(functions: list[Any]) -> Iterator[ast.Call]:
-    """The calls of `self.tokenizer` in the source of these functions, in order; none where there is no source."""
-    for function in functions:
-        try:
-            tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
-        except (OSError, TypeError, SyntaxError):
-            continue
-        calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
-        for call in sorted(calls, key=lambda node: (node.lineno, node.col_offset)):
-            owner = getattr(call.func, "value", None)
-            if getattr(call.func, "attr", None) == "tokenizer" and getattr(owner, "id", None) == "self":
-                yield call
-
-
 def tokenizing(head: nn.Module, functions: list[Any]) -> dict[str, Any]:
     """The named arguments with which a head tokenises the first text of its call; sensible ones if it cannot be read.
 
     Padding and the longest length decide whether its own run of the text is the one that is remembered, and how much
     of a long text guides.
     """
-    for call in _tokenizer_calls(functions):
-        found = {}
-        for given in call.keywords:
-            value: Any = given.value
-            if isinstance(value, ast.Constant):
-                found[given.arg] = value.value
-            elif isinstance(value, ast.Attribute) and getattr(value.value, "id", None) == "self":
-                found[given.arg] = getattr(head, value.attr, None)
-        return {str(name): value for name, value in found.items() if name not in (None, "return_tensors")}
-    return {"padding": True, "truncation": True}
+    for function in functions:
+        for call in _tokenizer_calls(function):
+            try:
+                found = {given.arg: _value(given.value, head, function) for given in call.keywords}
+            except LookupError:
+                return dict(TOKENIZING)
+            return {str(name): value for name, value in found.items() if name != "return_tensors"}
+    return dict(TOKENIZING)
+
+
+def _tokenizer_calls(function: Any) -> Iterator[ast.Call]:
+    """The calls of `self.tokenizer` in the source of a function, in order; none where there is no source."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    except (OSError, TypeError, SyntaxError):
+        return
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    for call in sorted(calls, key=lambda node: (node.lineno, node.col_offset)):
+        if _attribute_of_self(call.func) == "tokenizer":
+            yield call
+
+
+def _attribute_of_self(node: Any) -> str | None:
+    of_self = isinstance(node, ast.Attribute) and getattr(node.value, "id", None) == "self"
+    return node.attr if of_self else None
+
+
+def _value(node: Any, head: nn.Module, function: Any) -> Any:
+    """What an argument is: a constant, an attribute of the head, or a name of the module; a `LookupError` otherwise."""
+    if isinstance(node, ast.Constant):
+        return node.value
+    name = _attribute_of_self(node)
+    if name is not None and hasattr(head, name):
+        return getattr(head, name)
+    return function.__globals__[getattr(node, "id", None)]
 
 
 class Captions(CaptionMatching, Albef):

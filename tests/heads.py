@@ -28,7 +28,7 @@ from typing import Any
 
 import pytest
 import torch
-from doubles import albef, mplug
+from doubles import albef, blip, mplug
 from doubles.text import pictures, sentences
 from torch import Tensor, nn
 
@@ -41,13 +41,15 @@ class Head:
 
     model: nn.Module
     batch: Callable[[int], tuple[tuple[Any, ...], dict[str, Any]]]
-    """Arguments of a training call from a seed; the text is the second one."""
+    """Arguments of a training call from a seed; `pictures_in` and `texts_in` find the images and the texts."""
     patches: int = 16
     images: int = 3
     captions: bool = False
     """Whether the text must come from `guide`."""
     same_stream: bool = True
     """Whether the random stream in training is that of the unpatched model."""
+    extra_text_layers: int = 0
+    """Layers of the text encoder that run once more, for the guidance alone."""
     active: Callable[[], AbstractContextManager[Any]] = nullcontext
     """Inside, the head can be pickled."""
 
@@ -140,6 +142,30 @@ def _double(model: nn.Module, *more: Any, **extra: Any) -> Head:
     return Head(model, lambda seed: ((pictures(images, seed=seed), sentences(3, seed=seed), *more), {}), **extra)
 
 
+CAPTIONS = ("a red dog runs", "two small birds sleep under the tree", "an old boat")
+QUESTIONS = ("where is the dog", "how many birds are on the tree", "is it old")
+
+
+def _said(texts: tuple[str, ...], seed: int) -> list[str]:
+    return [f"{text} {'abcdef'[(seed + row) % 6]}" for row, text in enumerate(texts)]
+
+
+def _spoken(model: nn.Module, *more: Any, texts: tuple[str, ...] = CAPTIONS, **extra: Any) -> Head:
+    """A head of BLIP, called with strings."""
+    images = extra.get("images", 3)
+    return Head(model, lambda seed: ((pictures(images, seed=seed), _said(texts, seed), *more), {}), **extra)
+
+
+def _samples(model: nn.Module, **extra: Any) -> Head:
+    """A head of LAVIS, called with a dictionary."""
+
+    def batch(seed: int) -> Any:
+        given = dict(image=pictures(3, seed=seed), text_input=_said(CAPTIONS, seed), label=torch.tensor([0, 1, 1]))
+        return (given,), {}
+
+    return Head(model, batch, **extra)
+
+
 def _video(large: bool) -> Head:
     labels = sentences(2, seed=1)
     model = mplug.VideoCaptioning(large)
@@ -189,6 +215,14 @@ HEADS: dict[str, Callable[[], Head]] = {
     "albef-answering": lambda: _double(albef.Answering(), sentences(3, seed=1)),
     "albef-pairs": lambda: _double(albef.Pairs(twins=False), torch.tensor([0, 1, 1]), images=6),
     "albef-two-widths": lambda: _double(albef.Retrieval(width=48)),
+    "blip-retrieval": lambda: _spoken(blip.Retrieval()),
+    "blip-matching": lambda: _spoken(blip.Matching(), extra_text_layers=2),
+    "blip-answering": lambda: _spoken(blip.Answering(), ["a dog", "two", "no"], texts=QUESTIONS, extra_text_layers=2),
+    "blip-pairs": lambda: _spoken(blip.Pairs(), torch.tensor([0, 1, 1]), images=6, extra_text_layers=2),
+    "blip-captioning": lambda: _spoken(blip.Captioning(), captions=True),
+    "lavis-albef-retrieval": lambda: _samples(blip.LavisRetrieval()),
+    "lavis-albef-classification": lambda: _samples(blip.LavisClassification(blip.HalvedWords())),
+    "lavis-blip-classification": lambda: _samples(blip.LavisClassification(blip.MixedWords()), extra_text_layers=2),
 }
 for _large in (False, True):
     _size = "large" if _large else "base"

@@ -30,5 +30,3 @@ class Case(Head):
     """What `score_pairs` gets of the texts of a batch."""
     trains: bool = True
     """Whether its call has a gradient (feature extractors have none)."""
-    extra_text_layers: int = 0
-    """Layers of the text encoder that run once more, for the guidance alone."""

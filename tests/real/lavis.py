@@ -242,7 +242,7 @@ def albef_classification(folder: Path) -> Case:
 def blip_classification(folder: Path) -> Case:
     """It predicts; its training call fails in LAVIS itself, whose output takes no `encoder_output_m`."""
     module = "blip_models.blip_classification"
-    model = build(module, "BlipClassification", folder, blip_text, num_classes=3)
+    model = build(module, "BlipClassification", folder, blip_text, num_classes=3, use_distill=False)
     return classification_case(model, train=False, extra_text_layers=LAYERS)
 
 
