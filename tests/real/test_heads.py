@@ -17,12 +17,13 @@ from torch import Tensor, nn
 import patchselect
 from patchselect.functional import num_kept
 
-from . import albef, blip, lavis, openai_clip
+from . import albef, blip, lavis, llava, mplug, openai_clip
 from .cases import Case
 
-TABLES = {"albef": albef.CASES, "blip": blip.CASES, "lavis": lavis.CASES, "clip": openai_clip.CASES}
+CODE_BASES = {"albef": albef, "mplug": mplug, "blip": blip, "lavis": lavis, "clip": openai_clip, "llava": llava}
+TABLES = {family: code_base.CASES for family, code_base in CODE_BASES.items()}
 NAMES = [f"{family}-{name}" for family, table in TABLES.items() for name in table]
-VARIABLES = [table.VARIABLE for table in (albef, blip, lavis, openai_clip)]
+VARIABLES = [code_base.VARIABLE for code_base in CODE_BASES.values()]
 if not any(os.environ.get(variable) for variable in VARIABLES):
     pytest.skip(f"set one of {', '.join(VARIABLES)} to a checkout", allow_module_level=True)
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
