@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from patchselect.adapter import Attended, Projections, Tower, Wrapper, affine, gathered, patch_grid, through_norm
-from patchselect.blocks import call_tower
+from patchselect.adapter import Attended, Tower, Wrapper, patch_grid
+from patchselect.weights import Projections, affine, gathered, through_norm
+from patchselect.wiring.journey import call_tower
 
 from .heads import Heads
 

@@ -15,20 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from patchselect.adapter import (
-    Attended,
-    Projections,
-    TextCall,
-    TextRun,
-    Tower,
-    Wrapper,
-    affine,
-    gathered,
-    patch_grid,
-    through_norm,
-)
-from patchselect.blocks import call_with_text, recall_text
+from patchselect.adapter import Attended, TextCall, TextRun, Tower, Wrapper, bound, patch_grid
 from patchselect.compat import fork_rng, is_compiling
+from patchselect.weights import Projections, affine, gathered, through_norm
+from patchselect.wiring.text_calls import call_with_text, recall_text
 
 from .matching import BlipMatching
 
@@ -122,7 +112,7 @@ class TransformersBlip(BlipMatching):
         return [(model, calls), (text, {"forward": recall_text})]
 
     def attend(self, tower: Tower, block: Any, *args: Any, **kwargs: Any) -> Attended:
-        given = {**dict(zip(tower.parts["block_call"], args)), **kwargs}
+        given = bound(tower.parts["block_call"], args, kwargs)
         if given.pop("attention_mask", None) is not None:
             raise ValueError("patch selection does not support an attention mask over the image")
         hidden_states = given.pop("hidden_states")
@@ -193,7 +183,7 @@ class TransformersBlip(BlipMatching):
     def text_of_call(
         self, model: Any, tower: Tower, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> TextCall | None:
-        given = {**dict(zip(tower.parts["calls"][method], args)), **kwargs}
+        given = bound(tower.parts["calls"][method], args, kwargs)
         if given.get("pixel_values") is None:
             return None
         ids, mask = given.get("input_ids"), given.get("attention_mask")

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from patchselect.adapter import TextCall, TextRun, Tower, Wrapper
-from patchselect.blocks import call_with_text, recall_text, remembered
-from patchselect.guidance import current
+from patchselect.adapter import TextCall, TextRun, Tower, Wrapper, bound
+from patchselect.wiring.guidance import current
+from patchselect.wiring.text_calls import call_with_text, recall_text, remembered
 
 from .albef import Albef, is_tower, joint_of
 from .blip import own_random_stream
@@ -75,8 +75,8 @@ def recall_tokenized(encoder: Any, name: str, original: Any, tokenized_text: Any
 
 def call_captioner(model: nn.Module, name: str, original: Any, *args: Any, **kwargs: Any) -> Any:
     """A captioning head: what comes with its image is the caption to learn, or nothing."""
-    handle: Any = model._patchselect
-    if handle.guidance == "text" and current(handle) is None:
+    wiring: Any = model._patchselect
+    if wiring.plan.guidance == "text" and current(wiring) is None:
         raise ValueError(
             f"{type(model).__name__}.{name} reads no text before the image (a caption that comes along is what the "
             "model must learn, so it guides nothing): give the features of a text with `with patchselect.guide(model, "
@@ -193,7 +193,7 @@ class Captions(CaptionMatching, Albef):
         self, model: nn.Module, tower: Tower, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> TextCall | None:
         parts, names = tower.parts, tower.parts["calls"][method]
-        given = {**dict(zip(names, args)), **kwargs}
+        given = bound(names, args, kwargs)
         if "multimodal" not in given.get("mode", "multimodal"):  # features of the image, or of the text, alone
             return None
         text = self.text_given(given, names)

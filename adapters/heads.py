@@ -14,8 +14,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from patchselect.adapter import TextCall, TextRun, Tower, Wrapper
-from patchselect.blocks import call_with_text, recall_text, remembered
+from patchselect.adapter import TextCall, TextRun, Tower, Wrapper, bound
+from patchselect.wiring.text_calls import call_with_text, recall_text, remembered
 
 from .matching import BertMatching, text_mode
 
@@ -174,7 +174,7 @@ class Heads(BertMatching):
     def text_of_call(
         self, model: nn.Module, tower: Tower, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> TextCall | None:
-        given = {**dict(zip(tower.parts["call"], args)), **kwargs}
+        given = bound(tower.parts["call"], args, kwargs)
         values = [given.get(name) for name in tower.parts["call"]]
         text = next((found for found in map(tokens_of, values) if found is not None), None)
         if text is None:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from patchselect.adapter import Attended, TextCall, Tower, Wrapper
-from patchselect.blocks import call_with_text, recall_text
+from patchselect.wiring.text_calls import call_with_text, recall_text
 
 from .blip_salesforce import is_text
 from .captions import Alike, Captions

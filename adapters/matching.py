@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from patchselect.adapter import Adapter, Tower
-from patchselect.scoring import Texts, matching_probability, named, pooled
+from patchselect.adapter import Adapter, Texts, Tower, named, pooled
 
 
 def _tokens(texts: Any, encoder: Any) -> tuple[Tensor, Tensor]:
@@ -59,6 +58,11 @@ def _states(model: nn.Module, texts: Texts) -> tuple[Tensor, Tensor]:
 
 def _ones(rows: Tensor) -> Tensor:
     return torch.ones(rows.shape[:2], dtype=torch.long, device=rows.device)
+
+
+def matching_probability(logits: Tensor) -> Tensor:
+    """Turn `(R, 2)` logits of an image-text matching head into the probability of a match, `(R,)`."""
+    return logits.float().softmax(dim=-1)[:, 1]
 
 
 def _is_dual(tower: Tower) -> bool:

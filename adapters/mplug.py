@@ -15,9 +15,10 @@ from typing import Any
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
-from patchselect.adapter import Tower, Wrapper, gathered
-from patchselect.guidance import current, scope
-from patchselect.recording import active_recorder
+from patchselect.adapter import Tower, Wrapper
+from patchselect.weights import gathered
+from patchselect.wiring.guidance import current, scope
+from patchselect.wiring.recorder import active_recorder
 
 from .heads import Heads
 from .openai_clip import SequenceFirst, is_tower
@@ -50,18 +51,18 @@ def call_with_frames(model: nn.Module, name: str, original: Any, *args: Any, **k
 
     A text given for each video guides all of its frames.
     """
-    handle: Any = model._patchselect
-    guidance = current(handle)
-    if handle.guidance == "text" and guidance is None:
+    wiring: Any = model._patchselect
+    guidance = current(wiring)
+    if wiring.plan.guidance == "text" and guidance is None:
         raise ValueError(
             f"{type(model).__name__} runs no text encoder (its answers are labels and guide nothing): give the "
             "features of a prompt with `with patchselect.guide(model, text_features):`, or choose "
             'patchselect.apply(model, guidance="image")'
         )
-    frames = kwargs[handle.towers[0].parts["call"][0]] if not args else args[0]
+    frames = kwargs[wiring.towers[0].parts["call"][0]] if not args else args[0]
     if guidance is None or guidance.pairing != "paired" or frames.dim() != 5 or len(guidance.text) != len(frames):
         return original(*args, **kwargs)
-    with scope(handle, guidance.text.repeat_interleave(frames.shape[1], dim=0), "paired", exact=1):
+    with scope(wiring, guidance.text.repeat_interleave(frames.shape[1], dim=0), "paired", exact=1):
         return original(*args, **kwargs)
 
 

@@ -9,22 +9,9 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from patchselect.adapter import (
-    Adapter,
-    Attended,
-    Projections,
-    TextCall,
-    TextRun,
-    Tower,
-    Wrapper,
-    affine,
-    gathered,
-    patch_grid,
-    present,
-    through_norm,
-)
-from patchselect.blocks import call_with_text, recall_text
-from patchselect.scoring import Texts, pooled
+from patchselect.adapter import Adapter, Attended, TextCall, TextRun, Texts, Tower, Wrapper, bound, patch_grid, pooled
+from patchselect.weights import Projections, affine, gathered, pool_cost, present, through_norm
+from patchselect.wiring.text_calls import call_with_text, recall_text
 
 from .timm import TimmViT, partial_methods, why_not
 
@@ -64,7 +51,7 @@ class _Paired(Adapter):
     def text_of_call(
         self, model: Any, tower: Tower, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> TextCall | None:
-        given = {**dict(zip(("image", "text", "image_latent", "image_embs"), args)), **kwargs}
+        given = bound(("image", "text", "image_latent", "image_embs"), args, kwargs)
         if given.get("text") is None or given.get("image") is None:
             return None
         name = self.text_method(model)
@@ -129,6 +116,9 @@ class OpenClip(_Paired):
     def finish(self, tower: Tower, block: Any, tokens: Tensor, rest: Any) -> Tensor:
         branch = block.mlp(block.ln_2(tokens))
         return tokens + (block.ls_2(branch) if hasattr(block, "ls_2") else branch)
+
+    def pooling_cost(self, tower: Tower) -> tuple[int, int]:
+        return pool_cost(pool_of(tower.module))
 
     def reads_patches(self, model: nn.Module, tower: Tower) -> str | None:
         visual: Any = tower.module

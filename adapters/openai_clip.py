@@ -7,20 +7,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from patchselect.adapter import (
-    Adapter,
-    Attended,
-    Projections,
-    TextCall,
-    TextRun,
-    Tower,
-    Wrapper,
-    affine,
-    gathered,
-    patch_grid,
-)
-from patchselect.blocks import call_with_text, recall_text
-from patchselect.scoring import Texts
+from patchselect.adapter import Adapter, Attended, TextCall, TextRun, Texts, Tower, Wrapper, bound, patch_grid
+from patchselect.weights import Projections, affine, gathered
+from patchselect.wiring.text_calls import call_with_text, recall_text
 
 BLOCK_PARTS = {"attn", "ln_1", "mlp", "ln_2"}
 TOWER_PARTS = ("conv1", "class_embedding", "positional_embedding", "ln_pre", "ln_post")
@@ -110,7 +99,7 @@ class OpenAiClip(SequenceFirst):
     def text_of_call(
         self, model: Any, tower: Tower, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> TextCall | None:
-        text = {**dict(zip(("image", "text"), args)), **kwargs}.get("text")
+        text = bound(("image", "text"), args, kwargs).get("text")
         if text is None:
             return None
         result = model.encode_text(text)

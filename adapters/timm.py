@@ -5,13 +5,16 @@ Guidance by text takes vectors of the vision width: a timm tower has no text sid
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
-from patchselect.adapter import Adapter, Attended, Projections, Tower, Wrapper, affine, gathered, present, through_norm
-from patchselect.blocks import call_tower, refuse_grid
+from patchselect.adapter import Adapter, Attended, Tower, Wrapper
+from patchselect.weights import Projections, affine, gathered, pool_cost, present, through_norm
+from patchselect.wiring.journey import call_tower
+from patchselect.wiring.text_calls import Original
 
 BLOCK_PARTS = {"norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2"}
 
@@ -53,6 +56,22 @@ def why_not(trunk: nn.Module) -> str | None:
     if getattr(trunk, "shared_rel_pos", None) is not None:
         return "its attention has relative positions per patch"
     return None
+
+
+def refuse_grid(module: nn.Module, name: str, original: Original, *args: Any, **kwargs: Any) -> Any:
+    """Refuse `forward_intermediates` in NCHW: it reshapes tokens to a dense grid, which a shorter sequence corrupts.
+
+    Raises:
+        ValueError: the call asks for a grid; names the ways out.
+    """
+    given = inspect.signature(original).bind(*args, **kwargs)
+    wanted = given.arguments.get("output_fmt", "NCHW")
+    if wanted != "NLC" and module._patchselect.plan.selects:  # type: ignore[union-attr]
+        raise ValueError(
+            f"{type(module).__name__}.{name}(output_fmt={wanted!r}) reshapes the tokens to a dense grid, but selection "
+            'removed some: use output_fmt="NLC", or handle.record() and patchselect.restore(tokens, trace)'
+        )
+    return call_tower(module, name, original, *args, **kwargs)
 
 
 def partial_methods(trunk: nn.Module) -> dict[str, Wrapper]:
@@ -98,6 +117,9 @@ class TimmViT(Adapter):
 
     def finish(self, tower: Tower, block: Any, tokens: Tensor, rest: Any) -> Tensor:
         return tokens + branch(block, 2, block.mlp(block.norm2(tokens)))
+
+    def pooling_cost(self, tower: Tower) -> tuple[int, int]:
+        return pool_cost(getattr(tower.module, "attn_pool", None))
 
     def reads_patches(self, model: nn.Module, tower: Tower) -> str | None:
         trunk: Any = tower.module

@@ -14,18 +14,20 @@ from torch import Tensor, nn
 from patchselect.adapter import (
     Adapter,
     Attended,
-    Projections,
     TextCall,
     TextRun,
+    Texts,
     Tower,
     Wrapper,
-    gathered,
+    bound,
+    named,
     patch_grid,
-    through_norm,
+    pooled,
 )
-from patchselect.blocks import Original, call_tower, call_with_text, recall_text
 from patchselect.compat import is_compiling
-from patchselect.scoring import Texts, named, pooled
+from patchselect.weights import Projections, gathered, pool_cost, through_norm
+from patchselect.wiring.journey import call_tower
+from patchselect.wiring.text_calls import Original, call_with_text, recall_text
 
 BLOCK_PARTS = {"layer_norm1", "self_attn", "layer_norm2", "mlp"}
 ATTENTION_PARTS = ("q_proj", "k_proj", "v_proj", "out_proj")
@@ -122,8 +124,8 @@ class TransformersClip(Adapter):
         return [(model, {"forward": call_with_text}), (text, {"forward": recall_text})]
 
     def attend(self, tower: Tower, block: Any, *args: Any, **kwargs: Any) -> Attended:
-        given = {**dict(zip(tower.parts["block_call"], args)), **kwargs}
-        keeps_all = min(block._patchselect.handle.keep_rates) == 1
+        given = bound(tower.parts["block_call"], args, kwargs)
+        keeps_all = not block._patchselect.plan.selects
         if given.get("attention_mask") is not None and not keeps_all:
             raise ValueError(
                 f"{type(tower.module).__name__} got padded patches (an attention mask over the image), which selection "
@@ -177,7 +179,7 @@ class TransformersClip(Adapter):
     def text_of_call(
         self, model: Any, tower: Tower, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> TextCall | None:
-        given = {**dict(zip(tower.parts["call"], args)), **kwargs}
+        given = bound(tower.parts["call"], args, kwargs)
         if given.get("input_ids") is None or given.get("pixel_values") is None:
             return None
         known = set(tower.parts["call"])
@@ -211,9 +213,9 @@ def call_without_full_mask(module: Any, name: str, original: Original, *args: An
     A real one is refused by the first selecting block. A compiled graph cannot look at the mask and keeps it.
     """
     names = ("pixel_values", "attention_mask", "spatial_shapes")
-    given = {**dict(zip(names, args)), **kwargs}
+    given = bound(names, args, kwargs)
     key = "pixel_attention_mask" if "pixel_attention_mask" in kwargs else "attention_mask"
-    selects = min(module._patchselect.keep_rates) < 1
+    selects = module._patchselect.plan.selects
     if selects and given.get(key) is not None and not is_compiling() and bool(given[key].all()):
         if len(args) > 1:
             args = (args[0], None, *args[2:])
@@ -234,11 +236,19 @@ class TransformersSiglip(TransformersClip):
 
     def methods(self, model: nn.Module, towers: list[Tower]) -> list[tuple[nn.Module, Mapping[str, Wrapper]]]:
         masked: list[tuple[nn.Module, Mapping[str, Wrapper]]] = [
-            (tower.module, {"forward": call_without_full_mask})
-            for tower in towers
-            if isinstance(tower.module.embeddings.patch_embedding, nn.Linear)  # type: ignore[union-attr]
+            (tower.module, {"forward": call_without_full_mask}) for tower in towers if self.takes_flat_patches(tower)
         ]
         return masked + super().methods(model, towers)
+
+    def takes_flat_patches(self, tower: Tower) -> bool:
+        """Tell SigLIP 2, which is called with patches `(N, n, values)` that its processor has cut out, from SigLIP."""
+        return isinstance(tower.module.embeddings.patch_embedding, nn.Linear)  # type: ignore[union-attr]
+
+    def patch_embedding(self, tower: Tower) -> nn.Module | None:
+        return tower.module.embeddings.patch_embedding  # type: ignore[union-attr, return-value]
+
+    def pooling_cost(self, tower: Tower) -> tuple[int, int]:
+        return pool_cost(getattr(tower.module, "head", None))
 
     def read_back(self, tower: Tower, text: Tensor) -> Tensor:
         head = getattr(tower.module, "head", None)

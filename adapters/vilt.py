@@ -12,8 +12,9 @@ from typing import Any, NoReturn
 
 from torch import Tensor, nn
 
-from patchselect.adapter import Adapter, Attended, Projections, Tower, Wrapper
-from patchselect.recording import active_recorder, note_grid, note_order
+from patchselect.adapter import Adapter, Attended, Tower, Wrapper, bound
+from patchselect.weights import Projections
+from patchselect.wiring.journey import call_tower, note_grid
 
 BLOCK_PARTS = {"attention", "intermediate", "output", "layernorm_before", "layernorm_after"}
 CALL = ("input_ids", "attention_mask", "token_type_ids", "pixel_values", "pixel_mask", "inputs_embeds")
@@ -31,7 +32,7 @@ def is_tower(module: Any) -> bool:
 
 def call_model(module: nn.Module, name: str, original: Any, *args: Any, **kwargs: Any) -> Any:
     """`ViltModel.forward`: the length of the text says where the patches begin."""
-    given = {**dict(zip(CALL, args)), **kwargs}
+    given = bound(CALL, args, kwargs)
     text = given.get("input_ids")
     text = given.get("inputs_embeds") if text is None else text
     mask = given.get("pixel_mask")
@@ -42,20 +43,17 @@ def call_model(module: nn.Module, name: str, original: Any, *args: Any, **kwargs
         )
     token = _text_length.set(None if text is None else text.shape[1])
     try:
-        return original(*args, **kwargs)
+        return call_tower(module, name, original, *args, **kwargs)
     finally:
         _text_length.reset(token)
 
 
 def note_patches(embeddings: Any, name: str, original: Any, *args: Any, **kwargs: Any) -> Any:
-    """ViLT shuffles the patches, and drops some beyond `max_image_length`: while recording, remember which is which."""
+    """ViLT shuffles the patches, and drops some beyond `max_image_length`: remember which is which."""
     result = original(*args, **kwargs)
-    handle = embeddings._patchselect
-    recorder = active_recorder(handle)
-    if recorder is not None:
-        places, (height, width) = result[2]
-        note_grid(recorder, handle.towers[0], (int(height), int(width)))
-        note_order(recorder, handle.towers[0], places[..., 0] * int(width) + places[..., 1])
+    places, (height, width) = result[2]
+    order = places[..., 0] * int(width) + places[..., 1]
+    note_grid(embeddings._patchselect.towers[0], (int(height), int(width)), order)
     return result
 
 
@@ -125,6 +123,9 @@ class TransformersVilt(Adapter):
             scale=attention.attention_head_size**-0.5,
             norm=block.layernorm_before,
         )
+
+    def grid(self, tower: Tower, *args: Any, **kwargs: Any) -> None:
+        return None  # the embeddings alone know, and note it
 
     def text_width(self, tower: Tower) -> NoReturn:
         raise ValueError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from patchselect.hosts import find_towers
+from patchselect.wiring.towers import find_towers
 
 from .cases import Case, Inputs, Setting, patched, runner
 from .cost import count_flops

@@ -14,7 +14,7 @@ from unittest import mock
 import torch
 from tqdm import tqdm
 
-from patchselect.blocks import Layer
+from patchselect.wiring.state import Layer
 
 from .cases import Case, Inputs, Setting, mode, patched, runner
 from .cost import peak_memory

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from patchselect.checks import check_layers
-from patchselect.hosts import find_towers
+from patchselect.wiring.plan import check_layers
+from patchselect.wiring.towers import find_towers
 
 from .cases import TOME, Case, Inputs, Setting, dtype_of
 from .counting import FlopBook

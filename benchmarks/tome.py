@@ -22,7 +22,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from patchselect.adapter import Tower
-from patchselect.hosts import find_towers
+from patchselect.wiring.towers import find_towers
 
 
 class Matching(NamedTuple):

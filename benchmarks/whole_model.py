@@ -31,7 +31,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import patchselect
-from patchselect.hosts import find_towers
+from patchselect.wiring.towers import find_towers
 
 from .cost import countable
 from .measure import synchronise, timed

@@ -6,12 +6,15 @@ from . import losses, metrics, visualization
 from .adapter import Adapter
 from .budget import keep_rate_for_budget
 from .functional import keep_and_fuse, num_kept
-from .guidance import guide
-from .pairs import score_pairs
+from .guiding import guide
+from .last_block import skip_unread_outputs
+from .pairs.encode import encode_prefix
+from .pairs.prefix import Prefix
+from .pairs.score import score_pairs
 from .patching import Handle, apply, handle_of, remove
-from .pooled import skip_unread_outputs
-from .prefix import Prefix, encode_prefix
 from .recording import Selected, Trace, restore
+from .reduction import Reduction
+from .relevance import Candidates, Relevance
 from .selection import PatchSelection
 
 try:
@@ -21,9 +24,12 @@ except PackageNotFoundError:  # pragma: no cover - a source tree that is not ins
 
 __all__ = [
     "Adapter",
+    "Candidates",
     "Handle",
     "PatchSelection",
     "Prefix",
+    "Reduction",
+    "Relevance",
     "Selected",
     "Trace",
     "apply",

@@ -1,16 +1,22 @@
-"""What the core asks of a host: the questions that every adapter answers, and nothing about selection."""
+"""Everything that the core asks of a host, on one page: where its parts are, what its blocks do, how its text arrives.
+
+Subclass `Adapter` to teach patchselect a new family of models (CONTRIBUTING.md has a worked example). An adapter holds
+no state and no selection logic.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Callable, NamedTuple
+from typing import Any, Callable, Mapping, NamedTuple, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .compat import is_compiling, partial_average
-from .scoring import Scoring
+from .weights import Projections, through_norm
+
+Wrapper = Callable[..., Any]
+"""`wrapper(module, name, original, *args, **kwargs)`: a module-level function that stands in for method `name`."""
 
 
 class Attended(NamedTuple):
@@ -27,43 +33,26 @@ class Attended(NamedTuple):
 
 
 @dataclass
-class Projections:
-    """The weights of one self-attention, `(D, D)` as in `nn.Linear`: views of the host's own parameters.
+class Tower:
+    """One vision tower, taken apart."""
 
-    Where a wrapper (LoRA) stands around one of them, computed from it by `affine`.
-    """
-
-    query: Tensor
-    query_bias: Tensor | None
-    key: Tensor
-    key_bias: Tensor | None
-    value: Tensor
-    output: Tensor
-    num_heads: int
-    scale: float
-    norm: nn.Module
-    """The pre-attention norm."""
-    output_scale: Tensor | None = None
-    """LayerScale of the attention branch, `(D,)`."""
-    query_norm: Callable[[Tensor], Tensor] | None = None
-    """Norm of the queries per head, `(..., H, E)`; with one, keys cannot be folded and are computed."""
-    key_norm: Callable[[Tensor], Tensor] | None = None
-    nonlinear_values: str | None = None
-    """Why `relevance="values"` cannot read this attention backwards, if it cannot."""
-
-    @classmethod
-    def fused(cls, weight: Tensor, bias: Tensor | None, **rest: Any) -> Projections:
-        """From one `(3D, D)` projection in the order q, k, v and its bias; `rest` are the other fields."""
-        query, key, value = weight.chunk(3, dim=0)
-        query_bias, key_bias, _ = (None, None, None) if bias is None else bias.chunk(3, dim=0)
-        return cls(query=query, query_bias=query_bias, key=key, key_bias=key_bias, value=value, **rest)
-
-    @classmethod
-    def separate(cls, query: Any, key: Any, value: Any, output: Any, **rest: Any) -> Projections:
-        """From four linear layers; `rest` are the other fields."""
-        (query, query_bias), (key, key_bias) = affine(query), affine(key)
-        (value, _), (output, _) = affine(value), affine(output)
-        return cls(query, query_bias, key, key_bias, value, output, **rest)
+    adapter: Adapter
+    module: nn.Module
+    """What is called with pixels."""
+    blocks: list[nn.Module]
+    """The transformer blocks, in order."""
+    num_prefix_tokens: int
+    has_class_token: bool
+    """Whether token 0 is an image [CLS]."""
+    width: int
+    batch_first: bool = True
+    single_stream: bool = False
+    """Whether text and image share one sequence: token 0 is the text [CLS], the last prefix token the image [CLS]."""
+    head: nn.Module | None = None
+    """The module that holds the projection into the joint space, if there is one."""
+    final_norm: nn.Module | None = None
+    parts: dict[str, Any] = field(default_factory=dict)
+    """Adapter-specific modules and names."""
 
 
 class TextRun(NamedTuple):
@@ -76,7 +65,7 @@ class TextRun(NamedTuple):
     result: Any
 
     def matches(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether a call is this one: the same tensors, equal flags; flags that are off or absent are the same."""
+        """Check whether a call is this one: the same tensors, equal flags; flags that are off or absent are equal."""
         names = {name for name in (*self.kwargs, *kwargs) if name != "return_dict"}
         pairs = [(self.kwargs.get(name), kwargs.get(name)) for name in names]
         return len(args) == len(self.args) and all(_same(a, b) for a, b in (*zip(self.args, args), *pairs))
@@ -98,37 +87,53 @@ class TextCall(NamedTuple):
     """How many images come with each text (NLVR2: 2, all first images before all second ones)."""
 
 
-@dataclass
-class Tower:
-    """One vision tower, taken apart."""
+@dataclass(frozen=True)
+class Texts:
+    """Encoded texts, one a row."""
 
-    adapter: Adapter
-    module: nn.Module
-    """What is called with pixels."""
-    blocks: list[nn.Module]
-    """The transformer blocks, in order."""
-    num_prefix_tokens: int
-    has_class_token: bool
-    """Whether token 0 is an image [CLS]."""
-    width: int
-    batch_first: bool = True
-    single_stream: bool = False
-    """Whether text and image share one sequence: token 0 is the text [CLS], the last prefix token the image [CLS]."""
-    head: nn.Module | None = None
-    """What holds the way into the joint space, if anything does."""
-    final_norm: nn.Module | None = None
-    parts: dict[str, Any] = field(default_factory=dict)
-    """Adapter-specific modules."""
+    features: Tensor
+    """`(M, D_text)`: what `guide` takes."""
+    states: Mapping[str, Tensor] = field(default_factory=dict)
+    """What a fusion encoder reads besides, each with M rows: hidden states `(M, L, D)`, mask `(M, L)`."""
+
+    def __len__(self) -> int:
+        return self.features.shape[0]
+
+    def __getitem__(self, rows: Any) -> Texts:
+        return self._each(lambda tensor: tensor[rows])
+
+    def to(self, device: torch.device) -> Texts:
+        return self._each(lambda tensor: tensor.to(device))
+
+    def repeat(self, times: int) -> Texts:
+        """Repeat all texts `times` times over: the rows of `pairing="all"`."""
+        return self._each(lambda tensor: tensor.repeat(times, *[1] * (tensor.dim() - 1)))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Texts:
+        return Texts(change(self.features), {name: change(state) for name, state in self.states.items()})
+
+    @classmethod
+    def cat(cls, parts: Sequence[Texts]) -> Texts:
+        """Stack batches below each other; shorter ones are padded with zeros, which a mask reads as padding."""
+        if len(parts) == 1:
+            return parts[0]
+        states = {}
+        for name in parts[0].states:
+            length = max(part.states[name].shape[1] for part in parts)
+            states[name] = torch.cat([_padded(part.states[name], length) for part in parts])
+        return cls(torch.cat([part.features for part in parts]), states)
 
 
-Wrapper = Callable[..., Any]
-"""`wrapper(module, name, original, *args, **kwargs)`: a module-level function that stands in for method `name`."""
+def _padded(state: Tensor, length: int) -> Tensor:
+    return F.pad(state, (0, 0) * (state.dim() - 2) + (0, length - state.shape[1]))
 
 
-class Adapter(Scoring):
-    """One family of hosts. Subclass it in one file of `adapters/` and name it in the registry there.
+class Adapter:
+    """One family of hosts: the questions that it must answer, and those that have a default.
 
-    Adapters hold no state, so that models stay picklable: two instances of one class are the same adapter.
+    An adapter must answer `towers`, `attend`, `finish`, `projections` and `grid`; everything else has a default that is
+    right for a bare pre-norm ViT. Adapters hold no state, so that models stay picklable: two instances of one class are
+    the same adapter.
     """
 
     name: str = ""
@@ -137,125 +142,150 @@ class Adapter(Scoring):
     # Is this my model, and where are its parts?
 
     def towers(self, model: nn.Module) -> list[Tower]:
-        """The vision towers of `model`, or `[]` if it is not of this family.
+        """Return the vision towers of `model`, or `[]` if it is not of this family.
 
         Raises:
-            TypeError: of this family, but something in it cannot be supported; says what.
+            TypeError: of this family, but something in it cannot be supported; says what. Other adapters are asked
+                before anybody hears of it.
         """
         raise NotImplementedError
 
     def methods(self, model: nn.Module, towers: list[Tower]) -> list[tuple[nn.Module, Mapping[str, Wrapper]]]:
-        """Methods outside of the blocks that must behave differently while selection is on."""
+        """Return the methods outside of the blocks that must behave differently while selection is on."""
         return []
 
     # The two halves of a block, and its weights.
 
     def attend(self, tower: Tower, block: nn.Module, *args: Any, **kwargs: Any) -> Attended:
-        """The block up to and with the residual of its attention branch; called with the block's own arguments."""
+        """Run the block up to the residual of its attention branch; called with the block's own arguments."""
         raise NotImplementedError
 
     def finish(self, tower: Tower, block: nn.Module, tokens: Tensor, rest: Any) -> Any:
-        """The MLP branch on `tokens`, returned as the host's block returns it."""
+        """Run the MLP branch on `tokens` and return what the host's block returns."""
+        raise NotImplementedError
+
+    def projections(self, block: nn.Module) -> Projections:
+        """Return the weights of the block's attention."""
         raise NotImplementedError
 
     def carry(self, tower: Tower) -> dict[str, Any]:
-        """Keyword arguments for `attend` that a block which checkpoints itself must find again when it runs anew."""
+        """Return keyword arguments for `attend` that a block which checkpoints itself must find when it runs again."""
         return {}
 
-    def projections(self, block: nn.Module) -> Projections:
-        raise NotImplementedError
-
-    def reads_patches(self, model: nn.Module, tower: Tower) -> str | None:
-        """Who reads the patch tokens that the tower returns, in words; `None` if its prefix tokens alone are read."""
-        return "they are what this tower returns"
-
     def as_output(self, tower: Tower, tokens: Tensor) -> Any:
-        """Tokens as a block of this host returns them: what a block that is skipped returns of its input."""
+        """Return tokens as a block of this host returns them: what a block that is skipped returns of its input."""
         return tokens
 
-    # The way between text and image.
+    # What the tower is called with, and who reads what it returns.
+
+    def grid(self, tower: Tower, *args: Any, **kwargs: Any) -> tuple[int, int] | None:
+        """Return height and width, in patches, of what the tower is called with; `None` where only the host knows."""
+        raise NotImplementedError
+
+    def own_patches(self, tower: Tower) -> int | None:
+        """Return the number of patches of an image of the size that the model was built for, if it tells one."""
+        embed = getattr(tower.module, "patch_embed", None)
+        if getattr(embed, "num_patches", None):
+            return int(embed.num_patches)  # type: ignore[union-attr, arg-type]
+        for name, tensor in tower.module.named_parameters():
+            if "pos" in name and "embed" in name and tensor.dim() > 1:
+                return tensor.shape[-2] - tower.num_prefix_tokens
+        return None
+
+    def patch_embedding(self, tower: Tower) -> nn.Module | None:
+        """Return the layer that makes tokens of pixels, whose weights each patch meets once."""
+        inside = {id(part) for block in tower.blocks for part in block.modules()}
+        outside = (part for part in tower.module.modules() if id(part) not in inside)
+        return next((part for part in outside if isinstance(part, nn.Conv2d)), None)
+
+    def takes_flat_patches(self, tower: Tower) -> bool:
+        """Tell whether the tower is called with patches `(N, n, values)` that are cut out already."""
+        return False
+
+    def pooling_cost(self, tower: Tower) -> tuple[int, int]:
+        """Return the multiply-adds of an attentional pooler behind the tower: once an image, and per token."""
+        return 0, 0
+
+    def reads_patches(self, model: nn.Module, tower: Tower) -> str | None:
+        """Say who reads the patch tokens that the tower returns; `None` if its prefix tokens alone are read."""
+        return "they are what this tower returns"
+
+    # From a text to the tower.
 
     def text_width(self, tower: Tower) -> int:
-        """The width that text features must have."""
+        """Return the width that text features must have."""
         return tower.width
 
     def lift(self, tower: Tower, text: Tensor) -> Tensor:
-        """Text features `(..., D_text)` to the width of the vision tower, without new parameters."""
+        """Lift text features `(..., D_text)` to the width of the vision tower, without new parameters."""
         return text
 
     def read_back(self, tower: Tower, text: Tensor) -> Tensor:
-        """Text features `(..., D_text)` to the direction in the residual stream that the host's head reads them from.
+        """Map text features `(..., D_text)` to the direction in the residual stream that the head reads them from.
 
         For `relevance="values"`: `g = gamma_post * (P t)`, minus its mean.
         """
         return through_norm(self.lift(tower, text), tower.final_norm)
 
     def project(self, tower: Tower, patches: Tensor) -> Tensor:
-        """Patches `(B, n, D)` through the final norm and projection into the joint space (`relevance="joint"`)."""
+        """Map patches `(B, n, D)` through the final norm and projection into the joint space."""
         raise ValueError(f'relevance="joint" needs a joint image-text space, which {self.name} towers do not have')
-
-    # The text of a call.
 
     def text_of_call(
         self, model: nn.Module, tower: Tower, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> TextCall | None:
-        """The text that came with this call of `model.method`, encoded by the model's own text encoder."""
+        """Return the text that came with this call of `model.method`, encoded by the model's own text encoder."""
         return None
 
-    def grid(self, tower: Tower, *args: Any, **kwargs: Any) -> tuple[int, int] | None:
-        """Height and width, in patches, of what the tower is called with; `None` where only the host's code knows."""
-        raise NotImplementedError
+    # Pairs: images and texts apart, and the score of two of them. The defaults are those of a dual encoder.
+
+    def encode_images(self, model: nn.Module, tower: Tower, images: Any, **kwargs: Any) -> Tensor:
+        """Return what `score` reads of the images, under whatever text guides them: one row per image, or per pair."""
+        found = tower.module(images, **kwargs)
+        return found if isinstance(found, Tensor) else found[0]
+
+    def encode_texts(self, model: nn.Module, tower: Tower, texts: Any) -> Texts:
+        """Encode a batch of token ids `(M, L)`, or of what a tokenizer returns, with the host's own text encoder."""
+        raise ValueError(
+            f"{type(model).__name__} has no text encoder that is known here: give score_pairs the text features, "
+            "(texts, width) in floating point"
+        )
+
+    def score(self, model: nn.Module, tower: Tower, rows: Tensor, texts: Texts) -> Tensor:
+        """Return the score `(R,)` of row i of the images with text i: here the cosine of their features."""
+        if rows.dim() != 2 or rows.shape[1] != texts.features.shape[1]:
+            raise ValueError(
+                f"the image side of {type(model).__name__} gave {tuple(rows.shape)}, which cannot be compared with "
+                f"text features of width {texts.features.shape[1]}: score_pairs needs one feature of that width per "
+                "image, or a host with a fusion encoder"
+            )
+        wide = torch.promote_types(rows.dtype, torch.float32)
+        return F.cosine_similarity(rows.to(wide), texts.features.to(wide), dim=-1)
 
     def __reduce__(self) -> tuple[type[Adapter], tuple[()]]:
         return type(self), ()
 
 
-def affine(linear: Any) -> tuple[Tensor, Tensor | None]:
-    """Weight `(out, in)` and bias `(out,)` of a linear layer; with what a wrapper around it (LoRA) adds.
-
-    What a wrapper does is read off from the unit vectors, which costs a product of the size of its weight with itself.
-    """
-    if all(name == "parametrizations" for name, _ in linear.named_children()):
-        return linear.weight, linear.bias
-    weight = linear.weight
-    device = "cpu" if weight.is_meta else weight.device.type
-    units = torch.eye(linear.in_features, device=weight.device, dtype=weight.dtype)
-    with torch.autocast(device, enabled=False):
-        bias = linear(torch.zeros_like(units[:1]))
-        return (linear(units) - bias).T, bias[0]
-
-
-def present(module: nn.Module | None) -> bool:
-    """Whether an optional part of a host is there and does something."""
-    return module is not None and not isinstance(module, nn.Identity)
+def bound(names: Sequence[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a call by their names."""
+    return {**dict(zip(names, args)), **kwargs}
 
 
 def patch_grid(pixels: Tensor, embedding: Any) -> tuple[int, int]:
-    """Height and width, in patches, of images `(B, 3, H, W)` that this convolution cuts into patches."""
+    """Return height and width, in patches, of images `(B, 3, H, W)` that this convolution cuts into patches."""
     height, width = embedding.stride
     return pixels.shape[-2] // height, pixels.shape[-1] // width
 
 
-def norm_eps(norm: nn.Module) -> float:
-    return float(getattr(norm, "eps", 1e-5) or 1e-5)
+def named(texts: Any, ids: str = "input_ids") -> dict[str, Any]:
+    """Return token ids, or a tokenizer's output, as keyword arguments."""
+    return dict(texts) if isinstance(texts, Mapping) else {ids: texts}
 
 
-def through_norm(direction: Tensor, norm: nn.Module | None) -> Tensor:
-    """A direction after a LayerNorm to the direction before it: times the norm's scale, minus its mean."""
-    if norm is None or not present(norm):
-        return direction
-    weight = getattr(norm, "weight", None)
-    scaled = direction if weight is None else direction * gathered(weight)
-    return scaled - scaled.mean(dim=-1, keepdim=True)
-
-
-def gathered(weight: Tensor) -> Tensor:
-    """A parameter that FSDP2 holds in shards, whole; every other tensor as it is.
-
-    Only weights of modules that are not running need this. The gradient of each rank's share is averaged over the
-    ranks, as FSDP2 does with every other gradient.
-    """
-    if is_compiling() or not hasattr(weight, "full_tensor"):
-        return weight
-    sharded: Any = weight
-    return sharded.full_tensor(grad_placements=[partial_average()] * sharded.device_mesh.ndim)
+def pooled(output: Any) -> Tensor:
+    """Return the features in a host's output: a tensor, a tuple, or an object of whatever release of transformers."""
+    for name in ("image_embeds", "pooler_output"):
+        found = getattr(output, name, None)
+        if isinstance(found, Tensor):
+            return found
+    return output if isinstance(output, Tensor) else output[0]

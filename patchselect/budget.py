@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .adapter import Tower
-from .checks import check_layers
-from .compat import FlopCounterMode
 from .functional import as_ratio, num_kept
-from .hosts import find_towers, unwrapped
-from .patching import Handle, handles_in
+from .reduction import Reduction, reduction_of
+from .relevance import Relevance, relevance_of
+from .relevance.joint import projection_cost
+from .wiring.plan import Plan, check_layers
+from .wiring.state import wirings_in
+from .wiring.towers import find_towers, unwrapped
 
 STEPS = 10**6
 """Rates are told apart to a millionth, as `num_kept` does."""
@@ -25,9 +27,7 @@ SLACK = 1e-9
 class Cost:
     """What one image costs in the vision encoder, in multiply-adds: the products with weights, and the attention."""
 
-    depth: int
-    width: int
-    prefix: int
+    tower: Tower
     attention: int
     """Weights of the attention branch of a block: each token meets each of them once."""
     mlp: int
@@ -35,67 +35,64 @@ class Cost:
     """Weights of the patch embedding."""
     pooling: tuple[int, int]
     """Multiply-adds of an attentional pooler: once, and per token."""
-    relevance: str
-    keys: int
-    """Multiply-adds per patch of `relevance="keys"`."""
-    lift: int
-    """Multiply-adds of the way of one text to the width of the tower; for `"joint"`, of its product with one patch."""
     projection: int
     """Multiply-adds of the way of one token into the joint space."""
-    fused: bool
+    relevance: Relevance
+    reduction: Reduction
+    guidance: str
+    scoring: dict[tuple[int, bool], tuple[int, int]] = field(default_factory=dict, repr=False)
+    """What the relevance answered, per layer."""
 
     @classmethod
-    def of(cls, tower: Tower, handle: Handle | None = None) -> Cost:
-        block = tower.blocks[0]
-        weights = tower.adapter.projections(block)
+    def of(cls, tower: Tower, plan: Plan | None = None) -> Cost:
+        """Take the cost of a tower apart; without a plan, for guidance by text in the adapter's default way."""
+        kind, block = tower.adapter, tower.blocks[0]
+        weights = kind.projections(block)
         attention = sum(part.numel() for part in (weights.query, weights.key, weights.value, weights.output))
         whole = sum(part.numel() for part in block.parameters() if part.dim() == 2)
-        relevance = handle.relevance if handle is not None else tower.adapter.default_relevance
-        guided = handle is None or handle.guidance == "text"
-        if handle is not None and handle.guidance == "random":
-            relevance = "none"
+        embedding = kind.patch_embedding(tower)
+        if embedding is None:
+            raise ValueError(
+                f"the {kind.name} adapter does not say which layer of {type(tower.module).__name__} makes tokens of "
+                "pixels, so its cost is not known (Adapter.patch_embedding)"
+            )
         return cls(
-            depth=len(tower.blocks),
-            width=tower.width,
-            prefix=tower.num_prefix_tokens,
+            tower=tower,
             attention=attention,
             mlp=whole - attention,
-            embedding=_embedding(tower).weight.numel(),
-            pooling=_pooling(tower),
-            relevance=relevance,
-            keys=weights.num_heads * tower.width if weights.key_norm is None else tower.width**2,
-            lift=_lift(tower, relevance) if guided and not tower.single_stream else 0,
-            projection=_projection(tower),
-            fused=handle is None or handle.fusion != "none",
+            embedding=embedding.weight.numel(),  # type: ignore[union-attr, operator]
+            pooling=kind.pooling_cost(tower),
+            projection=projection_cost(tower),
+            relevance=relevance_of(kind.default_relevance) if plan is None else plan.relevance,
+            reduction=reduction_of("mean") if plan is None else plan.reduction,
+            guidance="text" if plan is None else plan.guidance,
         )
 
     def of_encoder(self, patches: int, layers: Sequence[int] = (), rates: Sequence[tuple[int, int]] = ()) -> int:
-        """Multiply-adds of one image of `patches` patches, with these selection layers and rates (as `as_ratio`)."""
-        by_layer = dict(zip(layers, rates))
+        """Return the multiply-adds of one image of `patches` patches, with these selection layers and rates.
+
+        `rates` are fractions, as `as_ratio` gives them.
+        """
+        tower, by_layer = self.tower, dict(zip(layers, rates))
         total = patches * self.embedding
-        for index in range(self.depth):
-            tokens = self.prefix + patches
-            total += tokens * self.attention + 2 * tokens * tokens * self.width
+        for index in range(len(tower.blocks)):
+            tokens = tower.num_prefix_tokens + patches
+            total += tokens * self.attention + 2 * tokens * tokens * tower.width
             if index in by_layer:
                 kept = num_kept(patches, by_layer[index])
                 if kept < patches:
-                    total += self._scoring(index, patches, index == layers[0]) + patches * self.fused * self.width
-                    patches = kept + self.fused
-            total += (self.prefix + patches) * self.mlp
+                    once, each = self._scoring(index, index == layers[0])
+                    total += once + patches * each + self.reduction.cost(patches, kept, tower.width)
+                    patches = kept + self.reduction.num_fused(patches, kept)
+            total += (tower.num_prefix_tokens + patches) * self.mlp
         head = 0 if self.pooling[0] else self.projection
-        return total + head + self.pooling[0] + (self.prefix + patches) * self.pooling[1]
+        return total + head + self.pooling[0] + (tower.num_prefix_tokens + patches) * self.pooling[1]
 
-    def _scoring(self, index: int, patches: int, first: bool) -> int:
-        """Multiply-adds of one layer's relevance for one text."""
-        square = self.width**2
-        once, each = {
-            "keys": (2 * square + self.lift, self.keys),
-            "features": (square + self.lift, self.width),
-            "values": ((2 * square * (self.depth - index) + self.lift) * first, 3 * self.width),
-            "joint": (0, self.projection + self.lift),
-            "none": (0, 0),
-        }[self.relevance]
-        return once + patches * each
+    def _scoring(self, index: int, first: bool) -> tuple[int, int]:
+        key = index, first
+        if key not in self.scoring:
+            self.scoring[key] = self.relevance.cost(self.tower, index, first, self.guidance)
+        return self.scoring[key]
 
 
 def keep_rate_for_budget(
@@ -105,7 +102,7 @@ def keep_rate_for_budget(
     image_size: int | tuple[int, int] | None = None,
     per_layer: bool = False,
 ) -> float | tuple[float, ...]:
-    """The largest keep rate with which the vision encoder costs at most `budget` of the unpatched one.
+    """Return the largest keep rate with which the vision encoder costs at most `budget` of the unpatched one.
 
         rate = patchselect.keep_rate_for_budget(model, 0.6)
         rate = patchselect.keep_rate_for_budget(model, 1.0, image_size=384)    # 384 px at the price of 224
@@ -133,15 +130,16 @@ def keep_rate_for_budget(
     if isinstance(budget, bool) or not isinstance(budget, (int, float)) or not 0 < budget < float("inf"):
         raise ValueError(f"budget must be a share of the unpatched cost, above 0; got {budget!r}")
     host = unwrapped(model)
-    handle = next(iter(handles_in(host)), None)
-    tower = find_towers(host)[0] if handle is None else handle.towers[0]
+    wiring = next(iter(wirings_in(host)), None)
+    tower = find_towers(host)[0] if wiring is None else wiring.towers[0]
+    plan = None if wiring is None else wiring.plan
     if tower.single_stream:
         raise ValueError(
             f"{type(tower.module).__name__} has no vision encoder of its own: image and text share one sequence, whose "
             "cost depends on the text"
         )
-    chosen = handle.layers if handle is not None and layers is None else check_layers(layers, len(tower.blocks))
-    cost = Cost.of(tower, handle)
+    chosen = plan.layers if plan is not None and layers is None else check_layers(layers, len(tower.blocks))
+    cost = Cost.of(tower, plan)
     whole = cost.of_encoder(own_patches(tower))
     patches = own_patches(tower) if image_size is None else patches_at(tower, image_size)
 
@@ -178,7 +176,7 @@ def _rates(step: int, count: int, per_layer: bool) -> tuple[float, ...]:
 
 
 def _largest(fits: Callable[[int], bool], high: int) -> int:
-    """The largest step from 1 to `high` that fits; costs rise with the step, and step 1 fits."""
+    """Return the largest step from 1 to `high` that fits; costs rise with the step, and step 1 fits."""
     low = 1
     while low < high:
         middle = (low + high + 1) // 2
@@ -189,7 +187,7 @@ def _largest(fits: Callable[[int], bool], high: int) -> int:
 def _shortest(
     step: int, rates_at: Callable[[int], tuple[float, ...]], cost: Callable[[tuple[float, ...]], int]
 ) -> tuple[float, ...]:
-    """The same cost with the fewest decimals."""
+    """Return rates of the same cost with the fewest decimals."""
     exact = rates_at(step)
     for digits in (10**5, 10**4, 1000, 100, 10):
         rounded = rates_at(max(1, step // digits * digits))
@@ -199,88 +197,33 @@ def _shortest(
 
 
 def patches_at(tower: Tower, image_size: int | tuple[int, int]) -> int:
-    """Patches of an image of this size, in pixels."""
+    """Return the number of patches of an image of this size, in pixels.
+
+    Raises:
+        ValueError: the size is not positive, or the tower does not tell.
+    """
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     if min(height, width) < 1:
         raise ValueError(f"image_size must be positive, a number of pixels or (height, width); got {image_size!r}")
-    embedding = _embedding(tower)
+    embedding = tower.adapter.patch_embedding(tower)
     if isinstance(embedding, nn.Linear):
         side = round((embedding.in_features / 3) ** 0.5)
         return (height // side) * (width // side)
     grid = tower.adapter.grid(tower, torch.empty(1, 3, height, width, device="meta"))
     if grid is None:
-        raise ValueError(f"{type(tower.module).__name__} does not tell its patches from an image size: leave it out")
+        raise ValueError(
+            f"{type(tower.module).__name__} alone knows how many patches it makes of an image: leave image_size out"
+        )
     return grid[0] * grid[1]
 
 
 def own_patches(tower: Tower) -> int:
-    """Patches of an image of the size that the model was built for: its position embedding has one entry each."""
-    embed = getattr(tower.module, "patch_embed", None)
-    if getattr(embed, "num_patches", None):
-        return int(embed.num_patches)  # type: ignore[union-attr, arg-type]
-    for name, tensor in tower.module.named_parameters():
-        if "pos" in name and "embed" in name and tensor.dim() > 1:
-            entries = tensor.shape[-2]
-            side = round(entries**0.5)
-            # SigLIP 2 and other towers without prefix tokens have one entry per patch, the others one per token.
-            return (
-                entries if side * side == entries and not tower.num_prefix_tokens else entries - tower.num_prefix_tokens
-            )
-    raise ValueError(f"{type(tower.module).__name__} does not tell its image size: give image_size")
+    """Return the number of patches of an image of the size that the model was built for.
 
-
-def _lift(tower: Tower, relevance: str) -> int:
-    if relevance == "none":
-        return 0
-    width = tower.adapter.text_width(tower)
-    if relevance == "joint":
-        return width
-    way = tower.adapter.read_back if relevance == "values" else tower.adapter.lift
-    weight = next(tower.blocks[0].parameters())
-    return _counted(lambda: way(tower, torch.zeros(1, width, device=weight.device, dtype=weight.dtype)))
-
-
-def _projection(tower: Tower) -> int:
-    weight = next(tower.blocks[0].parameters())
-    token = torch.zeros(1, 1, tower.width, device=weight.device, dtype=weight.dtype)
-    try:
-        return _counted(lambda: tower.adapter.project(tower, token))
-    except ValueError:  # there is no joint space
-        return 0
-
-
-def _counted(run: Callable[[], object]) -> int:
-    """Multiply-adds of something small that each adapter does in its own way."""
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        run()
-    return counter.get_total_flops() // 2
-
-
-def _embedding(tower: Tower) -> nn.Conv2d | nn.Linear:
-    """The layer that makes tokens of patches: the first convolution, or a linear layer for flat patches."""
-    inside = {id(part) for block in tower.blocks for part in block.modules()}
-    outside = [part for part in tower.module.modules() if id(part) not in inside]
-    found = next((part for part in outside if isinstance(part, nn.Conv2d)), None)
+    Raises:
+        ValueError: the tower does not tell.
+    """
+    found = tower.adapter.own_patches(tower)
     if found is None:
-        found = next((p for p in outside if isinstance(p, nn.Linear) and p.out_features == tower.width), None)  # type: ignore[assignment]
-    if found is None:
-        raise ValueError(f"{type(tower.module).__name__} has no patch embedding that is known here")
+        raise ValueError(f"{type(tower.module).__name__} does not tell its image size: give image_size")
     return found
-
-
-def _pooling(tower: Tower) -> tuple[int, int]:
-    """An attentional pooler of the tower: what its queries, output and MLP cost, and its keys and values per token."""
-    home = tower.module
-    pool = next((p for name in ("attn_pool", "head") if isinstance(p := getattr(home, name, None), nn.Module)), None)
-    weights: dict[str, Tensor] = {} if pool is None else {n: p for n, p in pool.named_parameters() if p.dim() == 2}
-    kv = [p for n, p in weights.items() if n.split(".")[-2:] in (["kv", "weight"],) or "kv.weight" in n]
-    packed = [p for n, p in weights.items() if n.endswith("in_proj_weight")]
-    split = [p for n, p in weights.items() if n.endswith(("k_proj_weight", "v_proj_weight"))]
-    queries = getattr(pool, "query", None)
-    count = queries.shape[0] if isinstance(queries, nn.Parameter) and queries.dim() == 2 else 1
-    per_token = sum(p.numel() for p in kv) + sum(2 * p.numel() // 3 for p in packed) + sum(p.numel() for p in split)
-    if not per_token:
-        return 0, 0
-    rest = sum(p.numel() for n, p in weights.items() if n != "query" and "probe" not in n) - per_token
-    width = (kv or packed or split)[0].shape[-1]
-    return count * rest, per_token + 2 * count * width

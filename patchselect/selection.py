@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .checks import check_fusion, check_rate
 from .compat import in_functorch, is_compiling
-from .functional import Fusion, as_ratio, keep_and_fuse, num_kept
+from .functional import as_ratio, num_kept
+from .reduction import Reduction, reduction_of
+from .wiring.plan import check_rate
 
 
 class PatchSelection(nn.Module):
@@ -21,7 +22,7 @@ class PatchSelection(nn.Module):
 
     Args:
         keep_rate: share of the patches that stay, in (0, 1]; 1 returns the very tokens that came.
-        fusion: `"mean"`, `"sum"` or `"none"`: what becomes of the others.
+        fusion: what becomes of the others: `"mean"`, `"sum"`, `"none"` or a `patchselect.Reduction`.
         num_prefix_tokens: tokens in front of the patches that take no part ([CLS], registers).
 
     Raises:
@@ -30,17 +31,22 @@ class PatchSelection(nn.Module):
             the device wait).
     """
 
-    def __init__(self, keep_rate: float = 0.7, fusion: Fusion = "mean", num_prefix_tokens: int = 1) -> None:
+    def __init__(self, keep_rate: float = 0.7, fusion: str | Reduction = "mean", num_prefix_tokens: int = 1) -> None:
         super().__init__()
         self.keep_rate = check_rate(keep_rate)
         self.ratio = as_ratio(self.keep_rate)
-        self.fusion = check_fusion(fusion)
+        self.reduction = reduction_of(fusion)
+        if self.reduction.reads_places:
+            raise ValueError(
+                f"fusion={self.reduction!r} reads the place of each patch in the image, which a layer alone does not "
+                "know: use patchselect.apply on the whole tower"
+            )
         if num_prefix_tokens < 0:
             raise ValueError(f"num_prefix_tokens must be 0 or more, got {num_prefix_tokens}")
         self.num_prefix_tokens = num_prefix_tokens
 
     def forward(self, tokens: Tensor, relevance: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens `(B, P + n, D)` and relevance `(B, n)`, >= 0, to shorter tokens and the kept patches `(B, k)`."""
+        """Shorten tokens `(B, P + n, D)` by relevance `(B, n)`, >= 0; return them and the kept patches `(B, k)`."""
         if tokens.dim() != 3:
             raise ValueError(f"tokens must be (B, prefix tokens + patches, D), got {tuple(tokens.shape)}")
         patches = tokens.shape[1] - self.num_prefix_tokens
@@ -58,14 +64,15 @@ class PatchSelection(nn.Module):
         keep = num_kept(patches, self.ratio)
         if keep == patches:
             return tokens, torch.arange(patches, device=tokens.device).expand(tokens.shape[0], -1)
-        return keep_and_fuse(tokens, relevance, keep, self.num_prefix_tokens, self.fusion)
+        found = self.reduction.reduce(tokens, relevance, keep, self.num_prefix_tokens)
+        return found.tokens, found.kept
 
     def extra_repr(self) -> str:
-        return f"keep_rate={self.keep_rate}, fusion={self.fusion!r}, num_prefix_tokens={self.num_prefix_tokens}"
+        return f"keep_rate={self.keep_rate}, fusion={self.reduction.name!r}, num_prefix_tokens={self.num_prefix_tokens}"
 
 
 def _readable(x: Tensor) -> bool:
-    """Whether reading a value costs nothing: it is a plain tensor on the CPU, and nothing traces the program."""
+    """Tell whether reading a value costs nothing: it is a plain tensor on the CPU, and nothing traces the program."""
     if is_compiling() or type(x) is not Tensor or x.device.type != "cpu":
         return False
     return not in_functorch()

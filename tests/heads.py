@@ -54,7 +54,7 @@ class Head:
     """Inside, the head can be pickled."""
 
     def towers(self) -> list[Any]:
-        return patchselect.hosts.find_towers(self.model)
+        return patchselect.wiring.towers.find_towers(self.model)
 
     def text_features(self, seed: int = 4) -> Tensor:
         tower = self.towers()[0]

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import patchselect
 from patchselect.budget import Cost, own_patches
 from patchselect.functional import as_ratio
-from patchselect.hosts import find_towers
+from patchselect.wiring.towers import find_towers
 
 REAL = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
 
@@ -70,7 +70,7 @@ def test_the_arithmetic_is_what_a_counter_counts(name):
     for rate in (0.3, 0.5, 0.9):
         handle = patchselect.apply(case.model, rate, [1, 3])
         expected = counted(lambda: guided(case, images))
-        found = Cost.of(tower, handle).of_encoder(case.patches, [1, 3], [as_ratio(rate)] * 2)
+        found = Cost.of(tower, handle.plan).of_encoder(case.patches, [1, 3], [as_ratio(rate)] * 2)
         assert found == pytest.approx(expected, rel=0.01)
 
 
@@ -83,7 +83,8 @@ def test_the_arithmetic_is_exact_for_a_clip(relevance):
         handle = patchselect.apply(model, rates, relevance=relevance)
         with FakeTensorMode(allow_non_fake_inputs=True), patchselect.guide(model, torch.zeros(1, 512)):
             expected = counted(lambda: model(torch.zeros(1, 3, 224, 224)))
-        assert Cost.of(tower, handle).of_encoder(196, handle.layers, [as_ratio(rate) for rate in rates]) == expected
+        found = Cost.of(tower, handle.plan).of_encoder(196, handle.layers, [as_ratio(rate) for rate in rates])
+        assert found == expected
     patchselect.remove(model)
 
 

@@ -167,7 +167,7 @@ def test_features_of_an_image_alone_read_no_text_that_lies_beside_it(name):
     """They are compared with every text, so the caption that happens to come along must not choose their patches."""
     model = build_patched(name)
     given = dict(image=pictures(3), text_input=list(CAPTIONS))
-    handle = patchselect.patching.handle_of(model)
+    handle = patchselect.handle_of(model)
     with handle.record() as trace:
         assert model.extract_features(given).shape[0] == 3
     assert len(trace) == 2 and trace[0].grid == (4, 4)

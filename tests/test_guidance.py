@@ -14,7 +14,7 @@ from hosts import build, ids
 from torch.utils.checkpoint import checkpoint
 
 import patchselect
-from patchselect import guidance as guidance_module
+from patchselect.wiring import recomputation as guidance_module
 
 CHECKPOINTED = ["clip", "siglip", "open_clip", "timm_class_token", "open_clip_siglip"]
 
@@ -264,7 +264,7 @@ def test_checkpointing_where_nothing_before_the_selection_trains(name, guidance)
     for switch in (lambda model: None, lambda model: checkpointing(model, use_reentrant=False)):
         case = build(name)
         case.model.train().requires_grad_(False)
-        for block in patchselect.hosts.find_towers(case.model)[0].blocks[2:]:
+        for block in patchselect.wiring.towers.find_towers(case.model)[0].blocks[2:]:
             block.requires_grad_(True)
         handle = patchselect.apply(case.model, 0.5, layers=[2, 4], guidance=guidance)
         switch(case.model)

@@ -189,7 +189,7 @@ def test_selection_alignment_trains_what_selects():
     text = torch.randn(3, case.text_width)
     with handle.record() as trace, patchselect.guide(case.model, text):
         case.image_side(case.model, case.images(3))
-    head = patchselect.hosts.find_towers(case.model)[0]
+    head = patchselect.wiring.towers.find_towers(case.model)[0]
 
     def project(pooled: Tensor) -> Tensor:
         return head.adapter.project(head, pooled)

@@ -98,7 +98,7 @@ def test_own_vision_transformer(name):
     model = shrunk(name)
     size = model.visual.image_size
     height, width = size if isinstance(size, (tuple, list)) else (size, size)
-    assert patchselect.hosts.find_towers(model)[0].adapter.name == "open_clip"
+    assert patchselect.wiring.towers.find_towers(model)[0].adapter.name == "open_clip"
     check(model, torch.randn(2, 3, height, width), 1, 9)
 
 
@@ -118,7 +118,7 @@ def test_timm_tower(name):
     config["embed_dim"] = 24 if projected else 32
     with mock.patch.object(timm, "create_model", create_small):
         model = open_clip.CustomTextCLIP(**config)
-    assert patchselect.hosts.find_towers(model)[0].adapter.name == "open_clip-timm"
+    assert patchselect.wiring.towers.find_towers(model)[0].adapter.name == "open_clip-timm"
     check(model, torch.randn(2, 3, 64, 64), model.visual.trunk.num_prefix_tokens, 16)
 
 

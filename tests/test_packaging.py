@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-SHIPPED = {f"patchselect/{path.name}" for path in (ROOT / "patchselect").glob("*.py")} | {
+SOURCES = ("patchselect", "adapters", "pyproject.toml", "README.md", "LICENSE")
+SHIPPED = {path.relative_to(ROOT).as_posix() for path in (ROOT / "patchselect").rglob("*.py")} | {
     f"patchselect/adapters/{path.name}" for path in (ROOT / "adapters").glob("*.py")
 }
 
@@ -22,8 +23,10 @@ SHIPPED = {f"patchselect/{path.name}" for path in (ROOT / "patchselect").glob("*
 def tree(tmp_path_factory) -> Path:
     """A copy of the sources, so that building leaves nothing behind."""
     copy = tmp_path_factory.mktemp("sources") / "patchselect"
-    skip = shutil.ignore_patterns(".git", ".venv*", "build", "dist", "*.egg-info", "__pycache__", "results")
-    shutil.copytree(ROOT, copy, ignore=skip)
+    copy.mkdir()
+    for name in SOURCES:
+        source, skip = ROOT / name, shutil.ignore_patterns("__pycache__", "*.egg-info")
+        shutil.copytree(source, copy / name, ignore=skip) if source.is_dir() else shutil.copy(source, copy / name)
     return copy
 
 

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
 
 import patchselect
-from patchselect.prefix import checksums
+from patchselect.pairs.checksums import checksums
 
 scored = functools.partial(patchselect.score_pairs, progress=False)
 

@@ -51,7 +51,7 @@ def test_blocks_before_the_selection_do_not_run_again_and_later_ones_not_for_the
     images = case.images(2)
     pixels, options = split(images)
     patchselect.apply(case.model, 0.5, layers=[2, 4])
-    blocks = patchselect.hosts.find_towers(case.model)[0].blocks
+    blocks = patchselect.wiring.towers.find_towers(case.model)[0].blocks
     ran: list[int] = []
     for index, block in enumerate(blocks):
         block.mlp.register_forward_hook(lambda *_, index=index: ran.append(index))

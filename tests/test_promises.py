@@ -68,7 +68,7 @@ def test_nothing_is_added_and_nothing_is_lost(name):
 def test_the_tokens_are_as_long_as_promised(name):
     case = build(name)
     seen: list[Tensor] = []
-    tower = patchselect.hosts.find_towers(case.model)[0]
+    tower = patchselect.wiring.towers.find_towers(case.model)[0]
     for block in tower.blocks:
         block.register_forward_hook(lambda module, args, out: seen.append(tokens_of(tower, out)))
     handle = patchselect.apply(case.model, RATE, layers=[1, 3])
@@ -226,7 +226,7 @@ def test_copies_and_pickles_are_models_of_their_own(name):
         assert torch.equal(encode(case, images, text, model=twin), expected)
         with torch.no_grad():
             next(iter(twin.parameters())).add_(1.0)
-            for parameter in patchselect.hosts.find_towers(twin)[0].blocks[1].parameters():
+            for parameter in patchselect.wiring.towers.find_towers(twin)[0].blocks[1].parameters():
                 parameter.mul_(1.5)
         assert torch.equal(encode(case, images, text), expected)
         assert not torch.equal(encode(case, images, text, model=twin), expected)
@@ -270,7 +270,7 @@ def test_training_reaches_the_tower_and_the_text(name):
     with patchselect.guide(case.model, text):
         case.image_side(case.model, case.images(2)).square().sum().backward()
     assert text.grad is not None and text.grad.abs().sum() > 0
-    first = next(iter(patchselect.hosts.find_towers(case.model)[0].blocks[0].parameters()))
+    first = next(iter(patchselect.wiring.towers.find_towers(case.model)[0].blocks[0].parameters()))
     assert first.grad is not None and first.grad.isfinite().all()
 
 

@@ -14,7 +14,7 @@ def test_a_method_bound_while_patched_outlives_the_selection(name):
     case = build(name)
     expected = case.model.encode_text(ids(2)), case.model(case.images(2), ids(2))
     handle = patchselect.apply(case.model, 0.5)
-    encode, forward, block = case.model.encode_text, case.model.forward, handle.patched[0].forward
+    encode, forward, block = case.model.encode_text, case.model.forward, handle.wiring.patched[0].forward
     handle.remove()
     assert torch.equal(encode(ids(2)), expected[0])
     assert all(torch.equal(*pair) for pair in zip(forward(case.images(2), ids(2)), expected[1]))

@@ -191,7 +191,7 @@ def test_what_does_not_fit_is_refused():
 def test_the_command_line_writes_a_picture(tmp_path, monkeypatch):
     open_clip = pytest.importorskip("open_clip")
     image = pytest.importorskip("PIL.Image")
-    from patchselect import visualize
+    from patchselect.visualization import __main__ as visualize
 
     case = build("open_clip")
     image.new("RGB", (90, 60), "orange").save(tmp_path / "photo.jpg")
@@ -228,7 +228,7 @@ def stored(name: str, folder) -> str:
 @pytest.mark.parametrize("name", ["clip", "siglip2"])
 def test_the_command_line_draws_models_of_transformers(name, tmp_path, monkeypatch):
     image = pytest.importorskip("PIL.Image")
-    from patchselect import visualize
+    from patchselect.visualization import __main__ as visualize
 
     photo = tmp_path / "photo.png"
     image.new("RGB", (90, 60), "orange").save(photo)
@@ -248,7 +248,7 @@ def test_the_command_line_draws_models_of_transformers(name, tmp_path, monkeypat
 def test_the_command_line_refuses_a_model_without_text_features(tmp_path):
     transformers = pytest.importorskip("transformers")
     image = pytest.importorskip("PIL.Image")
-    from patchselect import visualize
+    from patchselect.visualization import __main__ as visualize
 
     image.new("RGB", (90, 60), "orange").save(tmp_path / "photo.png")
     sizes = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, vocab_size=9)

@@ -28,7 +28,7 @@ class Lora(nn.Module):
 def wrap(model) -> list[tuple[nn.Module, str, Lora]]:
     torch.manual_seed(4)
     found = []
-    for block in patchselect.hosts.find_towers(model)[0].blocks:
+    for block in patchselect.wiring.towers.find_towers(model)[0].blocks:
         for path, part in block.named_modules():
             for name, child in part.named_children():
                 if isinstance(child, nn.Linear) and "att" in path:

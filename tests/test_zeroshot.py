@@ -119,7 +119,7 @@ def test_planted_outliers_are_counted():
 
 def test_inputs_of_blocks_are_the_patches():
     model = clip.build()
-    (tower,) = patchselect.hosts.find_towers(model)
+    (tower,) = patchselect.wiring.towers.find_towers(model)
     with outliers.inputs_of_blocks(tower, [0, 5]) as found:
         model.encode_image(torch.randn(2, 3, clip.SIZE, clip.SIZE))
     assert {index: tuple(x.shape) for index, x in found.items()} == {0: (2, 64, 64), 5: (2, 64, 64)}

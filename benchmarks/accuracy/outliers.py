@@ -17,8 +17,8 @@ from torch import Tensor
 
 from benchmarks.host import Host
 from patchselect.adapter import Tower
-from patchselect.checks import check_layers
-from patchselect.hosts import find_towers
+from patchselect.wiring.plan import check_layers
+from patchselect.wiring.towers import find_towers
 
 
 @dataclass

@@ -1,0 +1,201 @@
+"""The image encoder up to the first selection, kept: what does not depend on the text runs once per image."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Callable
+
+import torch
+from torch import Tensor, nn
+
+from ..adapter import Attended, Tower
+from ..compat import allow_in_files
+from ..wiring.guidance import Guidance, current, scope
+from ..wiring.state import STATE, Layer, Wiring
+from .checksums import checksums
+
+_patching = threading.Lock()
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a prefix depends on besides the pixels."""
+
+    model: str
+    width: int
+    layers: tuple[int, ...]
+    weights: tuple[str, ...]
+    """One checksum per parameter and buffer up to the first selection layer."""
+
+    @classmethod
+    def of(cls, wiring: Wiring) -> Origin:
+        """Describe a selection as it is now."""
+        tower = wiring.towers[0]
+        kind = f"{type(tower.module).__module__}.{type(tower.module).__qualname__}"
+        layers = wiring.plan.layers
+        return cls(kind, tower.width, layers, checksums(_until(tower, layers[0])))
+
+
+@dataclass(frozen=True, eq=False)
+class Prefix:
+    """Images on the way through the encoder, up to the attention of the first selection layer.
+
+    `prefix[i]`, `prefix[2:5]` and `prefix[index]` choose images, `len(prefix)` counts them, `prefix.to(device)` moves
+    them, and `torch.save` stores them; `torch.load` reads them wherever patchselect is imported. It holds no pixels,
+    and two tensors of `(B, N, D)` in the dtype of the tokens.
+    """
+
+    tokens: Tensor
+    """`(B, N, D)`: after attention and its residual."""
+    normed: Tensor
+    """`(B, N, D)`: the block's input after its pre-attention norm."""
+    shape: tuple[int, ...]
+    """Shape of one image."""
+    origin: Origin | None
+    """`None` in a prefix that does not outlive the call that made it."""
+    rest: Any = None
+
+    @property
+    def images(self) -> Tensor:
+        """A stand-in for the images, `(B, 3, H, W)` without memory: hosts want something to be called with.
+
+        It is NaN, so that a call without `prefix=` gives no features of images that are not there.
+        """
+        return self.tokens.new_full((), float("nan")).expand(len(self), *self.shape)
+
+    def __len__(self) -> int:
+        return self.tokens.shape[0]
+
+    def __getitem__(self, images: int | slice | Sequence[int] | Tensor) -> Prefix:
+        if isinstance(images, int):
+            images = [range(len(self))[images]]
+        return replace(self, tokens=self.tokens[images], normed=self.normed[images])
+
+    def to(self, device: torch.device | str) -> Prefix:
+        return replace(self, tokens=self.tokens.to(device), normed=self.normed.to(device))
+
+    def check(self, wiring: Wiring) -> None:
+        """Raise if this is not a prefix of the model as it is now. Reads the weights of the prefix once.
+
+        Raises:
+            ValueError: another model, other selection layers, or other weights up to the first of them.
+        """
+        if self.origin is None:
+            return
+        now = Origin.of(wiring)
+        again = "call patchselect.encode_prefix(model, images) again"
+        if (now.model, now.width) != (self.origin.model, self.origin.width):
+            raise ValueError(
+                f"this prefix is of another model, {self.origin.model} of width {self.origin.width}; this one is "
+                f"{now.model} of width {now.width}: {again}"
+            )
+        if now.layers != self.origin.layers:
+            raise ValueError(
+                f"this prefix was made for selection in layers {list(self.origin.layers)}, this model selects in "
+                f"{list(now.layers)}: {again}"
+            )
+        if now.weights != self.origin.weights:
+            raise ValueError(
+                f"the weights before the first selection are not those that this prefix was made with: {again}"
+            )
+        prepare(wiring)
+
+    def skips(self, layer: Layer) -> bool:
+        self._check_tower(layer)
+        return layer.index < layer.plan.layers[0]
+
+    def recall(self, layer: Layer, hidden: Tensor) -> Attended | None:
+        self._check_tower(layer)
+        if not layer.first:
+            return None
+        found = hidden if layer.tower.batch_first else hidden.transpose(0, 1)
+        if found.shape != self.tokens.shape:
+            raise ValueError(
+                f"the prefix holds {len(self)} images of {self.tokens.shape[1]} tokens, the encoder was called with "
+                f"{found.shape[0]} of {found.shape[1]}: call it with prefix.images, or with what the prefix was made of"
+            )
+        if found.device != self.tokens.device:
+            raise ValueError(f"the prefix is on {self.tokens.device}, the model on {found.device}: use prefix.to(…)")
+        if layer.tower.batch_first:
+            return Attended(self.tokens, self.normed, self.rest)
+        return Attended(self.tokens.transpose(0, 1), self.normed.transpose(0, 1), self.rest)
+
+    def take(self, layer: Layer, attended: Attended) -> bool:
+        return False
+
+    @staticmethod
+    def _check_tower(layer: Layer) -> None:
+        if layer.tower is not layer.wiring.towers[0]:
+            raise ValueError(
+                "a prefix holds the first vision tower alone, but this call runs another one too (a momentum encoder): "
+                "use prefixes for inference, with model.eval()"
+            )
+
+
+allow_in_files(Prefix, Origin)
+
+
+class _Taking:
+    """Runs the blocks up to the first selection layer and takes what its attention gives."""
+
+    def __init__(self) -> None:
+        self.attended: Attended | None = None
+
+    def skips(self, layer: Layer) -> bool:
+        return layer.index > layer.plan.layers[0]
+
+    def recall(self, layer: Layer, hidden: Tensor) -> None:
+        return None
+
+    def take(self, layer: Layer, attended: Attended) -> bool:
+        self.attended = attended
+        return True
+
+
+def take_prefix(wiring: Wiring, images: Any, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor, Any]:
+    """Return tokens and normed tokens `(B, N, D)` of the first selection layer's attention, and the adapter's rest."""
+    tower = wiring.towers[0]
+    prepare(wiring)
+    taking = _Taking()
+    with scope(wiring, torch.zeros(0), "prefix", prefix=taking):
+        tower.adapter.encode_images(wiring.model, tower, images, **kwargs)
+    if taking.attended is None:
+        raise ValueError(
+            f"encoding an image did not run block {wiring.plan.layers[0]} of {type(tower.module).__name__}, the first "
+            "that selects: its encoder runs in a way that the adapter does not know; encode the images with each text"
+        )
+    tokens, normed, rest, _ = taking.attended
+    if not tower.batch_first:
+        tokens, normed = tokens.transpose(0, 1), normed.transpose(0, 1)
+    return tokens, normed, None if isinstance(rest, Tensor) else rest
+
+
+def prepare(wiring: Wiring) -> None:
+    """Let the blocks that select nothing be skipped where a prefix is taken or used."""
+    tower = wiring.towers[0]
+    with _patching:
+        for index, block in enumerate(tower.blocks):
+            if STATE not in vars(block):
+                wiring.patch(block, {"forward": pass_block}, Layer(wiring, tower, index, False, (1, 1)))
+
+
+def pass_block(block: nn.Module, name: str, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Run a block that selects nothing, unless a prefix makes it needless."""
+    layer: Layer = block._patchselect  # type: ignore[assignment]
+    guidance: Guidance | None = kwargs.pop("_patchselect_guidance", None)
+    if guidance is not None:
+        args = args[:-1]
+    else:
+        guidance = current(layer.wiring)
+    if guidance is None or guidance.prefix is None or not guidance.prefix.skips(layer):
+        return original(*args, **kwargs)
+    return layer.tower.adapter.as_output(layer.tower, args[0] if args else next(iter(kwargs.values())))
+
+
+def _until(tower: Tower, first: int) -> list[Tensor]:
+    """Return what the prefix depends on: all of the tower but its later blocks."""
+    later = {id(tensor) for block in tower.blocks[first + 1 :] for tensor in (*block.parameters(), *block.buffers())}
+    tensors = (*tower.module.parameters(), *tower.module.buffers())
+    return [tensor for tensor in tensors if id(tensor) not in later]

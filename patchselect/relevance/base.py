@@ -1,0 +1,209 @@
+"""What a relevance answers, and what it is shown: subclass `Relevance` for a new way to rank patches.
+
+A subclass must answer `scores`. Everything else has a default: which weights follow from the scores, how several texts
+become one selection, what it costs. CONTRIBUTING.md has a worked example of about 40 lines.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..adapter import Tower
+from ..compat import FlopCounterMode
+from ..weights import Projections
+from .kernels import combine_attention, standardise
+
+
+@dataclass
+class Candidates:
+    """The tokens that one selection layer chooses from, as its block knows them.
+
+    `B` images, `P` prefix tokens, `n` patches, `D` the width of the tower. Autocast is off while scores are computed,
+    so tokens may be in half precision beside weights in float32: `projected` casts as the host
+    would, `patchselect.weights.normalised` too.
+    """
+
+    tower: Tower
+    index: int
+    """0-based index of the block."""
+    block: nn.Module
+    all_normed: Tensor
+    """`(B, P + n, D)`: the block's input after its pre-attention norm."""
+    all_tokens: Tensor
+    """`(B, P + n, D)`: after attention and its residual."""
+    num_prefix_tokens: int
+    place: int | None = None
+    """Which token guides where no text does: the image [CLS] (in a single stream the text's), `None` the mean patch."""
+    selecting: tuple[int, ...] = ()
+    """The selection layers of this tower from this one on."""
+    stash: dict[int, Any] | None = None
+    """Where the first selection layer of an inference pass may leave what later ones would compute again."""
+
+    @property
+    def normed(self) -> Tensor:
+        """Patches `(B, n, D)`: the block's input after its pre-attention norm."""
+        return self.all_normed[:, self.num_prefix_tokens :]
+
+    @property
+    def patches(self) -> Tensor:
+        """Patches `(B, n, D)` after attention and its residual."""
+        return self.all_tokens[:, self.num_prefix_tokens :]
+
+    @property
+    def weights(self) -> Projections:
+        """The weights of this block's attention."""
+        return self.tower.adapter.projections(self.block)
+
+    def guiding(self, tokens: Tensor) -> Tensor:
+        """Return the token `(B, 1, D)` of `all_normed` or `all_tokens` that guides where no text does (EViT)."""
+        if self.place is None:
+            return tokens[:, self.num_prefix_tokens :].mean(dim=1, keepdim=True)
+        return tokens[:, self.place : self.place + 1]
+
+    def projected(self, tokens: Tensor) -> Tensor:
+        """Map tokens `(B, m, D)` through the final norm and projection into the joint space, `(B, m, E)`."""
+        return projected(self.tower, tokens)
+
+
+def projected(tower: Tower, tokens: Tensor) -> Tensor:
+    """Map tokens into the joint space, fed to the final norm in the dtype of its weights."""
+    weight = getattr(tower.final_norm, "weight", None)
+    return tower.adapter.project(tower, tokens if weight is None else tokens.to(weight.dtype))
+
+
+class Relevance:
+    """How relevant each patch is to a text. Instances hold settings, never tensors of one call."""
+
+    name: str = ""
+    """What error messages, records and tables call it."""
+    scores_are_weights: bool = False
+    """Whether `scores` are weights already: at least 0, and their sum over the patches is 1."""
+    takes_tiles: bool = False
+    """Whether `scores` takes fewer rows of texts than images, to be repeated in tiles; others get them repeated."""
+
+    def scores(self, seen: Candidates, text: Tensor) -> Tensor:
+        """Score every patch for every text.
+
+        Args:
+            seen: the patches, their block and their tower.
+            text: `(B', T, D_text)`, as given to `guide`; B' is B or 1 (with `takes_tiles` any divisor of B).
+
+        Returns:
+            `(B, T, n)`, any scale; higher is more relevant.
+        """
+        raise NotImplementedError
+
+    def scores_by_image(self, seen: Candidates) -> Tensor:
+        """Score every patch, `(B, 1, n)`, by the token that guides where no text does.
+
+        Here that token stands in for a text, after its way into the joint space.
+        """
+        return self.scores(seen, seen.projected(seen.guiding(seen.all_tokens)))
+
+    def weights(self, scores: Tensor) -> Tensor:
+        """Turn scores `(B, T, n)` into weights `(B, T, n)` that sum to 1: one selection per image and text."""
+        return scores if self.scores_are_weights else standardise(scores).softmax(dim=-1)
+
+    def combine(self, scores: Tensor) -> Tensor:
+        """Turn scores `(B, T, n)` into weights `(B, n)` that sum to 1: one selection per image for all texts.
+
+        Here each patch gets its highest weight over all texts.
+        """
+        return combine_attention(self.weights(scores))
+
+    def check(self, tower: Tower, layers: Sequence[int], guidance: str) -> None:
+        """Raise a ValueError at `apply` if patches of this tower cannot be scored this way; says what to do.
+
+        The default scores a few random tokens, so that a host that lacks something is refused before its first batch.
+        """
+        self._scored(tower, layers[0], 4, guidance)
+
+    def cost(self, tower: Tower, index: int, first: bool, guidance: str) -> tuple[int, int]:
+        """Return the multiply-adds of one text in one selection layer: once an image, and per patch.
+
+        The default counts the matrix products of `scores` with PyTorch's counter.
+
+        Args:
+            tower: the tower.
+            index: 0-based block.
+            first: whether this is the first selection layer of the tower.
+            guidance: `"text"`, `"image"` or `"random"`.
+        """
+        counts = []
+        for patches in (8, 16):
+            with FlopCounterMode(display=False) as counter:
+                self._scored(tower, index, patches, guidance)
+            counts.append(counter.get_total_flops() // 2)
+        each = (counts[1] - counts[0]) // 8
+        return counts[0] - 8 * each, each
+
+    @torch.no_grad()
+    def _scored(self, tower: Tower, index: int, patches: int, guidance: str) -> Tensor:
+        weight = next(tower.blocks[index].parameters())
+        place = dict(device=weight.device, dtype=weight.dtype)
+        tokens = torch.linspace(-1, 1, (tower.num_prefix_tokens + patches) * tower.width, **place)
+        tokens = tokens.view(1, -1, tower.width)
+        seen = Candidates(
+            tower, index, tower.blocks[index], tokens, tokens, tower.num_prefix_tokens,
+            guiding_place(tower, guidance), (index,),
+        )  # fmt: skip
+        with torch.autocast("cpu" if weight.is_meta else weight.device.type, enabled=False):
+            if guidance != "text" or tower.single_stream:
+                return self.scores_by_image(seen)
+            return self.scores(seen, torch.ones(1, 1, tower.adapter.text_width(tower), **place))
+
+    def __repr__(self) -> str:
+        settings = ", ".join(f"{name}={value!r}" for name, value in sorted(vars(self).items()))
+        return f"{self.name}({settings})" if settings else self.name
+
+
+def guiding_place(tower: Tower, guidance: str, num_prefix_tokens: int | None = None) -> int | None:
+    """Return the place of the token that guides where no text does, or `None` for the mean of the patches.
+
+    In a single stream the text is one of the tokens: guidance by text means its [CLS], token 0, guidance by the image
+    the last prefix token.
+    """
+    if tower.single_stream and guidance != "text":
+        return (tower.num_prefix_tokens if num_prefix_tokens is None else num_prefix_tokens) - 1
+    return 0 if tower.has_class_token else None
+
+
+def probe(tower: Tower) -> Tensor:
+    """Return a text of zeros `(1, D_text)` on the device and in the dtype of the tower."""
+    weight = next(tower.blocks[0].parameters())
+    return torch.zeros(1, tower.adapter.text_width(tower), device=weight.device, dtype=weight.dtype)
+
+
+@torch.no_grad()
+def check_projects(tower: Tower, name: str, guidance: str) -> None:
+    """Raise a ValueError if a token of this tower does not reach the joint space."""
+    weight = next(tower.blocks[0].parameters())
+    token = torch.zeros(1, 1, tower.width, device=weight.device, dtype=weight.dtype)
+    try:
+        tower.adapter.project(tower, token)
+    except ValueError as error:
+        if guidance != "image":
+            raise
+        raise ValueError(
+            f'guidance="image" with relevance={name!r} reads the image token in the joint image-text space, into '
+            f'which {type(tower.module).__name__} has no way for one token: use relevance="keys" or "features"'
+        ) from error
+
+
+def multiply_adds(run: Any) -> int:
+    """Count the multiply-adds of something small that each adapter does in its own way."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops() // 2
+
+
+def lift_cost(tower: Tower, guidance: str, read_back: bool = False) -> int:
+    """Count the multiply-adds that lift one text to the tower's width, or read it back into the residual stream."""
+    if guidance != "text" or tower.single_stream:
+        return 0
+    way = tower.adapter.read_back if read_back else tower.adapter.lift
+    return multiply_adds(lambda: way(tower, probe(tower)))

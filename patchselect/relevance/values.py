@@ -1,0 +1,128 @@
+"""`relevance="values"`: the text read backwards through the value-output path of this and the later layers (ours).
+
+A contrastive dual encoder trains what its [CLS] RECEIVES from the patches, not what a text query would look at. With
+`t` in the joint space, `P` the visual projection and `gamma_post` the scale of the final norm:
+`g = gamma_post * (P t)`,
+minus its mean; `w_l = g W_o^l W_v^l`; `s_i = sum over l >= j of LN_l(x_i) . w_l`.
+"""
+
+from __future__ import annotations
+
+from typing import Optional, Sequence, Tuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..adapter import Tower
+from ..compat import is_compiling
+from ..weights import gathered, norm_eps
+from .base import Candidates, Relevance, check_projects, lift_cost, probe
+from .kernels import combine_scores, linear_scores, normalised_scores, value_direction
+
+Directions = Tuple[Tensor, Optional[Tensor]]
+"""One selection layer's own direction and the folded one of all later layers, each `(B, T, D)` or `(1, T, D)`."""
+
+
+class Values(Relevance):
+    """What each patch would add, if attended to, to what the head reads of a text."""
+
+    name = "values"
+    takes_tiles = True
+
+    def scores(self, seen: Candidates, text: Tensor) -> Tensor:
+        """Score `s_i = sum over l >= j of LN_l(x_i) . w_l` with `w_l = g W_o^l W_v^l`, up to a constant.
+
+        The selection layer's own term reads its normed input, the later ones the tokens after its attention. Those all
+        normalise the same tokens, so their terms fold into one vector: `sum of gamma_l * w_l` against the plain
+        normalised tokens. Where there are more texts than patches, the patches go forward through the same weights.
+        """
+        tower, stash, patches = seen.tower, seen.stash, seen.patches
+        found = None if stash is None else stash.pop(seen.index, None)
+        if found is None:
+            goal = tower.adapter.read_back(tower, text)
+            if not is_compiling() and patches.shape[:2].numel() < goal.shape[:2].numel():
+                values = _through_values(tower, seen.index, seen.normed, patches)
+                return linear_scores(goal.to(values.dtype), values)
+            directions = _directions(tower, (seen.index,) if stash is None else seen.selecting, goal)
+            found = directions.pop(seen.index)
+            if stash is not None:
+                stash.update(directions)
+        # What the first layer of pairing="all" left for (1, T) or (B, T) texts is for (T, 1) or (B * T, 1) texts here.
+        own, folded = (x if x is None or x.shape[:2] == text.shape[:2] else x.flatten(0, 1).unsqueeze(1) for x in found)
+        assert own is not None
+        scores = linear_scores(own, seen.normed)
+        if folded is None:
+            return scores
+        eps = norm_eps(tower.adapter.projections(tower.blocks[-1]).norm)
+        return scores + normalised_scores(folded, patches, eps)
+
+    def combine(self, scores: Tensor) -> Tensor:
+        return combine_scores(scores)
+
+    def check(self, tower: Tower, layers: Sequence[int], guidance: str) -> None:
+        """Refuse a tower in which the value-output path of a block cannot be read backwards."""
+        eps = set()
+        for index, block in enumerate(tower.blocks):
+            weights = tower.adapter.projections(block)
+            reason = weights.nonlinear_values
+            if reason is None and not isinstance(weights.norm, (nn.LayerNorm, nn.Identity)):
+                reason = f"its pre-attention norm is {type(weights.norm).__name__}, not a LayerNorm"
+            if reason is not None:
+                raise ValueError(
+                    f'relevance="values" cannot read block {index} backwards: {reason}; use relevance="keys"'
+                )
+            eps.add(norm_eps(weights.norm))
+        if len(eps) > 1:
+            raise ValueError(f'relevance="values" needs one LayerNorm eps in all blocks, found {sorted(eps)}')
+        with torch.no_grad():
+            if guidance == "text":
+                tower.adapter.lift(tower, probe(tower))
+            tower.adapter.read_back(tower, probe(tower))
+        if guidance == "image":
+            check_projects(tower, self.name, guidance)
+
+    def cost(self, tower: Tower, index: int, first: bool, guidance: str) -> tuple[int, int]:
+        once = 2 * tower.width**2 * (len(tower.blocks) - index) + lift_cost(tower, guidance, read_back=True)
+        return once * first, 3 * tower.width
+
+
+def _directions(tower: Tower, indices: Sequence[int], goal: Tensor) -> dict[int, Directions]:
+    """Return `w_j` and `sum over l > j of gamma_l * w_l` (if any) for each layer j of `indices` (ascending)."""
+    folded: Tensor | None = None
+    directions: dict[int, Directions] = {}
+    for index in reversed(range(indices[0], len(tower.blocks))):
+        weights = tower.adapter.projections(tower.blocks[index])
+        output = gathered(weights.output)
+        scaled = goal if weights.output_scale is None else goal * gathered(weights.output_scale)
+        own = value_direction(scaled.to(output.dtype), gathered(weights.value), output)
+        if index in indices:
+            directions[index] = (own, folded)
+        gamma = getattr(weights.norm, "weight", None)
+        later = own if gamma is None else own * gathered(gamma)
+        folded = later if folded is None else folded + later
+    return directions
+
+
+def _through_values(tower: Tower, first: int, normed: Tensor, patches: Tensor) -> Tensor:
+    """Return what each patch adds to a token that attends to it alone, summed over the layers from `first` on.
+
+    `(B, n, D)`.
+
+    Without the biases and minus the mean over the patches: what is the same for all of them ranks none, and in half
+    precision it would drown what is not.
+    """
+    total: Tensor | None = None
+    eps = norm_eps(tower.adapter.projections(tower.blocks[-1]).norm)
+    wide = torch.promote_types(patches.dtype, torch.float32)
+    plain = F.layer_norm(patches.to(wide), patches.shape[-1:], eps=eps)
+    for index in range(first, len(tower.blocks)):
+        weights = tower.adapter.projections(tower.blocks[index])
+        gamma = getattr(weights.norm, "weight", None)
+        read = normed if index == first else plain if gamma is None else plain * gathered(gamma)
+        read = (read - read.mean(dim=1, keepdim=True)).to(weights.value.dtype)
+        added = F.linear(F.linear(read, gathered(weights.value)), gathered(weights.output)).to(wide)
+        added = added if weights.output_scale is None else added * gathered(weights.output_scale)
+        total = added if total is None else total + added
+    assert total is not None
+    return total

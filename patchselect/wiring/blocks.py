@@ -1,0 +1,216 @@
+"""What a selecting block does: the five steps of the method (TRIPS §3.2)."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Callable
+
+import torch
+from torch import Tensor, nn
+
+from ..adapter import Attended
+from ..functional import num_kept
+from ..reduction import Places, Reduced
+from ..relevance import Candidates
+from ..relevance.base import guiding_place
+from ..relevance.kernels import in_tiles
+from .guidance import Guidance, current
+from .journey import Journey, for_rows, journey_of
+from .recomputation import (
+    in_backward,
+    note_places,
+    note_recording,
+    note_text,
+    recalled_places,
+    recalled_text,
+    was_recorded,
+    without_grad_in_training,
+)
+from .recorder import Selected, active_recorder, pool, without_graph
+from .state import Layer
+from .text_calls import reads_text
+from .texts import texts_for
+
+Original = Callable[..., Any]
+
+
+def run_block(block: nn.Module, name: str, original: Original, *args: Any, **kwargs: Any) -> Any:
+    """Run a selecting block: attention, relevance, keep, fuse, MLP."""
+    layer: Layer = block._patchselect  # type: ignore[assignment]
+    tower, adapter = layer.tower, layer.tower.adapter
+    args, kwargs, carried = _arguments(layer, block, args, kwargs)
+    hidden: Tensor = args[0] if args else next(iter(kwargs.values()))
+    guidance = _guidance(layer, hidden, carried)
+    held = None if guidance is None else guidance.prefix
+    if held is not None and held.skips(layer):
+        return adapter.as_output(tower, hidden)
+    attended = None if held is None else held.recall(layer, hidden)
+    if attended is None:
+        attended = adapter.attend(tower, block, *args, **kwargs)  # 1: self-attention as always
+        if held is not None and held.take(layer, attended):
+            return adapter.as_output(tower, hidden)
+    seen = _seen(layer, block, attended, guidance)
+    tokens = _select(layer, seen, hidden, guidance)  # 2, 3 and 4
+    tokens = tokens if tower.batch_first else tokens.transpose(0, 1)
+    return adapter.finish(tower, block, tokens, attended.rest)  # 5: the MLP
+
+
+def _select(layer: Layer, seen: Candidates, hidden: Tensor, guidance: Guidance | None) -> Tensor:
+    """Shorten tokens `(B, N, D)` after attention to `(B, N', D)`, or to `(B * T, N', D)` for `pairing="all"`."""
+    tokens, prefix = seen.all_tokens, seen.num_prefix_tokens
+    patches = tokens.shape[1] - prefix
+    if patches < 1:
+        raise ValueError(f"block {layer.index} got {tokens.shape[1]} tokens, which leaves no patch to select from")
+    keep = num_kept(patches, layer.ratio)
+    text = None if guidance is None else texts_for(layer, guidance, tokens)
+    spread = guidance is not None and guidance.pairing == "all" and layer.first
+    copies = text.shape[1] if spread and text is not None else 1
+    journey = None if in_backward() else journey_of(layer)
+    again = in_backward() and was_recorded(hidden, layer)
+    if keep == patches and journey is None and not again:
+        return tokens if copies == 1 else tokens.repeat_interleave(copies, dim=0)
+
+    weights = _weigh(layer, seen, text, spread)  # 2: (B, n), or (B, T, n) for one selection per image and text
+    sources = None if journey is None else journey.arrive(layer, tokens.shape[0], patches, tokens.device)
+    if keep == patches:
+        reduced = _untouched(tokens, patches, copies)
+    else:
+        where = _places(layer, hidden, journey, sources) if layer.plan.reduction.reads_places else None
+        reduced = layer.plan.reduction.reduce(tokens, weights, keep, prefix, where)  # 3 and 4: keep, and fuse the rest
+
+    flat = weights.flatten(0, 1) if spread else weights
+    if journey is not None and sources is not None:
+        sources = for_rows(sources, reduced.tokens.shape[0])
+        journey.go_on(sources, reduced, prefix)
+        recorder = active_recorder(layer.wiring)
+        if recorder is not None:
+            note_recording(hidden, layer)
+            loses_graph = without_grad_in_training(hidden)
+            recorder.trace.append(_entry(layer, seen, reduced, flat, sources, journey, loses_graph))
+    elif again:
+        pool(flat, seen.patches)
+    return reduced.tokens
+
+
+def _weigh(layer: Layer, seen: Candidates, text: Tensor | None, spread: bool) -> Tensor:
+    """Weigh the patches, `(B, n)` for one selection per image, `(B, T, n)` for one per image and text."""
+    relevance, tokens = layer.plan.relevance, seen.all_tokens
+    with torch.autocast("cpu" if tokens.is_meta else tokens.device.type, enabled=False):
+        if text is None:
+            scores = relevance.scores_by_image(seen)
+        else:
+            scores = relevance.scores(seen, text if relevance.takes_tiles else in_tiles(text, len(tokens)))
+        return relevance.weights(scores) if spread else relevance.combine(scores)
+
+
+def _untouched(tokens: Tensor, patches: int, copies: int) -> Reduced:
+    """Return the tokens as they are, `copies` times each, as a reduction that removes nothing."""
+    after = tokens if copies == 1 else tokens.repeat_interleave(copies, dim=0)
+    everything = torch.arange(after.shape[1], device=tokens.device).expand(after.shape[0], -1)
+    return Reduced(after, everything[:, :patches], everything)
+
+
+def _places(layer: Layer, hidden: Tensor, journey: Journey | None, sources: Tensor | None) -> Places:
+    """Return where the patches stand in the image; if this is a recomputation, what the first run was told.
+
+    Raises:
+        ValueError: nobody knows the grid.
+    """
+    found = recalled_places(hidden, layer) if in_backward() else None
+    if found is None:
+        if journey is None or journey.grid is None or sources is None:
+            raise ValueError(
+                f"fusion={layer.plan.reduction!r} reads the place of each patch in the image, which is not known here: "
+                f"call the tower ({type(layer.tower.module).__name__}) as a whole, not its blocks"
+            )
+        found = Places(sources, journey.grid)
+        note_places(hidden, layer, found)
+    return found  # type: ignore[no-any-return]
+
+
+def _seen(layer: Layer, block: nn.Module, attended: Attended, guidance: Guidance | None) -> Candidates:
+    tower, plan = layer.tower, layer.plan
+    tokens, normed = attended.tokens, attended.normed
+    if not tower.batch_first:
+        tokens, normed = tokens.transpose(0, 1), normed.transpose(0, 1)
+    prefix = tower.num_prefix_tokens if attended.num_prefix_tokens is None else attended.num_prefix_tokens
+    stash = None if guidance is None else guidance.stash(tower)
+    selecting = tuple(index for index in plan.layers if index >= layer.index)
+    place = guiding_place(tower, plan.guidance, prefix)
+    return Candidates(tower, layer.index, block, normed, tokens, prefix, place, selecting, stash)
+
+
+def _entry(
+    layer: Layer, seen: Candidates, reduced: Reduced, relevance: Tensor, sources: Tensor, journey: Journey,
+    loses_graph: bool,
+) -> Selected:  # fmt: skip
+    """Describe one selection; `relevance` `(R, n)` and `sources` `(R, n)` are per row of what came out."""
+    pooled = pool(relevance, seen.patches)
+    return Selected(
+        kept=sources.gather(1, reduced.kept),
+        relevance=relevance,
+        places=sources,
+        removed_share=(1 - relevance.detach().gather(1, reduced.kept).sum(dim=1)).clamp(0, 1),
+        num_tokens=reduced.tokens.shape[1],
+        pooled=without_graph(pooled) if loses_graph else pooled,
+        layer=layer.index,
+        num_prefix_tokens=seen.num_prefix_tokens,
+        grid=journey.grid,
+        fused=reduced.tokens.shape[1] > seen.num_prefix_tokens + reduced.kept.shape[1],
+        holders=journey.holders,
+    )
+
+
+def _arguments(
+    layer: Layer, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any], Guidance | None]:
+    """Take out of a block's arguments what `call_block` put in, and put in what the adapter carries."""
+    if getattr(block, "_is_replica", False):
+        raise ValueError("nn.DataParallel is not supported: use DistributedDataParallel, or call its .module")
+    if not hasattr(block, "gradient_checkpointing"):  # else call_block has done it
+        kwargs = {**layer.tower.adapter.carry(layer.tower), **kwargs}
+    carried: Guidance | None = kwargs.pop("_patchselect_guidance", None)
+    if carried is None:
+        return args, kwargs, None
+    found = dataclasses.replace(carried, text=args[-1], outer=None, memo=(), opened_by=None, stashes={})
+    return args[:-1], kwargs, found
+
+
+def _guidance(layer: Layer, hidden: Tensor, carried: Guidance | None) -> Guidance | None:
+    """Return the text of this call; if this is a recomputation, that of the first run.
+
+    Raises:
+        ValueError: the selection wants one, and there is none.
+    """
+    if layer.plan.guidance != "text" or layer.tower.single_stream:
+        return None
+    if carried is not None:
+        return carried
+    if in_backward():
+        found = recalled_text(hidden, layer)
+    else:
+        found = current(layer.wiring)
+        if found is not None:
+            note_text(hidden, layer, found)
+    if found is None:
+        together = "call the whole model with image and text together, " if reads_text(layer.wiring) else ""
+        raise ValueError(
+            f"no text guides this call of {type(layer.tower.module).__name__}: give it with `with "
+            f"patchselect.guide(model, text_features):`, {together}or "
+            'choose a guidance that needs no text: patchselect.apply(model, guidance="image")'
+        )
+    return found
+
+
+def call_block(block: nn.Module, name: str, original: Original, *args: Any, **kwargs: Any) -> Any:
+    """Hand the text to a block that checkpoints itself as one of its arguments.
+
+    Reentrant checkpointing passes gradients to tensor arguments alone, so a text that needs one goes in as such.
+    """
+    layer: Layer = block._patchselect  # type: ignore[assignment]
+    kwargs.update(layer.tower.adapter.carry(layer.tower))
+    if getattr(block, "gradient_checkpointing", False) and block.training and layer.plan.guidance == "text":
+        guidance = current(layer.wiring)
+        if guidance is not None:
+            return original(*args, guidance.text, _patchselect_guidance=guidance, **kwargs)
+    return original(*args, **kwargs)

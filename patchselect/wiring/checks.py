@@ -1,0 +1,36 @@
+"""What `apply` looks at before it changes anything: wrappers that would hide the selection."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import nn
+
+from ..adapter import Tower, Wrapper
+from .plan import Plan
+from .state import STATE
+from .text_calls import call_with_text, recall_text
+
+
+def check_reachable(plan: Plan, tower: Tower) -> None:
+    """Raise a TypeError if a block carries a `forward` of its own, which goes before that of its class."""
+    for index in plan.layers:
+        if "forward" in vars(tower.blocks[index]):
+            raise TypeError(
+                f"block {index} of {type(tower.module).__name__} carries a forward of its own (gradient checkpointing, "
+                "accelerate or another wrapper put it there), which would hide the selection: call patchselect.apply "
+                "first and wrap after it"
+            )
+
+
+def check_methods(plan: Plan, methods: Mapping[nn.Module, Mapping[str, Wrapper]]) -> None:
+    """Raise the same for the tower and for methods that bring a text along; what was wrapped after `apply` is fine."""
+    for module, wrappers in methods.items():
+        for name, wrapper in wrappers.items():
+            of_text = wrapper in (call_with_text, recall_text)
+            unused = name == "forward_features" or (of_text and plan.guidance != "text")
+            if name in vars(module) and STATE not in vars(module) and not unused:
+                raise TypeError(
+                    f"this {type(module).__name__} carries a {name} of its own (accelerate or another wrapper put it "
+                    "there), which would hide that of the selection: call patchselect.apply first and wrap after it"
+                )

@@ -1,0 +1,127 @@
+"""Where the tokens of one call of a tower come from, layer by layer: what a record and some reductions want to know."""
+
+from __future__ import annotations
+
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, Callable
+
+import torch
+from torch import Tensor, nn
+
+from ..adapter import Tower
+from ..compat import is_dynamo_compiling
+from ..reduction import Reduced
+from .guidance import unlinked
+from .recorder import active_recorder
+from .state import Layer, Wiring
+
+
+@dataclass(eq=False)
+class Journey:
+    """The patches of the images of one call, on their way through one tower."""
+
+    tower: Tower
+    grid: tuple[int, int] | None = None
+    """Height and width in patches; `None` where only blocks are called, or only the host knows."""
+    order: Tensor | None = None
+    """`(B, n)`: the place of each patch token in the grid, for hosts that shuffle or drop patches."""
+    sources: Tensor | None = None
+    """`(B, m)`: the place in the grid of each patch token of now; -1 is a fused token. `None` before the first."""
+    holders: Tensor | None = None
+    """`(B, H * W)`: the patch token of now that each place of the grid is in; -1 is in none."""
+    outer: Journey | None = None
+
+    def arrive(self, layer: Layer, rows: int, num_patches: int, device: torch.device) -> Tensor:
+        """Return the places `(rows, n)` of the patches that a selection layer chooses from.
+
+        Raises:
+            ValueError: patches are missing from the grid, or an earlier selection was not seen.
+        """
+        if not layer.first:
+            if self.sources is None:
+                raise ValueError(
+                    f"block {layer.index} selects from what an earlier selection layer kept, which this record has not "
+                    "seen: record a call of the whole tower, not of one of its blocks"
+                )
+            return for_rows(self.sources, rows)
+        if self.order is not None:
+            self.sources, self.order = self.order, None
+        elif self.grid is not None and self.grid[0] * self.grid[1] != num_patches:
+            raise ValueError(
+                f"record() names patches by their place in the {self.grid[0]} x {self.grid[1]} grid, but {num_patches} "
+                "patches reach the selection: patch dropout is on (call model.eval(), or turn it off while recording)"
+            )
+        else:
+            self.sources = torch.arange(num_patches, device=device).expand(rows, -1)
+        self.holders = None if self.grid is None else _inverse(self.sources, self.grid[0] * self.grid[1])
+        return self.sources
+
+    def go_on(self, sources: Tensor, reduced: Reduced, num_prefix_tokens: int) -> None:
+        """Follow the patches through a reduction; `sources` `(R, n)` are their places before it."""
+        rows = sources.shape[0]
+        kept = sources.gather(1, reduced.kept)
+        fused = reduced.tokens.shape[1] - num_prefix_tokens - kept.shape[1]
+        lost = torch.full((rows, fused), -1, device=kept.device, dtype=kept.dtype)
+        self.sources = torch.cat([kept, lost], dim=1) if fused else kept
+        if self.holders is not None:
+            held = for_rows(self.holders, rows)
+            moved = (reduced.into[:, num_prefix_tokens:] - num_prefix_tokens).clamp(min=-1)
+            self.holders = torch.where(held < 0, held, moved.gather(1, held.clamp(min=0)))
+
+
+def for_rows(per_image: Tensor, rows: int) -> Tensor:
+    """Repeat `(B, m)` for the `B * T` rows of `pairing="all"`."""
+    return per_image if per_image.shape[0] == rows else per_image.repeat_interleave(rows // per_image.shape[0], dim=0)
+
+
+def _inverse(places: Tensor, size: int) -> Tensor:
+    """Turn `(B, n)` places of tokens into `(B, size)` tokens of places; -1 where there is none."""
+    count = torch.arange(places.shape[1], device=places.device).expand(places.shape[0], -1)
+    return places.new_full((places.shape[0], size), -1).scatter(1, places, count)
+
+
+_journey: ContextVar[Journey | None] = ContextVar("patchselect_journey", default=None)
+
+
+def journey_of(layer: Layer) -> Journey | None:
+    """Return the journey that this call of the layer is part of; `None` where nobody wants to know."""
+    wiring = layer.wiring
+    found = wiring.traced_journey if is_dynamo_compiling() and wiring.traced_journey is not None else _journey.get()
+    while found is not None and found.tower is not layer.tower:
+        found = found.outer
+    if found is not None:
+        return found  # type: ignore[no-any-return]
+    recorder = active_recorder(wiring)
+    if recorder is None:
+        return None
+    return recorder.loose.setdefault(id(layer.tower), Journey(layer.tower))  # type: ignore[no-any-return]
+
+
+def call_tower(module: nn.Module, name: str, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Remember the grid of what a tower is called with for the time of the call, where somebody wants to know."""
+    wiring: Wiring = module._patchselect  # type: ignore[assignment]
+    if active_recorder(wiring) is None and not wiring.plan.reduction.reads_places:
+        return original(*args, **kwargs)
+    tower = next(tower for tower in wiring.towers if tower.module is module)
+    journey = Journey(tower, tower.adapter.grid(tower, *args, **kwargs))
+    if is_dynamo_compiling():
+        outer, wiring.traced_journey = wiring.traced_journey, journey
+        found = original(*args, **kwargs)
+        wiring.traced_journey = outer
+        return found
+    journey.outer = _journey.get()
+    _journey.set(journey)
+    try:
+        return original(*args, **kwargs)
+    finally:
+        _journey.set(unlinked(_journey.get(), lambda link: link is journey))
+
+
+def note_grid(tower: Tower, grid: tuple[int, int], order: Tensor | None = None) -> None:
+    """Note the grid, and the place `(B, n)` of each patch token in it, for hosts that shuffle or drop patches."""
+    found = _journey.get()
+    while found is not None and found.tower is not tower:
+        found = found.outer
+    if found is not None:
+        found.grid, found.order = grid, order

@@ -1,0 +1,122 @@
+"""What was asked of `apply`: checked settings, data alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import Any
+
+from ..functional import as_ratio
+from ..reduction import Reduction, reduction_of
+from ..relevance import Random, Relevance, relevance_of
+
+GUIDANCES = ("text", "image", "random")
+PAIRINGS = ("paired", "shared", "all")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One selection: where, how hard, by what, and what becomes of the rest."""
+
+    layers: tuple[int, ...]
+    """0-based block indices of the selection layers, ascending."""
+    keep_rates: tuple[float, ...]
+    """One for each of them, in (0, 1]."""
+    guidance: str
+    relevance: Relevance
+    reduction: Reduction
+
+    @classmethod
+    def of(
+        cls, depth: int, keep_rate: Any, layers: Any, guidance: str, relevance: Any, fusion: Any, default: str
+    ) -> Plan:
+        """Check what `apply` was given for a tower of `depth` blocks whose adapter reads texts by `default`."""
+        check_choice("guidance", guidance, GUIDANCES)
+        if relevance is None:
+            relevance = default if guidance == "text" else "keys"
+        found = relevance_of(relevance)
+        chosen = check_layers(layers, depth)
+        rates = check_rates(keep_rate, len(chosen))
+        return cls(chosen, rates, guidance, Random() if guidance == "random" else found, reduction_of(fusion))
+
+    @property
+    def ratios(self) -> tuple[tuple[int, int], ...]:
+        """The rates as fractions."""
+        return tuple(as_ratio(rate) for rate in self.keep_rates)
+
+    @property
+    def selects(self) -> bool:
+        """Whether any patch is removed at all."""
+        return min(self.keep_rates) < 1
+
+
+def check_choice(name: str, value: Any, allowed: Sequence[str]) -> str:
+    """Return `value` if it is one of `allowed`.
+
+    Raises:
+        ValueError: it is not; names the argument and what is allowed.
+    """
+    if not isinstance(value, str) or value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}; got {value!r}")
+    return value
+
+
+def check_rate(value: Any) -> float:
+    """Return a keep rate as a float in (0, 1].
+
+    Raises:
+        TypeError: it is not a number.
+        ValueError: it is outside of this range.
+    """
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"keep_rate must be a number in (0, 1], got {value!r}")
+    rate = float(value)
+    if not math.isfinite(rate) or not 0.0 < rate <= 1.0:
+        raise ValueError(f"keep_rate must be in (0, 1] (the share of patches that stay), got {value!r}")
+    return rate
+
+
+def default_layers(depth: int) -> tuple[int, ...]:
+    """Return the paper's 5th and 10th of 12 blocks, scaled to `depth` blocks; 0-based, without repeats."""
+    layers = (round(5 * depth / 12) - 1, round(10 * depth / 12) - 1)
+    return tuple(sorted({layer for layer in layers if layer >= 0}))
+
+
+def check_layers(layers: Any, depth: int) -> tuple[int, ...]:
+    """Return the selection layers of a tower of `depth` blocks.
+
+    Raises:
+        TypeError: not a sequence of integers.
+        ValueError: outside of the tower, not ascending, or none.
+    """
+    if layers is None:
+        return default_layers(depth)
+    if isinstance(layers, (str, bytes)) or not isinstance(layers, Sequence):
+        raise TypeError(f"layers must be a sequence of 0-based block indices or None, got {layers!r}")
+    for layer in layers:
+        if isinstance(layer, bool) or not isinstance(layer, Integral):
+            raise TypeError(f"layers must be integers (0-based block indices), got {layer!r}")
+        if not 0 <= int(layer) < depth:
+            raise ValueError(f"layer {layer} is outside of this model's {depth} blocks: use 0 to {depth - 1}")
+    chosen = tuple(int(layer) for layer in layers)
+    if not chosen or any(a >= b for a, b in zip(chosen, chosen[1:])):
+        raise ValueError(f"layers must be at least one index, ascending and without repeats, got {list(chosen)}")
+    return chosen
+
+
+def check_rates(keep_rate: Any, num_layers: int) -> tuple[float, ...]:
+    """Return one keep rate per selection layer.
+
+    Raises:
+        TypeError: not numbers.
+        ValueError: outside of (0, 1], or not one for each layer.
+    """
+    if isinstance(keep_rate, Sequence) and not isinstance(keep_rate, (str, bytes)):
+        if len(keep_rate) != num_layers:
+            raise ValueError(
+                f"keep_rate has {len(keep_rate)} values for {num_layers} selection layers: give one number, or one each"
+            )
+        return tuple(check_rate(rate) for rate in keep_rate)
+    return (check_rate(keep_rate),) * num_layers

@@ -1,0 +1,67 @@
+"""What hangs on patched modules: one `Wiring` for a whole selection, one `Layer` for each selecting block."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Mapping
+
+from torch import nn
+
+from ..adapter import Tower, Wrapper
+from .plan import Plan
+from .swapping import swap, unswap
+
+STATE = "_patchselect"
+
+
+@dataclass(eq=False)
+class Wiring:
+    """One selection in one model: what was asked for, and where it was put."""
+
+    plan: Plan
+    model: nn.Module = field(repr=False)
+    towers: list[Tower] = field(repr=False)
+    patched: list[nn.Module] = field(default_factory=list, repr=False)
+    traced: Any = field(default=None, repr=False)
+    """The guidance of a graph while dynamo traces it; never set on the real object."""
+    traced_journey: Any = field(default=None, repr=False)
+    """The journey of a graph while dynamo traces it; never set on the real object."""
+
+    def patch(self, module: nn.Module, overrides: Mapping[str, Wrapper], state: Wiring | Layer) -> None:
+        """Let wrappers stand in for methods of `module`, and hang `state` on it."""
+        if overrides:
+            swap(module, overrides)
+        setattr(module, STATE, state)
+        self.patched.append(module)
+
+    def unpatch(self) -> None:
+        """Give every patched module its own class back."""
+        for module in self.patched:
+            if STATE in vars(module):
+                unswap(module)
+                delattr(module, STATE)
+        self.patched = []
+
+
+@dataclass(eq=False)
+class Layer:
+    """One block of one tower: a selection layer, or a block that a prefix may skip."""
+
+    wiring: Wiring
+    tower: Tower
+    index: int
+    """0-based index of the block."""
+    first: bool
+    """Whether it is the first selection layer of its tower."""
+    ratio: tuple[int, int]
+
+    @property
+    def plan(self) -> Plan:
+        return self.wiring.plan
+
+
+def wirings_in(model: nn.Module) -> list[Wiring]:
+    """Return the selections in `model` and in what it contains, in order."""
+    states = (vars(module).get(STATE) for module in model.modules())
+    found = (state.wiring if isinstance(state, Layer) else state for state in states if state is not None)
+    return list(dict.fromkeys(found))

@@ -1,0 +1,54 @@
+"""Calls that bring a text along: the text half runs first, and is answered from memory when the host comes to it."""
+
+from __future__ import annotations
+
+from typing import Any, Callable
+
+from torch import nn
+
+from ..adapter import TextRun
+from .guidance import check_text, current, scope
+from .state import Wiring
+
+Original = Callable[..., Any]
+
+
+def call_with_text(model: nn.Module, name: str, original: Original, *args: Any, **kwargs: Any) -> Any:
+    """Run a method of the whole model that gets image and text together: the text guides the image.
+
+    The text is encoded first; when the host comes to its own text encoder with the same arguments, `recall_text`
+    answers from memory. A text given by `guide` wins over the one of the call.
+    """
+    wiring: Wiring = model._patchselect  # type: ignore[assignment]
+    if wiring.plan.guidance != "text" or current(wiring) is not None:
+        return original(*args, **kwargs)
+    call = wiring.towers[0].adapter.text_of_call(model, wiring.towers[0], name, args, kwargs)
+    if call is None:
+        return original(*args, **kwargs)
+    check_text(wiring, call.features)
+    with scope(wiring, call.features, "paired", exact=call.images_per_text, memo=call.remembered):
+        return original(*args, **kwargs)
+
+
+def remembered(module: nn.Module, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TextRun | None:
+    """Return the run of this text encoder that `call_with_text` has made already, if this call would repeat it."""
+    guidance = current(module._patchselect)  # type: ignore[arg-type]
+    for run in () if guidance is None else guidance.memo:
+        if run.module is module and run.method == name and run.matches(args, kwargs):
+            return run  # type: ignore[no-any-return]
+    return None
+
+
+def recall_text(module: nn.Module, name: str, original: Original, *args: Any, **kwargs: Any) -> Any:
+    """Answer a call of a text encoder that `call_with_text` has run already from memory."""
+    run = remembered(module, name, args, kwargs)
+    if run is None:
+        return original(*args, **kwargs)
+    # Hosts write into the outputs that they get: each gets its own container.
+    return type(run.result)(**run.result) if isinstance(run.result, dict) else run.result
+
+
+def reads_text(wiring: Wiring) -> bool:
+    """Tell whether some method of the patched model takes image and text together."""
+    changed = (getattr(type(module), "_patchselect_overrides", ()) for module in wiring.patched)
+    return any(wrapper is call_with_text for overrides in changed for _, wrapper in overrides)
