@@ -146,3 +146,56 @@ data = m.metadata("patchselect")
 assert data["Requires-Python"] == ">=3.8" and "MIT" in (data["License"] or data["License-Expression"] or "")
 print(data["Name"], data["Version"], len(files), "files")
 """
+
+
+class Checkout(NamedTuple):
+    """A real code base that its variable names, and the releases that it asks for."""
+
+    variable: str
+    python: str
+    packages: tuple[str, ...]
+
+
+OLD = ("torch==1.13.1", "torchvision==0.14.1", "timm==0.4.9", "numpy<2")
+LAVIS_IMPORTS = (
+    *("torch==2.0.1", "torchvision==0.15.2", "torchaudio==2.0.2", "timm==0.4.12", "numpy<2", "fairscale==0.4.4"),
+    *("omegaconf", "iopath", "pandas", "webdataset", "opencv-python-headless==4.5.5.64", "pycocotools", "decord"),
+    *("pycocoevalcap", "peft<0.6", "accelerate<0.24", "diffusers<=0.16.0", "huggingface_hub<0.26", "scikit-image"),
+    *("easydict==1.9", "soundfile", "moviepy<2", "imageio-ffmpeg", "python-magic", "nltk", "opendatasets", "ftfy"),
+    *("contexttimer", "sentencepiece", "h5py", "matplotlib", "ipython", "spacy<3.8", "open3d<0.17", "scikit-learn"),
+)
+"""What `import lavis.models` imports; open3d 0.13, which LAVIS asks for, does not exist for Python 3.9."""
+REAL = {
+    "albef": Checkout("ALBEF_DIR", "3.8", (*OLD, "transformers==4.8.1")),
+    "mplug": Checkout("MPLUG_DIR", "3.8", (*OLD, "transformers==4.14.1", "ftfy", "matplotlib", "icecream")),
+    "clip": Checkout("OPENAI_CLIP_DIR", "3.8", (*OLD, "ftfy", "regex", "tqdm")),
+    "blip": Checkout(
+        "BLIP_DIR",
+        "3.8",
+        ("torch==1.10.1", "torchvision==0.11.2", "transformers==4.15.0", "timm==0.4.12", "numpy<2", "fairscale==0.4.4"),
+    ),
+    "lavis": Checkout("LAVIS_DIR", "3.9", (*LAVIS_IMPORTS, "transformers==4.33.2")),
+    "lavis-blip": Checkout("LAVIS_DIR", "3.9", (*LAVIS_IMPORTS, "transformers==4.25.1")),
+    "llava": Checkout(
+        "LLAVA_DIR", "3.10", ("torch==2.1.2", "torchvision==0.16.2", "transformers==4.37.2", "sentencepiece", "numpy<2")
+    ),
+}
+"""LAVIS' BLIP models refuse the transformers that its requirements ask for, hence its second environment."""
+
+
+def _real(name: str, checkout: Checkout) -> None:
+    """Make the session `real-NAME`: `ALBEF_DIR=… ./run real albef`. Nothing of the checkout is changed."""
+
+    @nox.session(name=f"real-{name}", python=checkout.python, default=False)
+    def run(session: nox.Session) -> None:
+        if not session.env.get(checkout.variable):
+            session.skip(f"set {checkout.variable} to a checkout")
+        session.install("-q", "--prefer-binary", *checkout.packages, "einops", "pytest", "setuptools>=64", "wheel")
+        session.run("python", "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--editable", ".")
+        alone = {other.variable: "" for other in REAL.values() if other.variable != checkout.variable}
+        family = f"{name.partition('-')[0]}-"
+        session.run("python", "-m", "pytest", "tests/real", "-q", "-rs", "-k", family, *session.posargs, env=alone)
+
+
+for _name, _checkout in REAL.items():
+    _real(_name, _checkout)

@@ -6,6 +6,8 @@ from patchselect.adapter import Adapter
 
 from .albef import Albef
 from .blip import TransformersBlip
+from .blip_salesforce import SalesforceBlip
+from .lavis import Lavis, LavisClip
 from .mplug import Mplug
 from .open_clip import OpenClip, OpenClipTimm
 from .openai_clip import OpenAiClip
@@ -16,9 +18,12 @@ from .vilt import TransformersVilt
 ADAPTERS: tuple[Adapter, ...] = (
     TransformersClip(),
     TransformersSiglip(),
+    LavisClip(),
     OpenClip(),
     OpenClipTimm(),
     TimmViT(),
+    Lavis(),
+    SalesforceBlip(),
     Albef(),
     Mplug(),
     OpenAiClip(),

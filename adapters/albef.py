@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
-from patchselect.adapter import Attended, Tower, patch_grid
+from patchselect.adapter import Attended, Tower, Wrapper, patch_grid
 from patchselect.weights import Projections, affine, gathered, through_norm
+from patchselect.wiring.journey import call_tower
 
 from .heads import Heads
 
@@ -32,6 +34,12 @@ def is_tower(module: Any) -> bool:
     )
 
 
+def joint_of(head: nn.Module) -> tuple[nn.Module, ...]:
+    """The projections of text and image into the joint space of a head; `()` if it has none."""
+    joint = tuple(getattr(head, name, None) for name in ("text_proj", "vision_proj"))
+    return joint if all(isinstance(projection, nn.Linear) for projection in joint) else ()  # type: ignore[return-value]
+
+
 class Albef(Heads):
     """Heads with `visual_encoder` and `text_encoder` (and their momentum twins), and the bare `VisionTransformer`."""
 
@@ -45,6 +53,9 @@ class Albef(Heads):
         width = found[0].norm.normalized_shape[0]
         if parts:
             parts["joint"] = self._joint_space(parts, width)
+        return self.vit_towers(found, parts)
+
+    def vit_towers(self, found: list[Any], parts: dict[str, Any]) -> list[Tower]:
         return [
             Tower(
                 adapter=self,
@@ -52,18 +63,23 @@ class Albef(Heads):
                 blocks=list(tower.blocks),
                 num_prefix_tokens=1,
                 has_class_token=True,
-                width=width,
+                width=tower.norm.normalized_shape[0],
                 final_norm=tower.norm,
                 parts=parts,
             )
             for tower in found
         ]
 
+    def methods(self, model: nn.Module, towers: list[Tower]) -> list[tuple[nn.Module, Mapping[str, Wrapper]]]:
+        """LAVIS calls its towers by `forward_features`, which goes past their `forward`."""
+        named = [tower.module for tower in towers if hasattr(tower.module, "forward_features")]
+        return [*super().methods(model, towers), *((tower, {"forward_features": call_tower}) for tower in named)]
+
     def _joint_space(self, parts: dict[str, Any], width: int) -> tuple[nn.Module, ...]:
         """The projections of text and image into the head's joint space, if it has one."""
-        joint = tuple(getattr(parts["head"], name, None) for name in ("text_proj", "vision_proj"))
-        if all(isinstance(projection, nn.Linear) for projection in joint):
-            return joint  # type: ignore[return-value]
+        joint = joint_of(parts["head"])
+        if joint:
+            return joint
         if parts["text_width"] != width:
             raise TypeError(
                 f"text of width {parts['text_width']} has no way to the vision width {width} in "

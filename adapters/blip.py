@@ -201,7 +201,7 @@ class TransformersBlip(BlipMatching):
         if joint:
             run["position_ids"] = given.get("position_ids")
         elif given.get("use_itm_head", True):
-            with _own_random_stream(encoder):
+            with own_random_stream(encoder):
                 return TextCall(encoder(**run, return_dict=True).last_hidden_state[:, 0], ())
         result = encoder(**run, return_dict=True)
         features = model.text_projection(result.pooler_output) if joint else result.last_hidden_state[:, 0]
@@ -216,7 +216,7 @@ class TransformersBlip(BlipMatching):
             )
         ids = torch.as_tensor(ids)
         decoder = model.text_decoder.bert
-        with _own_random_stream(decoder):
+        with own_random_stream(decoder):
             states = decoder(
                 input_ids=ids, attention_mask=mask, is_decoder=True, use_cache=False, return_dict=True
             ).last_hidden_state
@@ -227,7 +227,7 @@ class TransformersBlip(BlipMatching):
         return patch_grid(pixel_values, tower.module.get_submodule("embeddings.patch_embedding"))
 
 
-def _own_random_stream(encoder: Any) -> Any:
+def own_random_stream(encoder: Any) -> Any:
     """A run that the host does not make itself draws its dropout apart, so that the host's own draws stay the same."""
     if not encoder.training or is_compiling():
         return nullcontext()

@@ -37,7 +37,7 @@ def reads_text_alone(module: Any) -> bool:
 
 def text_encoder_of(model: nn.Module) -> nn.Module | None:
     """The text encoder that is trained; a momentum twin is frozen."""
-    return _trained([module for module in model.modules() if reads_text_alone(module)])
+    return trained([module for module in model.modules() if reads_text_alone(module)])
 
 
 def fusion_encoder_of(head: nn.Module, spoken: set[str]) -> nn.Module | None:
@@ -46,13 +46,19 @@ def fusion_encoder_of(head: nn.Module, spoken: set[str]) -> nn.Module | None:
     mPLUG's momentum twin of it is neither frozen nor run. ALBEF needs none: its text encoder has a fusion half.
     """
     parts = [part for name, part in head.named_children() if name in spoken and is_bert(part)]
-    return _trained([part for part in parts if not reads_text_alone(part)])
+    return trained([part for part in parts if not reads_text_alone(part)])
 
 
-def _trained(found: list[nn.Module]) -> nn.Module | None:
+def trained(found: list[nn.Module]) -> nn.Module | None:
     """The first that has weights to train, else the first."""
     trained = [module for module in found if any(weight.requires_grad for weight in module.parameters())]
     return next(iter(trained or found), None)
+
+
+def check_twins(model: nn.Module, towers: list[nn.Module]) -> None:
+    """Raise a `TypeError` unless all towers of a head (the trained one and its momentum twin) are built alike."""
+    if any(len(tower.state_dict()) != len(towers[0].state_dict()) for tower in towers):
+        raise TypeError(f"the vision towers of {type(model).__name__} are no twins: apply to each of them alone")
 
 
 def owner_of(model: nn.Module, *parts: nn.Module) -> nn.Module:
@@ -64,24 +70,37 @@ def owner_of(model: nn.Module, *parts: nn.Module) -> nn.Module:
     return model
 
 
+def functions_of(model: nn.Module, *methods: str) -> list[Any]:
+    """These methods of the class and those that they call, in that order; what every `nn.Module` has is left out."""
+    found: list[Any] = []
+    todo = list(methods)
+    for name in todo:
+        function = inspect.unwrap(getattr(type(model), name, None) or (lambda: None))
+        if isinstance(getattr(function, "__code__", None), CodeType) and function not in found:
+            found.append(function)
+            called = (name for code in codes_of(function) for name in code.co_names)
+            todo += [
+                name for name in called if callable(getattr(type(model), name, None)) and not hasattr(nn.Module, name)
+            ]
+    return found
+
+
+def codes_of(function: Any) -> list[CodeType]:
+    """The code of a function and of the functions and comprehensions inside it."""
+    found = [function.__code__]
+    for code in found:
+        found += [constant for constant in code.co_consts if isinstance(constant, CodeType)]
+    return found
+
+
+def names_in(functions: list[Any]) -> set[str]:
+    """The names that the code of these functions speaks of."""
+    return {name for function in functions for code in codes_of(function) for name in code.co_names}
+
+
 def names_in_forward(model: nn.Module) -> set[str]:
     """The names that the code of `forward`, and of the methods it calls, speaks of."""
-    names: set[str] = set()
-    todo = ["forward"]
-    while todo:
-        function = inspect.unwrap(getattr(type(model), todo.pop(), None) or (lambda: None))
-        codes: list[Any] = [getattr(function, "__code__", None)]
-        while codes:
-            code = codes.pop()
-            if not isinstance(code, CodeType):
-                continue
-            codes.extend(code.co_consts)
-            fresh = set(code.co_names) - names
-            names |= fresh
-            todo += [
-                name for name in fresh if callable(getattr(type(model), name, None)) and not hasattr(nn.Module, name)
-            ]
-    return names
+    return names_in(functions_of(model, "forward"))
 
 
 def tokens_of(value: Any) -> tuple[Tensor, Tensor] | None:
@@ -130,8 +149,7 @@ class Heads(BertMatching):
                 "BERT of that family, and what reads its tokens may need a fixed number. If it takes any number, apply "
                 "to that tower alone"
             )
-        if any(len(tower.state_dict()) != len(towers[0].state_dict()) for tower in towers):
-            raise TypeError(f"the vision towers of {type(model).__name__} are no twins: apply to each of them alone")
+        check_twins(model, towers)
         head = owner_of(model, towers[0], bert)
         spoken = names_in_forward(head)
         path = next((path for path, part in head.named_modules() if part is encoder), "")

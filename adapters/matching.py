@@ -114,6 +114,46 @@ class BertMatching(Adapter):
         return matching_probability(matching(fused[:, 0]))
 
 
+def fused_from_ids(encoder: nn.Module, rows: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+    """Hidden states of a text encoder that reads the image in every layer, so that it starts from the ids."""
+    read = dict(encoder_hidden_states=rows, encoder_attention_mask=_ones(rows))
+    states: Tensor = encoder(input_ids=ids, attention_mask=mask, return_dict=True, **read).last_hidden_state
+    return states
+
+
+class CaptionMatching(BertMatching):
+    """salesforce/BLIP and LAVIS: where there is no half for the text alone, every layer reads the image, from the ids.
+
+    The first token of such a text says what is asked for: [CLS] of the text alone, and [ENC] of text and image in the
+    heads whose own code puts it there (`parts["first_token"]`). Both are set here, whatever the ids begin with.
+    """
+
+    def encode_texts(self, model: Any, tower: Tower, texts: Any) -> Texts:
+        encoder = tower.parts.get("text_encoder")
+        if encoder is None or tower.parts["halves"]:
+            return super().encode_texts(model, tower, texts)
+        _head(tower.parts["head"])
+        ids, mask = _tokens(texts, encoder)
+        first = tower.parts["first_token"]
+        alone = ids if first is None else _begun_with(ids, tower.parts["head"].tokenizer.cls_token_id)
+        states = encoder(alone, attention_mask=mask, return_dict=True, **text_mode(encoder)).last_hidden_state
+        return Texts(states[:, 0], {"tokens": ids if first is None else _begun_with(ids, first), "mask": mask})
+
+    def score(self, model: Any, tower: Tower, rows: Tensor, texts: Texts) -> Tensor:
+        head = tower.parts.get("head", model)
+        if tower.parts.get("text_encoder") is None or tower.parts["halves"]:
+            return super().score(model, tower, rows, texts)
+        matching = _head(head)
+        fused = fused_from_ids(tower.parts["text_encoder"], rows, *_states(head, texts))
+        return matching_probability(matching(fused[:, 0]))
+
+
+def _begun_with(ids: Tensor, first: int) -> Tensor:
+    ids = ids.clone()
+    ids[:, 0] = first
+    return ids
+
+
 class BlipMatching(Adapter):
     """`BlipForImageTextRetrieval`: the text encoder reads the image in every layer, so it starts from the ids.
 
@@ -141,12 +181,5 @@ class BlipMatching(Adapter):
         if _is_dual(tower):
             return super().score(model, tower, rows, texts)
         matching = _head(model)
-        ids, mask = _states(model, texts)
-        fused = model.text_encoder(
-            input_ids=ids,
-            attention_mask=mask,
-            encoder_hidden_states=rows,
-            encoder_attention_mask=_ones(rows),
-            return_dict=True,
-        ).last_hidden_state
+        fused = fused_from_ids(model.text_encoder, rows, *_states(model, texts))
         return matching_probability(matching(fused[:, 0]))

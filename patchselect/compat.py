@@ -55,6 +55,15 @@ def address_of(tensor: Tensor) -> int:
     return int(held._cdata if KEEPS_STORAGES else held.data_ptr())
 
 
+def bits_of(flat: Tensor, dtype: torch.dtype) -> Tensor:
+    """The memory of a flat tensor, read as another type."""
+    try:
+        return flat.view(dtype)
+    except RuntimeError:  # torch 1.10: types of one size alone
+        alike = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()]
+        return torch.from_numpy(flat.view(alike).cpu().numpy().view(str(dtype).rpartition(".")[2]))
+
+
 def in_graph_task() -> bool:
     """Whether this thread runs a backward pass."""
     found = getattr(torch._C, "_current_graph_task_id", None)  # torch 2.0

@@ -28,7 +28,7 @@ from typing import Any
 
 import pytest
 import torch
-from doubles import albef, mplug
+from doubles import albef, blip, mplug
 from doubles.text import pictures, sentences
 from since import missing
 from torch import Tensor, nn
@@ -42,13 +42,15 @@ class Head:
 
     model: nn.Module
     batch: Callable[[int], tuple[tuple[Any, ...], dict[str, Any]]]
-    """Arguments of a training call from a seed; the text is the second one."""
+    """Arguments of a training call from a seed; `pictures_in` and `texts_in` find the images and the texts."""
     patches: int = 16
     images: int = 3
     captions: bool = False
     """Whether the text must come from `guide`."""
     same_stream: bool = True
     """Whether the random stream in training is that of the unpatched model."""
+    extra_text_layers: int = 0
+    """Layers of the text encoder that run once more, for the guidance alone."""
     active: Callable[[], AbstractContextManager[Any]] = nullcontext
     """Inside, the head can be pickled."""
 
@@ -89,22 +91,80 @@ def rewound(head: Head) -> Callable[[], object]:
     return lambda: head.model.load_state_dict(state)
 
 
+def pictures_in(batch: Any) -> Any:
+    """The images of a call, whatever they come in."""
+    first = batch[0][0]
+    if isinstance(first, dict):
+        return torch.cat([first[name] for name in ("image", "image0", "image1") if name in first])
+    return getattr(first, "tensors", first)
+
+
+def texts_in(batch: Any) -> Any:
+    """The texts of a call: strings, ids, or what holds ids."""
+    first, *more = batch[0]
+    return first["text_input"] if isinstance(first, dict) else more[0]
+
+
+def ids_in(text: Any) -> Any:
+    """Rows of a text that tell its length: its ids, or its strings."""
+    for name in ("input_ids", "tensors"):
+        if hasattr(text, name):
+            return getattr(text, name)
+    return text
+
+
 def changed(batch: Any, row: int) -> Any:
     """The same batch with other words in one of its texts."""
     args, kwargs = batch
-    text = args[1]
-    nested = hasattr(text, "tensors")
-    ids, mask = (text.tensors, text.mask) if nested else (text.input_ids, text.attention_mask)
-    ids = ids.clone()
+    text = texts_in(batch)
+    if isinstance(text, list):
+        text = [other_words(words) if index == row else words for index, words in enumerate(text)]
+        if isinstance(args[0], dict):
+            return ({**args[0], "text_input": text}, *args[1:]), kwargs
+        return (args[0], text, *args[2:]), kwargs
+    ids = ids_in(text).clone()
     ids[row, 1:3] = ids[row, 1:3] % 90 + 5
+    if isinstance(text, Tensor):
+        return (args[0], ids, *args[2:]), kwargs
+    nested = hasattr(text, "tensors")
+    mask = text.mask if nested else text.attention_mask
     names = ("tensors", "mask") if nested else ("input_ids", "attention_mask")
     other = SimpleNamespace(**dict(zip(names, (ids, mask))))
     return (args[0], other, *args[2:]), kwargs
 
 
+def other_words(words: str) -> str:
+    """A sentence of the same length."""
+    return " ".join(reversed(words.split()))
+
+
 def _double(model: nn.Module, *more: Any, **extra: Any) -> Head:
     images = extra.get("images", 3)
     return Head(model, lambda seed: ((pictures(images, seed=seed), sentences(3, seed=seed), *more), {}), **extra)
+
+
+CAPTIONS = ("a red dog runs", "two small birds sleep under the tree", "an old boat")
+QUESTIONS = ("where is the dog", "how many birds are on the tree", "is it old")
+
+
+def _said(texts: tuple[str, ...], seed: int) -> list[str]:
+    return [f"{text} {'abcdef'[(seed + row) % 6]}" for row, text in enumerate(texts)]
+
+
+def _spoken(model: nn.Module, *more: Any, texts: tuple[str, ...] = CAPTIONS, **extra: Any) -> Head:
+    """A head of BLIP, called with strings."""
+    images = extra.get("images", 3)
+    return Head(model, lambda seed: ((pictures(images, seed=seed), _said(texts, seed), *more), {}), **extra)
+
+
+def _samples(model: nn.Module, **extra: Any) -> Head:
+    """A head of LAVIS, called with a dictionary."""
+
+    def batch(seed: int) -> Any:
+        given = dict(image=pictures(3, seed=seed), text_input=_said(CAPTIONS, seed), label=torch.tensor([0, 1, 1]))
+        return (given,), {}
+
+    return Head(model, batch, **extra)
 
 
 def _video(large: bool) -> Head:
@@ -168,6 +228,14 @@ HEADS: dict[str, Callable[[], Head]] = {
     "albef-answering": lambda: _double(albef.Answering(), sentences(3, seed=1)),
     "albef-pairs": lambda: _double(albef.Pairs(twins=False), torch.tensor([0, 1, 1]), images=6),
     "albef-two-widths": lambda: _double(albef.Retrieval(width=48)),
+    "blip-retrieval": lambda: _spoken(blip.Retrieval()),
+    "blip-matching": lambda: _spoken(blip.Matching(), extra_text_layers=2),
+    "blip-answering": lambda: _spoken(blip.Answering(), ["a dog", "two", "no"], texts=QUESTIONS, extra_text_layers=2),
+    "blip-pairs": lambda: _spoken(blip.Pairs(), torch.tensor([0, 1, 1]), images=6, extra_text_layers=2),
+    "blip-captioning": lambda: _spoken(blip.Captioning(), captions=True),
+    "lavis-albef-retrieval": lambda: _samples(blip.LavisRetrieval()),
+    "lavis-albef-classification": lambda: _samples(blip.LavisClassification(blip.HalvedWords())),
+    "lavis-blip-classification": lambda: _samples(blip.LavisClassification(blip.MixedWords()), extra_text_layers=2),
 }
 for _large in (False, True):
     _size = "large" if _large else "base"

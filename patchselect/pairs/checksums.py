@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..compat import bits_of
+
 _AT_ONCE = 2**15
 """Words that are mixed together: few enough for the cache, and for a tight limit of memory."""
 
@@ -22,9 +24,9 @@ def checksums(tensors: Sequence[Tensor]) -> tuple[str, ...]:
         local = local.reshape(-1)
         size = local.element_size()
         if local.numel() * size % 8:
-            words = local.view(torch.uint8)
+            words = bits_of(local, torch.uint8)
         else:
-            words = (local.clone() if local.storage_offset() * size % 8 else local).view(torch.int64)
+            words = bits_of(local.clone() if local.storage_offset() * size % 8 else local, torch.int64)
         while len(parts := words.split(_AT_ONCE)) > 1:
             words = torch.stack([_mixed(part) for part in parts])
         sums.append(_mixed(words))

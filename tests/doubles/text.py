@@ -36,7 +36,7 @@ class Layer(nn.Module):
     def forward(self, x: Tensor, hidden: Tensor, image: Tensor | None, image_hidden: Tensor | None) -> Tensor:
         self.calls += 1
         x = self.norm(x + self.attention(x, x, x, key_padding_mask=hidden, need_weights=False)[0])
-        if hasattr(self, "crossattention"):
+        if hasattr(self, "crossattention") and image is not None:
             seen = self.crossattention(x, image, image, key_padding_mask=image_hidden, need_weights=False)[0]
             x = self.cross_norm(x + seen)
         return x + self.dropout(self.output(x).tanh())
@@ -111,6 +111,26 @@ class TextBert(Bert):
         return_dict: bool | None = None,
     ) -> Output:
         return super().forward(input_ids, attention_mask, encoder_embeds, mode="text")
+
+
+class MixedBert(Bert):
+    """BLIP's text encoder: every layer reads the image, and none does in `mode="text"`."""
+
+    def __init__(self, width: int = 32, dropout: float = 0.1) -> None:
+        super().__init__(width, 2, 0, dropout)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        encoder_embeds: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        return_dict: bool | None = None,
+        mode: str = "multimodal",
+    ) -> Output:
+        image = (None, None) if mode == "text" else (encoder_hidden_states, encoder_attention_mask)
+        return super().forward(input_ids, attention_mask, encoder_embeds, *image, mode="fusion")
 
 
 class FusionBert(Bert):

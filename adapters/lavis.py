@@ -1,0 +1,67 @@
+"""LAVIS: its ALBEF, BLIP and CLIP models, which are called with a dictionary `samples`."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from patchselect.adapter import Attended, TextCall, Tower, Wrapper
+from patchselect.wiring.text_calls import call_with_text, recall_text
+
+from .blip_salesforce import is_text
+from .captions import Alike, Captions
+from .openai_clip import OpenAiClip, is_tower
+
+IMAGES = {"image", "image0"}
+
+
+class Lavis(Captions):
+    """ALBEF's and BLIP's heads, with ALBEF's ViT: `samples["text_input"]` guides."""
+
+    name = "lavis"
+
+    def knows(self, head: nn.Module, calls: Mapping[str, tuple[str, ...]], halves: bool) -> bool:
+        return any(names[:1] == ("samples",) for names in calls.values())
+
+    def text_given(self, given: dict[str, Any], names: tuple[str, ...]) -> Any:
+        return text_in(given.get("samples"))
+
+
+class LavisClip(OpenAiClip):
+    """Its copy of OpenAI's CLIP, whose blocks stand in a list and take a mask."""
+
+    name = "lavis-clip"
+
+    def towers(self, model: nn.Module) -> list[Tower]:
+        visual: Any = getattr(model, "visual", None)
+        takes = tuple(inspect.signature(type(model).forward).parameters)[1:2]
+        if takes != ("samples",) or not is_tower(visual, nn.ModuleList):
+            return []
+        return [self.sequence_first_tower(visual, {})]
+
+    def methods(self, model: nn.Module, towers: list[Tower]) -> list[tuple[nn.Module, Mapping[str, Wrapper]]]:
+        return [(model, {"forward": call_with_text, "extract_features": call_with_text, "encode_text": recall_text})]
+
+    def attend(self, tower: Tower, block: Any, x: Tensor, attn_mask: Tensor | None = None) -> Attended:  # type: ignore[override]
+        return super().attend(tower, block, x, attn_mask)
+
+    def text_of_call(
+        self, model: Any, tower: Tower, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> TextCall | None:
+        text = text_in(args[0] if args else kwargs.get("samples"))
+        if text is None:
+            return None
+        ids = model.tokenizer(text).to(model.token_embedding.weight.device)
+        result = model.encode_text(ids)
+        return TextCall(result, (Alike(model, "encode_text", (ids,), {}, result),))
+
+
+def text_in(samples: Any) -> Any:
+    """The text of `samples` that come with an image."""
+    if not isinstance(samples, Mapping) or not IMAGES & set(samples):
+        return None
+    text = samples.get("text_input")
+    return text if is_text(text) else None

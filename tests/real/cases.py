@@ -1,0 +1,32 @@
+"""One head of a real code base and how its own scripts call it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from heads import Head, texts_in
+from torch import nn
+
+
+@dataclass
+class Evaluation:
+    """Steps of an evaluation script, restated."""
+
+    run: Callable[[nn.Module], Any]
+    guidance: str = "text"
+    """`"image"` where the script encodes images apart from any text."""
+
+
+@dataclass
+class Case(Head):
+    """A head, its training call, and what else its code base does with it."""
+
+    evaluations: dict[str, Evaluation] = field(default_factory=dict)
+    pairs: Callable[[list[int], list[int]], Any] | None = None
+    """A call with these images and these texts of `batch(0)`, if a matching head scores its pairs."""
+    tokens: Callable[[Any], Any] = texts_in
+    """What `score_pairs` gets of the texts of a batch."""
+    trains: bool = True
+    """Whether its call has a gradient (feature extractors have none)."""
