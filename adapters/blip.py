@@ -205,7 +205,8 @@ class TransformersBlip(BlipMatching):
                 return TextCall(encoder(**run, return_dict=True).last_hidden_state[:, 0], ())
         result = encoder(**run, return_dict=True)
         features = model.text_projection(result.pooler_output) if joint else result.last_hidden_state[:, 0]
-        return TextCall(features, (TextRun(encoder, "forward", (), run, result),))
+        run_of_host = TextRun(encoder, "forward", (), run, result)
+        return TextCall(features, (run_of_host,), compares_all=method != "get_multimodal_features")
 
     def _prompt(self, model: Any, ids: Any, mask: Tensor | None, labels: Tensor | None) -> TextCall:
         if ids is None or labels is not None:

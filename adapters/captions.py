@@ -213,7 +213,9 @@ class Captions(CaptionMatching, Albef):
         with nullcontext() if repeated else own_random_stream(encoder):
             result = encoder(tokens[0], **run)
         remembered_run = Alike(encoder, "forward", (tokens[0],), run, result)
-        return TextCall(result.last_hidden_state[:, 0], (remembered_run,), 2 if parts["image_pairs"] else 1)
+        images = 2 if parts["image_pairs"] else 1
+        by_cosine = "match_head" in names and given.get("match_head", "itm") == "itc"
+        return TextCall(result.last_hidden_state[:, 0], (remembered_run,), images, compares_all=by_cosine)
 
     def lift(self, tower: Tower, text: Tensor) -> Tensor:
         if self.text_width(tower) != tower.width and not tower.parts["joint"]:

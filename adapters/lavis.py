@@ -56,7 +56,7 @@ class LavisClip(OpenAiClip):
             return None
         ids = model.tokenizer(text).to(model.token_embedding.weight.device)
         result = model.encode_text(ids)
-        return TextCall(result, (Alike(model, "encode_text", (ids,), {}, result),))
+        return TextCall(result, (Alike(model, "encode_text", (ids,), {}, result),), compares_all=True)
 
 
 def text_in(samples: Any) -> Any:

@@ -59,7 +59,8 @@ class _Paired(Adapter):
         captions = hasattr(model, "text_decoder")
         flags = {} if captions else {"normalize": True}
         result = getattr(model, name)(given["text"], **flags)
-        return TextCall(result[0] if captions else result, (TextRun(model, name, (given["text"],), flags, result),))
+        run = TextRun(model, name, (given["text"],), flags, result)
+        return TextCall(result[0] if captions else result, (run,), compares_all=True)
 
     def encode_images(self, model: Any, tower: Tower, images: Any, **kwargs: Any) -> Tensor:
         return pooled((model.encode_image if hasattr(model, "encode_image") else model)(images, **kwargs))

@@ -103,7 +103,7 @@ class OpenAiClip(SequenceFirst):
         if text is None:
             return None
         result = model.encode_text(text)
-        return TextCall(result, (TextRun(model, "encode_text", (text,), {}, result),))
+        return TextCall(result, (TextRun(model, "encode_text", (text,), {}, result),), compares_all=True)
 
     def text_width(self, tower: Tower) -> int:
         proj: Any = tower.module.proj

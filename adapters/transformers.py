@@ -198,7 +198,7 @@ class TransformersClip(Adapter):
         features = result.last_hidden_state[:, 0] if pooled is None else pooled
         if isinstance(getattr(model, "text_projection", None), nn.Module):
             features = model.text_projection(features)
-        return TextCall(features, (TextRun(model.text_model, "forward", (), run, result),))
+        return TextCall(features, (TextRun(model.text_model, "forward", (), run, result),), compares_all=True)
 
     def encode_images(self, model: Any, tower: Tower, images: Any, **kwargs: Any) -> Tensor:
         return pooled((model.get_image_features if hasattr(model, "get_image_features") else model)(images, **kwargs))

@@ -85,7 +85,12 @@ class TextCall(NamedTuple):
     """`(B, D_text)`, what `guide` would be given."""
     remembered: tuple[TextRun, ...]
     images_per_text: int = 1
-    """How many images come with each text (NLVR2: 2, all first images before all second ones)."""
+    """How many images come with each text (NLVR2: 2)."""
+    repeat: str = "tile"
+    """How they lie: `"tile"`, all first images before all second ones, or `"each"`, those of one text in a row."""
+    compares_all: bool = False
+    """Whether this call compares every image with every text (a dual encoder), so that its texts may be candidates; a
+    matching head pairs text i with image i by construction."""
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from .pairs.prefix import Prefix
 from .patching import handle_of
 from .wiring.guidance import check_text, scope
-from .wiring.plan import PAIRINGS, check_choice
+from .wiring.plan import PAIRINGS, REPEATS, check_choice
 
 
 class guide(scope):
@@ -24,27 +24,39 @@ class guide(scope):
         text_features: what the model's own text side gives (CLIP: text embeddings in the joint space), or vectors of
             the vision width for a bare tower. `(B, D)` for `"paired"`, `(T, D)` for `"shared"` and `"all"`; floating
             point, on the device of the images, normalised or not.
-        pairing: `"paired"`: text i guides image i; a batch that is a whole multiple of the texts is paired in tiles
-            (`torch.cat([image0, image1])`). `"shared"`: all texts guide every image in one pass, each patch gets its
+        pairing: `"paired"`: text i guides image i (`repeat` where each text has several images). `"shared"`: all texts guide every image in one pass, each patch gets its
             highest score over all texts. `"all"`: every image with every text, the encoder returns `B * T` rows,
             image-major. With texts `(B, T, D)` both give every image its own T texts (the candidates of a ranking).
         prefix: what `patchselect.encode_prefix` kept of some images: the blocks before the first selection are
             skipped, and what the encoder is called with counts by its shape alone (`prefix.images` is a stand-in).
+        repeat: where a batch has several images per text, how they lie: `"each"`: the images of a text follow each
+            other (the frames of a video: image i belongs to text `i // k` of k images each); `"tile"`: the texts do
+            (`torch.cat([image0, image1])`: image i belongs to text `i % T`). One text alone guides every image.
 
     Raises:
-        ValueError: the model is not patched or not guided by text, a wrong shape, width or pairing; the model, its
-            selection layers or its weights are not those that the prefix was made with.
+        ValueError: the model is not patched or not guided by text, a wrong shape, width or pairing, `repeat` with
+            another pairing than `"paired"`; the model, its selection layers or its weights are not those that the
+            prefix was made with.
         TypeError: `text_features` is not a floating-point tensor.
 
-    Entering it raises a `ValueError` if the selection has been removed or replaced in the meantime.
+    Entering it raises a `ValueError` if the selection has been removed or replaced in the meantime; the call inside
+    does if its images are not as many as the texts and `repeat` does not say how they belong together.
     """
 
     def __init__(
-        self, model: nn.Module, text_features: Tensor, pairing: str = "paired", prefix: Prefix | None = None
-    ) -> None:
+        self, model: nn.Module, text_features: Tensor, pairing: str = "paired", prefix: Prefix | None = None,
+        repeat: str | None = None,
+    ) -> None:  # fmt: skip
         owner = handle_of(model).wiring
         check_choice("pairing", pairing, PAIRINGS)
         check_text(owner, text_features, per_image=pairing != "paired")
+        if repeat is not None:
+            check_choice("repeat", repeat, REPEATS)
+            if pairing != "paired":
+                raise ValueError(
+                    f'repeat={repeat!r} says which images belong to which text, and pairing={pairing!r} guides every '
+                    'image by all texts: leave one of them out'
+                )
         if prefix is not None:
             prefix.check(owner)
-        super().__init__(owner, text_features, pairing, prefix=prefix)
+        super().__init__(owner, text_features, pairing, prefix=prefix, repeat=repeat)

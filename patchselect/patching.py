@@ -12,7 +12,7 @@ from .adapter import Adapter, Tower, Wrapper
 from .reduction import Reduction
 from .relevance import Relevance
 from .wiring.blocks import call_block, run_block
-from .wiring.checks import check_methods, check_reachable
+from .wiring.checks import check_methods, check_pairing, check_reachable
 from .wiring.journey import call_tower
 from .wiring.plan import Plan
 from .wiring.recorder import Trace, recording
@@ -97,6 +97,7 @@ def apply(
     relevance: str | Relevance | None = None,
     fusion: str | Reduction = "mean",
     adapter: str | Adapter | None = None,
+    pairing: str | None = None,
 ) -> Handle:
     """Put text-relevant patch selection into the vision tower(s) of `model` (TRIPS, EMNLP 2022).
 
@@ -117,6 +118,11 @@ def apply(
         fusion: what the others become: `"mean"` (weighted), `"sum"` (the paper's), `"none"` (they are dropped) or a
             `patchselect.Reduction`.
         adapter: a `patchselect.Adapter`, or the name of one; `None` asks each in turn.
+        pairing: what a call `model(images, texts)` of a dual encoder (CLIP, SigLIP) means, which compares every image
+            with every text: `"paired"`: text i belongs to image i, and chooses its patches (contrastive training);
+            `"shared"`: the texts are candidates (class prompts), one selection per image serves all of them. `None`:
+            such a call with several texts is an error that asks. Heads that match text i with image i by
+            construction need none, and text given by `guide` has its own.
 
     Returns:
         The handle; `handle.record()` shows what was kept, `handle.remove()` undoes everything.
@@ -124,14 +130,14 @@ def apply(
     Raises:
         TypeError: the model is not supported, compiled, scripted or data-parallel, or a wrapper has replaced the
             `forward` of a block, of the tower or of the model; an argument of a wrong type.
-        ValueError: an argument outside of its range; blocks inside of a wrapper (torch's `checkpoint_wrapper` is
+        ValueError: an argument outside of its range; a `pairing` that the model has no call for; blocks inside of a wrapper (torch's `checkpoint_wrapper` is
             looked through). The model is unchanged after either.
     """
     host = unwrapped(model)
     towers = find_towers(host, adapter)
     kind = towers[0].adapter
     depth = min(len(tower.blocks) for tower in towers)
-    plan = Plan.of(depth, keep_rate, layers, guidance, relevance, fusion, kind.default_relevance)
+    plan = Plan.of(depth, keep_rate, layers, guidance, relevance, fusion, kind.default_relevance, pairing)
     for tower in towers:
         check_reachable(plan, tower)
         for index in plan.layers:
@@ -141,6 +147,7 @@ def apply(
     for module, wrappers in kind.methods(host, towers):
         methods.setdefault(module, {}).update(wrappers)
     check_methods(plan, methods)
+    check_pairing(plan, type(host).__name__, methods)
     remove(host)
     wiring = Wiring(plan, host, towers)
     _patch(wiring, methods)

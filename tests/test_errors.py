@@ -96,11 +96,11 @@ def test_a_forward_that_would_hide_the_text_of_the_call_is_refused(case, path):
         patchselect.remove(case.model)
     del part.forward
     with torch.no_grad():
-        patchselect.apply(case.model, 0.5)
+        patchselect.apply(case.model, 0.5, pairing="paired")
         expected = case.pair(case.model, case.images(2), ids(2))
         wrap(part)
         assert torch.equal(case.pair(case.model, case.images(2), ids(2)), expected)
-        patchselect.apply(case.model, 0.5)
+        patchselect.apply(case.model, 0.5, pairing="paired")
         assert torch.equal(case.pair(case.model, case.images(2), ids(2)), expected), "wrapped after the first apply"
 
 

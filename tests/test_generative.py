@@ -72,6 +72,13 @@ def inputs(name: str) -> dict[str, torch.Tensor]:
     return given
 
 
+def selecting(model, rate, **options):
+    """`BlipModel` compares all images with all texts: here text i belongs to image i."""
+    if type(model).__name__ == "BlipModel":
+        options["pairing"] = "paired"
+    return patchselect.apply(model, rate, LAYERS, **options)
+
+
 def call(model, given, **more):
     torch.manual_seed(5)  # ViLT shuffles its patches
     return [part for part in model(**{**given, **more}).to_tuple() if isinstance(part, torch.Tensor)]
@@ -88,7 +95,7 @@ def test_keeping_everything_changes_nothing(name, training):
     """In training too: the extra text runs of BLIP draw their dropout apart."""
     model, given = build(name).train(training), inputs(name)
     reference = call(model, given)
-    handle = patchselect.apply(model, 1.0, LAYERS)
+    handle = selecting(model, 1.0)
     assert all(map(torch.equal, call(model, given), reference))
     handle.remove()
     assert all(map(torch.equal, call(model, given), reference))
@@ -100,7 +107,7 @@ def test_keeping_everything_changes_nothing(name, training):
 def test_tokens_and_one_step(name, guidance, relevance):
     model, given = build(name).train(), inputs(name)
     keys = list(model.state_dict())
-    handle = patchselect.apply(model, 0.5, LAYERS, guidance=guidance, relevance=relevance)
+    handle = selecting(model, 0.5, guidance=guidance, relevance=relevance)
     assert list(model.state_dict()) == keys
     with handle.record() as trace:
         output = call(model, given)
@@ -117,7 +124,7 @@ def test_tokens_and_one_step(name, guidance, relevance):
 @every_model
 def test_a_text_guides_its_own_image_alone(name):
     model, given = build(name), inputs(name)
-    handle = patchselect.apply(model, 0.5, LAYERS)
+    handle = selecting(model, 0.5)
     with handle.record() as trace:
         call(model, given)
     other = given["input_ids"].clone()
@@ -131,7 +138,7 @@ def test_a_text_guides_its_own_image_alone(name):
 @every_model
 def test_copies_and_pickles_select_on_their_own(name):
     model, given = build(name), inputs(name)
-    handle = patchselect.apply(model, 0.5, LAYERS)
+    handle = selecting(model, 0.5)
     expected = call(model, given)
     duplicate, loaded = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
     handle.remove()
@@ -141,7 +148,7 @@ def test_copies_and_pickles_select_on_their_own(name):
 
 def trained(name: str, way: Way | None):
     model, given = build(name).train(), inputs(name)
-    patchselect.apply(model, 0.5, LAYERS)
+    selecting(model, 0.5)
     if way is not None:
         switch_on(model, way.options)
     sum(part.float().square().mean() for part in call(model, given)).backward()
@@ -168,7 +175,7 @@ def test_checkpointing_has_the_same_gradients(name):
 @pytest.mark.parametrize("beams", [1, 2])
 def test_generation_is_guided_by_its_question_or_prompt(name, beams):
     model, given = build(name), inputs(name)
-    handle = patchselect.apply(model, 0.5, LAYERS)
+    handle = selecting(model, 0.5)
     given.pop("labels", None)
     given["input_ids"] = given["input_ids"].clone()
     with handle.record() as trace:
@@ -177,14 +184,14 @@ def test_generation_is_guided_by_its_question_or_prompt(name, beams):
     assert first.shape[0] == 3
     handle.remove()
     whole = model.generate(**given, max_new_tokens=3, num_beams=beams)
-    patchselect.apply(model, 1.0, LAYERS)
+    selecting(model, 1.0)
     assert torch.equal(model.generate(**given, max_new_tokens=3, num_beams=beams), whole)
 
 
 @pytest.mark.parametrize("case", ["labels", "no prompt"])
 def test_captions_to_learn_and_no_prompt_guide_nothing(case):
     model, given = build("BlipForConditionalGeneration"), inputs("BlipForConditionalGeneration")
-    patchselect.apply(model, 0.5, LAYERS)
+    selecting(model, 0.5)
     with pytest.raises(ValueError, match=r"got (labels|no prompt).*patchselect\.guide.*guidance=\"image\""):
         if case == "labels":
             model(**given, labels=given["input_ids"])
@@ -198,7 +205,7 @@ def test_captions_to_learn_and_no_prompt_guide_nothing(case):
 def test_a_prompt_is_read_to_its_last_word():
     """Words in the padding do not count, the last one in front of it does."""
     model, given = build("BlipForConditionalGeneration"), inputs("BlipForConditionalGeneration")
-    handle = patchselect.apply(model, 0.5, LAYERS)
+    handle = selecting(model, 0.5)
     found = []
     for position in (None, 4, 6):
         ids = given["input_ids"].clone()
@@ -212,7 +219,7 @@ def test_a_prompt_is_read_to_its_last_word():
 
 def test_the_contrastive_score_of_blip_runs_its_text_encoder_once():
     model, given = build("BlipForImageTextRetrieval"), inputs("BlipForImageTextRetrieval")
-    patchselect.apply(model, 0.5, LAYERS)
+    selecting(model, 0.5, pairing="paired")
     runs = []
     model.text_encoder.encoder.register_forward_hook(lambda *args: runs.append(1))
     call(model, given, use_itm_head=False)
@@ -223,7 +230,7 @@ def test_the_contrastive_score_of_blip_runs_its_text_encoder_once():
 
 def test_a_wider_blip_tower_is_reached_through_the_joint_space():
     model, given = build("BlipForImageTextRetrieval", 96), inputs("BlipForImageTextRetrieval")
-    handle = patchselect.apply(model, 0.5, LAYERS)
+    handle = selecting(model, 0.5)
     with handle.record() as trace:
         call(model, given)
     assert len(trace) == 2
@@ -235,7 +242,7 @@ def test_a_wider_blip_tower_is_reached_through_the_joint_space():
 def test_text_tokens_of_vilt_are_never_touched():
     """The prefix, text and image [CLS], is bit for bit what attention made of it, and the padding stays masked."""
     model, given = build("ViltModel"), inputs("ViltModel")
-    handle = patchselect.apply(model, 0.5, LAYERS)
+    handle = selecting(model, 0.5)
     seen = {}
     adapter = handle.towers[0].adapter
     block = handle.towers[0].blocks[1]
@@ -253,7 +260,7 @@ def test_text_tokens_of_vilt_are_never_touched():
 
 def test_vilt_tells_the_places_of_its_shuffled_patches():
     model, given = build("ViltModel"), inputs("ViltModel")
-    handle = patchselect.apply(model, 0.5, LAYERS)
+    handle = selecting(model, 0.5)
     found, maps = [], []
     for seed in (1, 2):
         torch.manual_seed(seed)
@@ -272,7 +279,7 @@ def test_vilt_tells_the_places_of_its_shuffled_patches():
 
 def test_the_dual_encoder_of_blip_scores_pairs_by_its_cosine():
     model, given = build("BlipModel"), inputs("BlipModel")
-    patchselect.apply(model, 0.5, LAYERS)
+    selecting(model, 0.5)
     texts = {name: given[name] for name in ("input_ids", "attention_mask")}
     expected = torch.empty(3, 3)
     with torch.no_grad():
@@ -292,7 +299,7 @@ def test_the_dual_encoder_of_blip_scores_pairs_by_its_cosine():
 @pytest.mark.parametrize("name", ["BlipForConditionalGeneration", "BlipForQuestionAnswering"])
 def test_heads_that_score_no_pairs_say_so(name):
     model, given = build(name), inputs(name)
-    patchselect.apply(model, 0.5, LAYERS)
+    selecting(model, 0.5)
     for texts in (given["input_ids"], torch.randn(3, 64)):
         with pytest.raises(ValueError, match=f"{name} has no image-text matching head"):
             patchselect.score_pairs(model, given["pixel_values"], texts)
@@ -301,7 +308,7 @@ def test_heads_that_score_no_pairs_say_so(name):
 @pytest.mark.parametrize("name", ["BlipModel", "BlipForImageTextRetrieval"])
 def test_padding_of_bare_ids_is_no_word(name):
     model, given = build(name), inputs(name)
-    patchselect.apply(model, 0.5, LAYERS)
+    selecting(model, 0.5)
     texts = {name: given[name] for name in ("input_ids", "attention_mask")}
     texts["input_ids"][1, 5:] = model.config.text_config.pad_token_id
     expected = patchselect.score_pairs(model, given["pixel_values"], texts, progress=False)
@@ -316,7 +323,7 @@ def test_padding_of_bare_ids_is_no_word(name):
 def test_a_call_of_the_whole_model_can_be_drawn(name, tmp_path):
     needs("matplotlib")
     model, given = build(name), inputs(name)
-    handle = patchselect.apply(model, 0.5, LAYERS)
+    handle = selecting(model, 0.5)
     with torch.no_grad(), handle.record() as trace:
         call(model, given)
     photos = given["pixel_values"].reshape(-1, 3, 64, 64)[:3]
@@ -326,7 +333,7 @@ def test_a_call_of_the_whole_model_can_be_drawn(name, tmp_path):
 
 def test_padded_images_of_vilt_are_refused():
     model, given = build("ViltModel"), inputs("ViltModel")
-    patchselect.apply(model, 0.5, LAYERS)
+    selecting(model, 0.5)
     given["pixel_mask"][0, :, 40:] = 0
     with pytest.raises(ValueError, match="batch images of one size"):
         model(**given)
@@ -334,7 +341,7 @@ def test_padded_images_of_vilt_are_refused():
 
 def test_vilt_takes_no_text_from_outside():
     model = build("ViltForQuestionAnswering")
-    patchselect.apply(model, 0.5, LAYERS)
+    selecting(model, 0.5)
     for attempt in (
         lambda: patchselect.guide(model, torch.zeros(3, 64)),
         lambda: patchselect.encode_prefix(model, torch.zeros(3, 3, 64, 64)),
@@ -349,6 +356,6 @@ def test_vilt_takes_no_text_from_outside():
 
 def test_a_block_of_vilt_alone_is_an_error():
     model = build("ViltModel")
-    patchselect.apply(model, 0.5, LAYERS)
+    selecting(model, 0.5)
     with pytest.raises(ValueError, match="call the model as a whole"):
         model.encoder.layer[1](torch.randn(1, 20, 64))

@@ -137,7 +137,7 @@ def test_the_stand_in_without_its_prefix_gives_no_numbers(name):
 
 def test_the_whole_model_takes_a_prefix_in_place_of_its_pixels():
     case = build("clip")
-    patchselect.apply(case.model, 0.5, layers=[1, 3])
+    patchselect.apply(case.model, 0.5, layers=[1, 3], pairing="paired")
     images, tokens = case.images(2), ids(2)
     prefix = patchselect.encode_prefix(case.model, images)
     text = case.text_side(case.model, tokens).detach()

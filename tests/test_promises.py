@@ -165,7 +165,7 @@ def test_a_call_brings_its_own_text(name):
         pytest.skip("a bare tower has no text side")
     images, tokens = case.images(3), ids(3)
     runs = []
-    patchselect.apply(case.model, RATE)
+    patchselect.apply(case.model, RATE, pairing="paired")
     embedding = next(part for part in case.model.modules() if isinstance(part, torch.nn.Embedding)
                      and part.num_embeddings == 99)  # fmt: skip
     embedding.register_forward_hook(lambda *_: runs.append(1))

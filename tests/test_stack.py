@@ -66,7 +66,7 @@ def test_compile_without_graph_breaks_or_recompiles(name, relevance):
 @since("fullgraph")
 @pytest.mark.parametrize("name", ["clip", "open_clip"])
 def test_compiled_paired_calls_take_their_text_from_the_call(name):
-    case = ready(name)
+    case = ready(name, pairing="paired")
     torch._dynamo.reset()
     counters.clear()
     compiled = torch.compile(lambda images, tokens: case.pair(case.model, images, tokens), fullgraph=True,

@@ -25,7 +25,7 @@ def test_a_method_bound_while_patched_outlives_the_selection(name):
 def test_a_new_model_of_a_patched_class_is_a_plain_one():
     case = build("clip")
     plain = type(case.model)
-    patchselect.apply(case.model, 0.5)
+    patchselect.apply(case.model, 0.5, pairing="paired")
     twin = type(case.model)(case.model.config).eval()
     twin.load_state_dict(case.model.state_dict())
     images, text = case.images(2), torch.randn(2, 24)

@@ -95,8 +95,10 @@ def patched(host: Host, case: Case, selection: Selection) -> Any:
             yield
     elif case.method in GUIDED:
         chosen = selection.relevance if case.method == "text" else None
-        fusion = selection.fusion
-        handle = patchselect.apply(host.model, case.keep_rate, selection.layers, case.method, chosen, fusion)
+        handle = patchselect.apply(
+            host.model, case.keep_rate, selection.layers, case.method, chosen, selection.fusion,
+            pairing="paired",
+        )  # fmt: skip
         try:
             yield
         finally:

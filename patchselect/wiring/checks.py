@@ -23,6 +23,18 @@ def check_reachable(plan: Plan, tower: Tower) -> None:
             )
 
 
+def check_pairing(plan: Plan, name: str, methods: Mapping[nn.Module, Mapping[str, Wrapper]]) -> None:
+    """Raise a ValueError if a pairing of calls was asked for, and no call of the model brings a text."""
+    if plan.pairing is None or plan.guidance != "text":
+        return
+    if not any(wrapper is call_with_text for wrappers in methods.values() for wrapper in wrappers.values()):
+        raise ValueError(
+            f"pairing={plan.pairing!r} says what a call with image and text together means, and {name} has none that "
+            "is known here: leave it out, and give the text with patchselect.guide(model, text_features, "
+            f"pairing={plan.pairing!r})"
+        )
+
+
 def check_methods(plan: Plan, methods: Mapping[nn.Module, Mapping[str, Wrapper]]) -> None:
     """Raise the same for the tower and for methods that bring a text along; what was wrapped after `apply` is fine."""
     for module, wrappers in methods.items():

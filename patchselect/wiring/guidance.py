@@ -39,7 +39,9 @@ class Guidance:
     cannot tell two texts apart."""
     outer: Guidance | None = None
     exact: int = 0
-    """How many images each text must have; 0 where any whole multiple will do."""
+    """How many images each text must have; 0 where `repeat` may have any whole multiple."""
+    repeat: str | None = None
+    """How the images of a text lie in a batch of several per text: `"each"` in a row, `"tile"` batch after batch."""
     memo: tuple[Any, ...] = ()
     """Runs of text encoders that need not be repeated."""
     prefix: Held | None = None
@@ -91,23 +93,26 @@ class scope:
 
     def __init__(
         self, owner: Wiring, text: Tensor, pairing: str, exact: int = 0, memo: tuple[Any, ...] = (),
-        prefix: Held | None = None,
+        prefix: Held | None = None, repeat: str | None = None,
     ) -> None:  # fmt: skip
         self.owner, self.text, self.pairing, self.exact, self.memo = owner, text, pairing, exact, memo
-        self.prefix = prefix
+        self.prefix, self.repeat = prefix, repeat
+
+    def _guidance(self, outer: Guidance | None, opened_by: object = None) -> Guidance:
+        return Guidance(
+            self.owner, self.text, self.pairing, outer, self.exact, self.repeat, self.memo, self.prefix, opened_by
+        )
 
     def __enter__(self) -> None:
         if is_dynamo_compiling():
-            outer = self.owner.traced
-            self.owner.traced = Guidance(self.owner, self.text, self.pairing, outer, self.exact, self.memo, self.prefix)
+            self.owner.traced = self._guidance(self.owner.traced)
         else:
             if not self.owner.patched:
                 raise ValueError(
                     "the selection that this text was to guide was removed from the model, or replaced, since guide() "
                     "was called: call patchselect.guide(model, text_features) again after patchselect.apply"
                 )
-            outer = _current.get()
-            _current.set(Guidance(self.owner, self.text, self.pairing, outer, self.exact, self.memo, self.prefix, self))
+            _current.set(self._guidance(_current.get(), opened_by=self))
 
     def __exit__(self, *exception: object) -> None:
         if is_dynamo_compiling():

@@ -14,6 +14,7 @@ from ..relevance import Random, Relevance, relevance_of
 
 GUIDANCES = ("text", "image", "random")
 PAIRINGS = ("paired", "shared", "all")
+REPEATS = ("each", "tile")
 
 
 @dataclass(frozen=True)
@@ -27,19 +28,24 @@ class Plan:
     guidance: str
     relevance: Relevance
     reduction: Reduction
+    pairing: str | None = None
+    """Which texts guide which images in a call that compares all of its images with all of its texts, if it was said."""
 
     @classmethod
     def of(
-        cls, depth: int, keep_rate: Any, layers: Any, guidance: str, relevance: Any, fusion: Any, default: str
-    ) -> Plan:
+        cls, depth: int, keep_rate: Any, layers: Any, guidance: str, relevance: Any, fusion: Any, default: str,
+        pairing: str | None = None,
+    ) -> Plan:  # fmt: skip
         """Check what `apply` was given for a tower of `depth` blocks whose adapter reads texts by `default`."""
         check_choice("guidance", guidance, GUIDANCES)
+        check_pairing_of_calls(pairing)
         if relevance is None:
             relevance = default if guidance == "text" else "keys"
         found = relevance_of(relevance)
         chosen = check_layers(layers, depth)
         rates = check_rates(keep_rate, len(chosen))
-        return cls(chosen, rates, guidance, Random() if guidance == "random" else found, reduction_of(fusion))
+        found = Random() if guidance == "random" else found
+        return cls(chosen, rates, guidance, found, reduction_of(fusion), pairing)
 
     @property
     def ratios(self) -> tuple[tuple[int, int], ...]:
@@ -61,6 +67,22 @@ def check_choice(name: str, value: Any, allowed: Sequence[str]) -> str:
     if not isinstance(value, str) or value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}; got {value!r}")
     return value
+
+
+def check_pairing_of_calls(value: Any) -> None:
+    """Raise unless this says what a call with several images and texts means.
+
+    Raises:
+        ValueError: another value; `"all"`, which gives rows that such a call cannot compare.
+    """
+    if value == "all":
+        raise ValueError(
+            'pairing="all" gives one row per image and text, which no call of a whole model can compare: use '
+            'patchselect.score_pairs(model, images, texts) or guide(model, text_features, pairing="all"). For calls '
+            'with image and text together, apply takes pairing="paired" or "shared"'
+        )
+    if value is not None:
+        check_choice("pairing", value, ("paired", "shared"))
 
 
 def check_rate(value: Any) -> float:

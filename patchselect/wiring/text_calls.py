@@ -6,7 +6,7 @@ from typing import Any, Callable
 
 from torch import nn
 
-from ..adapter import TextRun
+from ..adapter import TextCall, TextRun
 from .guidance import check_text, current, scope
 from .state import Wiring
 
@@ -26,8 +26,37 @@ def call_with_text(model: nn.Module, name: str, original: Original, *args: Any, 
     if call is None:
         return original(*args, **kwargs)
     check_text(wiring, call.features)
-    with scope(wiring, call.features, "paired", exact=call.images_per_text, memo=call.remembered):
+    pairing = _pairing(wiring, call, f"{type(model).__name__}.{name}")
+    exact = call.images_per_text if pairing == "paired" else 0
+    with scope(wiring, call.features, pairing, exact=exact, memo=call.remembered, repeat=call.repeat):
         return original(*args, **kwargs)
+
+
+def _pairing(wiring: Wiring, call: TextCall, name: str) -> str:
+    """Return which texts of a call guide which of its images, which is never guessed from how many there are.
+
+    Raises:
+        ValueError: the call compares all images with all texts, and `apply` was not told what that means; or it does
+            not, and was told to share its texts.
+    """
+    said = wiring.plan.pairing
+    if not call.compares_all:
+        if said == "shared":
+            raise ValueError(
+                f'{name} pairs text i with image i, so pairing="shared" of patchselect.apply has no meaning for it: '
+                "apply without pairing=, or give texts that all images share with patchselect.guide(model, "
+                'text_features, pairing="shared")'
+            )
+        return "paired"
+    if said is None and len(call.features) > 1:
+        raise ValueError(
+            f"{name} compares every image with every text, so it cannot be told from the call which text chooses the "
+            'patches of which image. Say it: patchselect.apply(model, pairing="paired") where text i belongs to image '
+            'i (contrastive training), patchselect.apply(model, pairing="shared") where the texts are candidates for '
+            "every image (class prompts: one selection per image for all of them), or patchselect.score_pairs(model, "
+            "images, texts), where each text chooses for itself"
+        )
+    return said or "shared"  # a single text guides every image either way
 
 
 def remembered(module: nn.Module, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TextRun | None:

@@ -15,7 +15,8 @@ def texts_for(layer: Layer, guidance: Guidance, tokens: Tensor) -> Tensor:
     `(B', 1, D_text)` in tiles, `(B, T, D_text)`, or `(1, T, D_text)` where all images share them.
 
     Raises:
-        ValueError: another device, or a number of texts that does not fit the images.
+        ValueError: another device, a number of texts that does not fit the images, or several images per text whose
+            order nobody has told.
     """
     # A view of a text that needs a gradient would still claim to need one where none is taken (momentum towers).
     text = guidance.text if torch.is_grad_enabled() else guidance.text.detach()
@@ -34,10 +35,21 @@ def texts_for(layer: Layer, guidance: Guidance, tokens: Tensor) -> Tensor:
         text = text.flatten(0, 1)
     if guidance.pairing == "shared" or (guidance.pairing == "all" and layer.first):
         return text.unsqueeze(0)
-    if rows % text.shape[0] or (guidance.exact and rows != guidance.exact * text.shape[0]):
+    texts = text.shape[0]
+    if rows % texts or (guidance.exact and rows != guidance.exact * texts):
         raise ValueError(
-            f"{text.shape[0]} texts for {rows} images: text i guides image i, so there must be as many (or, in "
-            "guide(), a whole multiple of images). For one selection that serves all texts, or every image with "
+            f"{texts} texts for {rows} images: text i guides image i, so there must be as many (or, in guide() with "
+            "repeat=, a whole multiple of images). For one selection that serves all texts, or every image with "
             'every text, call the image side under guide(model, text_features, pairing="shared") or "all"'
         )
-    return text.unsqueeze(1)
+    in_order = guidance.pairing == "all" or guidance.repeat == "tile"  # later layers of "all" see image-major rows
+    if rows == texts or texts == 1 or in_order:
+        return text.unsqueeze(1)
+    if guidance.repeat == "each":
+        return text.repeat_interleave(rows // texts, dim=0).unsqueeze(1)
+    raise ValueError(
+        f"{texts} texts for {rows} images, and nothing says which {rows // texts} images belong to a text: "
+        'guide(model, text_features, repeat="each") where they follow each other (the frames of a video), '
+        'repeat="tile" where they do not (torch.cat([image0, image1])), or pairing="shared" where the texts are '
+        "candidates for every image"
+    )

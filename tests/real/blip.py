@@ -114,7 +114,7 @@ def itm(folder: Path) -> Case:
 
     return Case(
         model, batch, evaluations={"demo.ipynb, match_head='itc'": Evaluation(contrast)}, pairs=_pairs(batch),
-        tokens=lambda given: ids_of(model, given), extra_text_layers=LAYERS,
+        pairing="paired", tokens=lambda given: ids_of(model, given), extra_text_layers=LAYERS,
     )  # fmt: skip
 
 

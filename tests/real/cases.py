@@ -28,5 +28,7 @@ class Case(Head):
     """A call with these images and these texts of `batch(0)`, if a matching head scores its pairs."""
     tokens: Callable[[Any], Any] = texts_in
     """What `score_pairs` gets of the texts of a batch."""
+    pairing: str | None = None
+    """What `apply` must be told, if some call of it compares all images with all texts."""
     trains: bool = True
     """Whether its call has a gradient (feature extractors have none)."""

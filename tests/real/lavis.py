@@ -289,7 +289,7 @@ def blip_itm(folder: Path) -> Case:
     contrast = Evaluation(lambda head: head(samples(5), match_head="itc"))
     return Case(
         model, batch, evaluations={"match_head='itc'": contrast}, pairs=pairs_of(batch),
-        tokens=lambda given: ids_of(model, given), extra_text_layers=LAYERS,
+        pairing="paired", tokens=lambda given: ids_of(model, given), extra_text_layers=LAYERS,
     )  # fmt: skip
 
 
@@ -318,7 +318,7 @@ def clip(folder: Path) -> Case:
 
     features = Evaluation(lambda head: dict(head.extract_features(samples(5))))
     alone = Evaluation(lambda head: head({"image": standins.pictures(3, 5)}), "image")
-    return Case(model, batch, evaluations={"extract_features": features, "an image alone": alone})
+    return Case(model, batch, pairing="paired", evaluations={"extract_features": features, "an image alone": alone})
 
 
 CASES = {

@@ -33,7 +33,7 @@ def clip(folder: Path) -> Case:
         features = head.encode_image(standins.pictures(3, 5))
         return 100.0 * F.normalize(features, dim=-1) @ F.normalize(classes, dim=-1).T
 
-    return Case(model, batch, evaluations={"README, zero-shot prediction": Evaluation(zero_shot, "image")})
+    return Case(model, batch, pairing="paired", evaluations={"README, zero-shot prediction": Evaluation(zero_shot, "image")})
 
 
 CASES = {"clip": clip}

@@ -79,7 +79,7 @@ def test_a_step_of_training(case: Case) -> None:
     reference = case.call()
     kinds = {path: (part, type(part)) for path, part in model.named_modules()}  # some make parts in their first call
     model.load_state_dict(before)
-    handle = patchselect.apply(model, 0.5)
+    handle = patchselect.apply(model, 0.5, pairing=case.pairing)
     assert list(model.state_dict()) == list(before)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     with handle.record() as trace:
@@ -109,12 +109,12 @@ def test_keeping_everything_changes_nothing(case: Case, built: Any, training: bo
     case.model.train(training)
     reference = case.call()
     built[1]()
-    patchselect.apply(case.model, 1.0)
+    patchselect.apply(case.model, 1.0, pairing=case.pairing)
     assert floats(reference) and same(floats(case.call()), floats(reference))
 
 
 def test_a_text_guides_its_own_image_alone(case: Case, built: Any) -> None:
-    handle = patchselect.apply(case.model.eval(), 0.5)
+    handle = patchselect.apply(case.model.eval(), 0.5, pairing=case.pairing)
     batch = case.batch(0)
     texts = case.images if case.captions else len(ids_in(texts_in(batch)))
     features = case.text_features()
@@ -142,16 +142,16 @@ def test_its_own_evaluation(case: Case, built: Any) -> None:
         with torch.no_grad():
             torch.manual_seed(3)
             reference = evaluation.run(model)
-            patchselect.apply(model, 1.0, guidance=evaluation.guidance)
+            patchselect.apply(model, 1.0, guidance=evaluation.guidance, pairing=case.pairing)
             torch.manual_seed(3)
             assert same(evaluation.run(model), reference)
-            handle = patchselect.apply(model, 0.5, guidance=evaluation.guidance)
+            handle = patchselect.apply(model, 0.5, guidance=evaluation.guidance, pairing=case.pairing)
             with handle.record() as trace:
                 found = evaluation.run(model)
         assert [entry.num_tokens for entry in trace[: len(expected)]] == expected
         assert all(part.isfinite().all() for part in floats(found) if isinstance(found, Tensor))
         if evaluation.guidance == "image":
-            patchselect.apply(model, 0.5)
+            patchselect.apply(model, 0.5, pairing=case.pairing)
             with pytest.raises(ValueError, match=r"patchselect\.guide.*guidance=\"image\""):
                 evaluation.run(model)
 
@@ -167,7 +167,7 @@ def test_no_layer_of_a_text_encoder_runs_more_often(case: Case, built: Any) -> N
     before = sorted(calls)
     calls.clear()
     built[1]()
-    patchselect.apply(case.model, 0.5)
+    patchselect.apply(case.model, 0.5, pairing=case.pairing)
     case.call()
     for hook in hooks:
         hook.remove()
@@ -198,7 +198,7 @@ def test_score_pairs_gives_what_its_own_forward_gives(case: Case, built: Any) ->
     if case.pairs is None:
         pytest.skip("it has no image-text matching head")
     model = case.model.eval()
-    patchselect.apply(model, 0.5)
+    patchselect.apply(model, 0.5, pairing=case.pairing)
     expected = pair_by_pair(case)
     assert expected.std() > 1e-4
     built[1]()
