@@ -139,7 +139,7 @@ except ImportError:
             def __init__(self, display: bool = False) -> None:
                 self.seen: Any = torch.autograd.profiler.profile(record_shapes=True)
 
-            def __enter__(self) -> FlopCounterMode:
+            def __enter__(self) -> Any:
                 self.seen.__enter__()
                 return self
 
