@@ -8,6 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .compat import VIEWS_OTHER_SIZES
+
+WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _AT_ONCE = 2**15
 """Words that are mixed together: few enough for the cache, and for a tight limit of memory."""
 
@@ -21,7 +24,9 @@ def checksums(tensors: Sequence[Tensor]) -> tuple[str, ...]:
         kinds.append(f"{local.dtype} {tuple(local.shape)}")
         local = local.reshape(-1)
         size = local.element_size()
-        if local.numel() * size % 8:
+        if not VIEWS_OTHER_SIZES:
+            words = local.view(WORDS[size])
+        elif local.numel() * size % 8:
             words = local.view(torch.uint8)
         else:
             words = (local.clone() if local.storage_offset() * size % 8 else local).view(torch.int64)

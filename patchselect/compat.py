@@ -10,16 +10,17 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor
 
-KEEPS_STORAGES = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 4)
+RELEASE = tuple(int(part) for part in torch.__version__.split(".")[:2])
+KEEPS_STORAGES = RELEASE >= (2, 4)
 _compiler: Any = getattr(torch, "compiler", None)
 
 if hasattr(_compiler, "is_compiling"):  # torch 2.3
     is_compiling = _compiler.is_compiling
     is_dynamo_compiling = _compiler.is_dynamo_compiling
 else:
-    try:
-        from torch._dynamo import is_compiling  # type: ignore[attr-defined] # torch 2.1
-    except (ImportError, AttributeError):  # torch 2.0: dynamo says it in no way; torch 1: there is none
+    if RELEASE >= (2, 1):
+        from torch._dynamo import is_compiling  # type: ignore[attr-defined]
+    else:  # torch 2.0: dynamo, whose import would bring transformers along, does not say; torch 1: there is none
 
         def is_compiling() -> bool:
             return False
@@ -40,6 +41,10 @@ KEEPS_GRAPH = (
     else None
 )
 """How torch checkpoints without losing the graph of what a block reads besides its arguments, if it can."""
+
+
+VIEWS_OTHER_SIZES = RELEASE >= (1, 11)
+"""Whether a tensor may be viewed in a dtype of another size."""
 
 
 def memory_of(tensor: Tensor) -> Any:
