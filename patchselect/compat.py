@@ -17,13 +17,12 @@ _compiler: Any = getattr(torch, "compiler", None)
 if hasattr(_compiler, "is_compiling"):  # torch 2.3
     is_compiling = _compiler.is_compiling
     is_dynamo_compiling = _compiler.is_dynamo_compiling
-else:
-    if RELEASE >= (2, 1):
-        from torch._dynamo import is_compiling  # type: ignore[attr-defined]
-    else:  # torch 2.0: dynamo, whose import would bring transformers along, does not say; torch 1: there is none
+elif hasattr(torch._utils, "is_compiling"):  # torch 2.1; dynamo's own would bring transformers along
+    is_compiling = is_dynamo_compiling = torch._utils.is_compiling
+else:  # torch 2.0: dynamo says it in no way; torch 1: there is none
 
-        def is_compiling() -> bool:
-            return False
+    def is_compiling() -> bool:
+        return False
 
     is_dynamo_compiling = is_compiling
 
