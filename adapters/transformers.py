@@ -29,6 +29,8 @@ from patchselect.weights import Projections, gathered, pool_cost, through_norm
 from patchselect.wiring.journey import call_tower
 from patchselect.wiring.text_calls import Original, call_with_text, recall_text
 
+from .switches import advice_of_transformers
+
 BLOCK_PARTS = {"layer_norm1", "self_attn", "layer_norm2", "mlp"}
 ATTENTION_PARTS = ("q_proj", "k_proj", "v_proj", "out_proj")
 WHOLE_MODEL_PARTS = {"vision_model", "text_model", "visual_projection", "text_projection", "classifier"}
@@ -150,6 +152,9 @@ class TransformersClip(Adapter):
 
     def as_output(self, tower: Tower, tokens: Tensor) -> Any:
         return (tokens,) if tower.parts["returns_tuple"] else tokens
+
+    def instead_of_reentry(self, model: nn.Module, tower: Tower) -> str:
+        return advice_of_transformers(model, tower.module) or super().instead_of_reentry(model, tower)
 
     def projections(self, block: Any) -> Projections:
         attention = block.self_attn

@@ -16,6 +16,8 @@ from patchselect.adapter import Adapter, Attended, Tower, Wrapper, bound
 from patchselect.weights import Projections
 from patchselect.wiring.journey import call_tower, note_grid
 
+from .switches import advice_of_transformers
+
 BLOCK_PARTS = {"attention", "intermediate", "output", "layernorm_before", "layernorm_after"}
 CALL = ("input_ids", "attention_mask", "token_type_ids", "pixel_values", "pixel_mask", "inputs_embeds")
 
@@ -111,6 +113,9 @@ class TransformersVilt(Adapter):
 
     def finish(self, tower: Tower, block: Any, tokens: Tensor, rest: Any) -> Any:
         return (block.output(block.intermediate(block.layernorm_after(tokens)), tokens), *rest)
+
+    def instead_of_reentry(self, model: nn.Module, tower: Tower) -> str:
+        return advice_of_transformers(model, tower.module) or super().instead_of_reentry(model, tower)
 
     def projections(self, block: Any) -> Projections:
         attention = block.attention.attention

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .compat import KEEPS_GRAPH
 from .weights import Projections, through_norm
 
 Wrapper = Callable[..., Any]
@@ -171,6 +172,13 @@ class Adapter:
     def carry(self, tower: Tower) -> dict[str, Any]:
         """Return keyword arguments for `attend` that a block which checkpoints itself must find when it runs again."""
         return {}
+
+    def instead_of_reentry(self, model: nn.Module, tower: Tower) -> str:
+        """Return what to do in place of reentrant checkpointing, which passes gradients to a block's arguments alone.
+
+        It must exist in the releases that are installed.
+        """
+        return KEEPS_GRAPH or "turn gradient checkpointing off"
 
     def as_output(self, tower: Tower, tokens: Tensor) -> Any:
         """Return tokens as a block of this host returns them: what a block that is skipped returns of its input."""

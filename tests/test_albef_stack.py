@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.multiprocessing
-from heads import build, floats, loss_of, rewound
+from heads import build, floats, loss_of, rewound, skip_what_autocast_cannot_run
+from since import since
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
 
@@ -57,11 +58,13 @@ def _step(rank: int, world: int, store: str, name: str, how: str, half: bool, re
 
 
 @REAL_OR_DOUBLE
-@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+@pytest.mark.parametrize("how", ["ddp", pytest.param("fsdp", marks=since("FSDP2"))])
 @pytest.mark.parametrize("half", [False, True], ids=["float32", "autocast"])
 def test_two_processes_lose_what_one_loses(name, how, half, tmp_path):
     """Each rank has the loss of its share alone, and the gradients are the mean of the two."""
     build(name)
+    if half:
+        skip_what_autocast_cannot_run(name)
     losses, gradients = [], []
     for rank in range(2):
         head = build(name)
@@ -107,6 +110,7 @@ def test_autocast_loses_what_float32_loses(name, monkeypatch):
 
     With the same patches kept, what is left is the rounding of the model itself, patched or not: one `HALF`.
     """
+    skip_what_autocast_cannot_run(name)
     head = build(name)
     without_chance(head.model.train(), monkeypatch)
     rewind = rewound(head)

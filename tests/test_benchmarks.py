@@ -4,21 +4,20 @@ import json
 
 import pytest
 import torch
+from since import BENCHMARKS, needs
 
-open_clip = pytest.importorskip("open_clip")
-pytest.importorskip("skimage")
-pytest.importorskip("matplotlib")
-transformers = pytest.importorskip("transformers")
+needs(*BENCHMARKS, module=True)
+import transformers
 
-from benchmarks.cases import Case, Inputs  # noqa: E402
-from benchmarks.cost import peak_memory  # noqa: E402
-from benchmarks.counting import FlopBook  # noqa: E402
-from benchmarks.data import SOURCES, batch_of, load_photos  # noqa: E402
-from benchmarks.models import load  # noqa: E402
-from benchmarks.run import inputs_of  # noqa: E402
-from benchmarks.speed import main  # noqa: E402
-from benchmarks.tome import match, matching_flops, merge, schedule, token_merging  # noqa: E402
-from patchselect.functional import num_kept  # noqa: E402
+from benchmarks.common.cost import peak_memory
+from benchmarks.common.photographs import SOURCES, batch_of, load_photos
+from benchmarks.common.tome import attend, match, matching_flops, merge, schedule, token_merging
+from benchmarks.models.loading import load
+from benchmarks.speed.__main__ import main
+from benchmarks.speed.cases import Case, Inputs, Selection
+from benchmarks.speed.counting import FlopBook
+from benchmarks.speed.run import inputs_of
+from patchselect.functional import num_kept
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -34,7 +33,7 @@ def one_thread():
 def base():
     """ViT-B/16 at 224 pixels, with one image and one text."""
     host = load("ViT-B-16")
-    return FlopBook(host, None, None, inputs_of(host, load_photos(SOURCES[:1]), 1))
+    return FlopBook(host, Selection(), inputs_of(host, load_photos(SOURCES[:1]), 1))
 
 
 def test_command_line(tiny, tmp_path, capsys):
@@ -123,7 +122,7 @@ def test_flops_of_selection_are_those_of_its_tokens(base, rate):
 
 def test_flops_do_not_depend_on_the_batch(base):
     host, photos = base.host, load_photos(SOURCES[:2])
-    assert FlopBook(host, None, None, inputs_of(host, photos, 2)).of(Case("text", 0.5)) == base.of(Case("text", 0.5))
+    assert FlopBook(host, Selection(), inputs_of(host, photos, 2)).of(Case("text", 0.5)) == base.of(Case("text", 0.5))
 
 
 def test_tome_meets_the_flops_of_selection(base):
@@ -228,8 +227,6 @@ def test_tome_in_a_model(tiny, library, fused):
 
 def test_proportional_attention_counts_copies():
     """A token of size 3 is attended to as three equal tokens are."""
-    from benchmarks.tome import attend
-
     query, key, value = torch.randn(3, 2, 4, 6, 8).double().unbind(0)
     sizes = torch.tensor([1, 3, 1, 2, 1, 1]).double()
     copied = [x.repeat_interleave(sizes.long(), dim=2) for x in (key, value)]

@@ -9,14 +9,17 @@ import torch
 from hosts import HOSTS, Case, build
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
+from since import missing, needs, since
 
 import patchselect
 from patchselect.budget import Cost, own_patches
 from patchselect.functional import as_ratio
 from patchselect.wiring.towers import find_towers
+
+if missing("counting") is None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
 
 REAL = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
 
@@ -40,7 +43,9 @@ def guided(case: Case, images) -> None:
 
 @functools.lru_cache(maxsize=None)
 def real_clip():
-    transformers = pytest.importorskip("transformers")
+    needs("projected tower")
+    import transformers
+
     config = transformers.CLIPVisionConfig(**REAL, patch_size=16, image_size=224, projection_dim=512)
     return transformers.CLIPVisionModelWithProjection(config).eval()
 
@@ -58,6 +63,7 @@ def tower_cost(model, size: int, rates=None) -> float:
             return counted(lambda: model(images, **flags))
 
 
+@since("counting")
 @pytest.mark.parametrize("name", list(HOSTS))
 def test_the_arithmetic_is_what_a_counter_counts(name):
     case = build(name)
@@ -74,6 +80,7 @@ def test_the_arithmetic_is_what_a_counter_counts(name):
         assert found == pytest.approx(expected, rel=0.01)
 
 
+@since("counting")
 @pytest.mark.parametrize("relevance", ["keys", "features", "values", "joint"])
 def test_the_arithmetic_is_exact_for_a_clip(relevance):
     model = real_clip()
@@ -88,6 +95,7 @@ def test_the_arithmetic_is_exact_for_a_clip(relevance):
     patchselect.remove(model)
 
 
+@since("counting")
 def test_a_thousand_classes_cost_less_than_the_unpatched_pass_of_one_image():
     model = real_clip()
     own = tower_cost(model, 224)
@@ -97,6 +105,7 @@ def test_a_thousand_classes_cost_less_than_the_unpatched_pass_of_one_image():
     patchselect.remove(model)
 
 
+@since("counting")
 @pytest.mark.parametrize("per_layer", [False, True])
 @pytest.mark.parametrize(("budget", "size"), [(0.5, 224), (0.6, 224), (0.8, 224), (0.97, 224), (1.0, 256), (1.3, 288)])
 def test_measured_flops_land_within_two_percent_of_the_budget(budget, size, per_layer):

@@ -6,7 +6,8 @@ import functools
 
 import pytest
 import torch
-from hosts import build, ids
+from hosts import build, ids, vision_transformer
+from since import needs, since
 from torch import nn
 
 import patchselect
@@ -183,16 +184,20 @@ def test_unsupported_models(case):
             patchselect.apply(model)
     with pytest.raises(TypeError, match="must be a torch.nn.Module, got str"):
         patchselect.apply("ViT-B-16")  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="already compiled: call patchselect.apply first"):
-        patchselect.apply(torch.compile(case.model))
-    compiled = build("clip").model
-    compiled.compile()
-    with pytest.raises(TypeError, match="already compiled"):
-        patchselect.apply(compiled)
     with pytest.raises(TypeError, match="TorchScript"):
         patchselect.apply(torch.jit.script(nn.Linear(2, 2)))
     with pytest.raises(TypeError, match="DataParallel is not supported"):
         patchselect.apply(nn.DataParallel(case.model))
+
+
+@since("compile")
+def test_compiled_models_are_refused(case):
+    with pytest.raises(TypeError, match="already compiled: call patchselect.apply first"):
+        patchselect.apply(torch.compile(case.model))
+    if hasattr(case.model, "compile"):  # torch 2.1
+        case.model.compile()
+        with pytest.raises(TypeError, match="already compiled"):
+            patchselect.apply(case.model)
 
 
 def test_data_parallel_around_a_patched_model_is_refused():
@@ -215,7 +220,9 @@ def test_data_parallel_around_a_patched_model_is_refused():
     ],
 )
 def test_open_clip_towers_that_cannot_be_supported_are_refused_by_name(name, reason):
-    open_clip = pytest.importorskip("open_clip")
+    needs("towers on meta")
+    import open_clip
+
     with torch.device("meta"):
         model = open_clip.create_model(name, device="meta")
     before = classes(model)
@@ -225,7 +232,9 @@ def test_open_clip_towers_that_cannot_be_supported_are_refused_by_name(name, rea
 
 
 def test_dense_readers_are_refused():
-    transformers = pytest.importorskip("transformers")
+    needs("CLIPSeg", "LLaVA")
+    import transformers
+
     sizes = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2)
     vision = dict(sizes, image_size=32, patch_size=16)
     config = transformers.CLIPSegConfig(
@@ -248,6 +257,7 @@ def test_dense_readers_are_refused():
 
 @pytest.mark.parametrize("name", ["open_clip", "timm_class_token", "open_clip_siglip"])
 def test_grids_of_a_shortened_sequence_are_refused(name):
+    needs("open_clip intermediates" if name == "open_clip" else "intermediates")
     case = build(name)
     patchselect.apply(case.model, 0.5, guidance="image")
     tower, images = case.tower(case.model), case.images(2)
@@ -296,8 +306,9 @@ def test_a_mask_that_the_tower_does_not_read_is_refused_if_it_hides_something(ca
 
 
 def test_patch_dropout_cannot_be_recorded():
-    open_clip = pytest.importorskip("open_clip")
     case = build("open_clip")
+    import open_clip
+
     case.model.visual.patch_dropout = open_clip.transformer.PatchDropout(0.5)
     handle = patchselect.apply(case.model, 0.5, guidance="image")
     case.model.train()
@@ -307,9 +318,9 @@ def test_patch_dropout_cannot_be_recorded():
 
 
 def test_a_record_knows_the_grid_of_each_call_and_none_afterwards():
-    timm = pytest.importorskip("timm")
+    needs("intermediates")
     sizes = dict(img_size=64, patch_size=16, embed_dim=48, depth=6, num_heads=4, dynamic_img_size=True)
-    model = timm.models.VisionTransformer(**sizes).eval()
+    model = vision_transformer()(**sizes).eval()
     handle = patchselect.apply(model, 0.5, layers=[1, 4], guidance="image")
     tall, wide = torch.randn(1, 3, 64, 32), torch.randn(1, 3, 32, 64)
     with torch.no_grad(), handle.record() as trace:

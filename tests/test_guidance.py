@@ -5,17 +5,23 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import contextvars
+import functools
 import gc
+import inspect
 import threading
 
 import pytest
 import torch
+from checkpointing import needs_graph, switch_on, ways
 from hosts import build, ids
+from since import since
 from torch.utils.checkpoint import checkpoint
 
 import patchselect
 from patchselect.wiring import recomputation as guidance_module
 
+TABLES = (guidance_module._noted, guidance_module._recorded, guidance_module._carried)
+KINDS = {"use_reentrant": False} if "use_reentrant" in inspect.signature(checkpoint).parameters else {}
 CHECKPOINTED = ["clip", "siglip", "open_clip", "timm_class_token", "open_clip_siglip"]
 
 
@@ -110,6 +116,7 @@ def test_a_guide_whose_selection_is_gone_is_refused(case):
             pass
 
 
+@since("function transforms")
 def test_gradients_by_function_transforms():
     case = build("open_clip")
     patchselect.apply(case.model, 0.5)
@@ -211,16 +218,17 @@ def test_tasks_do_not_see_each_others_text(case):
         assert all(asyncio.run(main()))
 
 
-def gradients(name: str, switch, relevance: str):
+def gradients(name: str, options, relevance: str, detached: bool = False):
     """Two forward calls with different texts, then one backward of their sum, outside of any guide."""
     torch.manual_seed(0)
     case = build(name)
     case.model.train()
     patchselect.apply(case.model, 0.5, relevance=relevance)
-    switch(case.model)
+    if options is not None:
+        switch_on(case.model, options)
     images = case.images(2)
     texts = [torch.randn(2, case.text_width, generator=torch.Generator().manual_seed(i)) for i in (1, 2)]
-    texts = [text.requires_grad_() for text in texts]
+    texts = [text.requires_grad_(not detached) for text in texts]
     losses = []
     for weight, text in zip((1.0, 3.0), texts):
         with patchselect.guide(case.model, text):
@@ -231,20 +239,16 @@ def gradients(name: str, switch, relevance: str):
     return {**found, **{f"text {index}": text.grad for index, text in enumerate(texts)}}
 
 
-def checkpointing(model, **options):
-    if hasattr(model, "gradient_checkpointing_enable"):
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
-    else:
-        model.set_grad_checkpointing(True)
-
-
 @pytest.mark.parametrize("relevance", ["keys", "values"])
 @pytest.mark.parametrize("name", CHECKPOINTED)
 def test_checkpointing_changes_no_gradient(name, relevance):
-    expected = gradients(name, lambda model: None, relevance)
-    ways = [dict(use_reentrant=False), dict(use_reentrant=True)] if name in ("clip", "siglip") else [{}]
-    for options in ways:
-        found = gradients(name, lambda model, options=options: checkpointing(model, **options), relevance)
+    """Or a text that would lose its gradient is refused, with advice that this release of the host can follow."""
+    for way in ways(name):
+        if not way.carries_text:
+            with pytest.raises(RuntimeError, match=f"{way.advice}.*or give guide.. detached text features"):
+                gradients(name, way.options, relevance)
+        expected = gradients(name, None, relevance, detached=not way.carries_text)
+        found = gradients(name, way.options, relevance, detached=not way.carries_text)
         assert found.keys() == expected.keys()
         for key, value in expected.items():
             assert (value is None) == (found[key] is None), key
@@ -252,22 +256,46 @@ def test_checkpointing_changes_no_gradient(name, relevance):
                 torch.testing.assert_close(
                     found[key], value, rtol=1e-4, atol=1e-5, msg=lambda m, key=key: f"{key}: {m}"
                 )
-    assert not guidance_module._noted or not any(
-        kept.owner.model.training is None for kept, _ in guidance_module._noted.values()
-    )
+
+
+@pytest.mark.parametrize("name", ["clip", "open_clip", "timm_class_token", "albef", "openai_clip"])
+def test_training_steps_leave_no_noted_text_behind(name):
+    """With and without checkpointing of every block, the text trained or not."""
+    case = build(name)
+    case.model.train()
+    patchselect.apply(case.model, 0.5)
+    blocks = patchselect.wiring.towers.find_towers(case.model)[0].blocks
+    images = case.images(2)
+    gc.collect()
+    before = [len(table) for table in TABLES]
+    for checkpointed in (False, True):
+        if checkpointed:
+            for block in blocks:
+                block.forward = functools.partial(checkpoint, block.forward, **KINDS)
+        for step in range(4):
+            text = torch.randn(2, case.text_width, requires_grad=bool(step % 2) and (bool(KINDS) or not checkpointed))
+            with patchselect.guide(case.model, text), patchselect.handle_of(case.model).record():
+                loss = case.image_side(case.model, images.clone().requires_grad_()).square().sum()
+            assert len(guidance_module._noted) > before[0], "nothing was noted at all"
+            loss.backward()
+            del loss, text
+            gc.collect()
+            assert [len(table) for table in TABLES] == before, (checkpointed, step)
 
 
 @pytest.mark.parametrize("guidance", ["text", "image"])
 @pytest.mark.parametrize("name", ["clip", "open_clip", "timm_class_token"])
 def test_checkpointing_where_nothing_before_the_selection_trains(name, guidance):
     found = []
-    for switch in (lambda model: None, lambda model: checkpointing(model, use_reentrant=False)):
+    needs_graph(name)
+    for options in (None, ways(name)[0].options):
         case = build(name)
         case.model.train().requires_grad_(False)
         for block in patchselect.wiring.towers.find_towers(case.model)[0].blocks[2:]:
             block.requires_grad_(True)
         handle = patchselect.apply(case.model, 0.5, layers=[2, 4], guidance=guidance)
-        switch(case.model)
+        if options is not None:
+            switch_on(case.model, options)
         text = torch.randn(2, case.text_width, generator=torch.Generator().manual_seed(0))
         with handle.record() as trace, contextlib.ExitStack() as stack:
             if guidance == "text":
@@ -301,12 +329,18 @@ def test_nothing_is_kept_for_recomputation_once_it_cannot_happen():
     assert len(guidance_module._noted) == before
 
 
+def tokens_for(case):
+    """Tokens of two images as a block of this release takes them: batch first or second."""
+    first = patchselect.wiring.towers.find_towers(case.model)[0].batch_first
+    return torch.randn(*((2, 17) if first else (17, 2)), 64, requires_grad=True)
+
+
 def test_reentrant_checkpointing_that_would_lose_the_gradient_of_the_text_is_refused():
     case = build("open_clip")
     case.model.train()
     patchselect.apply(case.model, 0.5)
     block = case.model.visual.transformer.resblocks[1]
-    x = torch.randn(2, 17, 64, requires_grad=True)
+    x = tokens_for(case)
     text = torch.randn(2, 24, requires_grad=True)
     with patchselect.guide(case.model, text):
         out = checkpoint(block, x, use_reentrant=True)
@@ -324,7 +358,7 @@ def test_one_input_guided_by_two_texts_is_never_recomputed_with_the_wrong_one():
     case.model.train()
     patchselect.apply(case.model, 0.5)
     block = case.model.visual.transformer.resblocks[1]
-    x = torch.randn(2, 17, 64, requires_grad=True)
+    x = tokens_for(case)
     outs = []
     for _ in range(2):
         with patchselect.guide(case.model, torch.randn(2, 24)):
@@ -336,7 +370,7 @@ def test_one_input_guided_by_two_texts_is_never_recomputed_with_the_wrong_one():
 def test_recording_counts_each_call_once_under_checkpointing():
     case = build("open_clip")
     handle = patchselect.apply(case.model.train(), 0.5)
-    checkpointing(case.model)
+    switch_on(case.model, {})
     with handle.record() as trace:
         for _ in range(2):
             with patchselect.guide(case.model, torch.randn(2, 24)):
@@ -346,11 +380,13 @@ def test_recording_counts_each_call_once_under_checkpointing():
 
 @pytest.mark.parametrize("guidance", ["text", "image"])
 def test_pooled_patches_train_under_checkpointing(guidance):
+    needs_graph("open_clip")
     found = []
-    for switch in (lambda model: None, checkpointing):
+    for switched in (False, True):
         case = build("open_clip")
         handle = patchselect.apply(case.model.train(), 0.5, guidance=guidance)
-        switch(case.model)
+        if switched:
+            switch_on(case.model, {})
         text = torch.randn(2, 24, generator=torch.Generator().manual_seed(0))
         with handle.record() as trace:
             if guidance == "text":
@@ -367,11 +403,11 @@ def test_pooled_patches_train_under_checkpointing(guidance):
 def test_reentrant_checkpointing_without_the_graph_of_pooled_patches_is_an_error_where_they_train():
     """Looking at them is none, nor is a loss of something else."""
     case = build("clip")
-    handle = patchselect.apply(case.model.train(), 0.5)
+    handle, way = patchselect.apply(case.model.train(), 0.5), ways("clip")[-1]
     images, text = case.images(2), torch.randn(2, 24)
     with torch.no_grad(), handle.record() as expected, patchselect.guide(case.model, text):
         case.image_side(case.model, images)
-    case.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    switch_on(case.model, way.options)
     with handle.record() as trace, patchselect.guide(case.model, text):
         out = case.image_side(case.model, images)
     for entry, plain in zip(trace, expected):
@@ -379,7 +415,7 @@ def test_reentrant_checkpointing_without_the_graph_of_pooled_patches_is_an_error
     out.sum().backward()
     with handle.record() as trace, patchselect.guide(case.model, text):
         out = case.image_side(case.model, images)
-    with pytest.raises(RuntimeError, match="'use_reentrant': False"):
+    with pytest.raises(RuntimeError, match=way.advice):
         (out.sum() + trace[0].pooled.square().sum()).backward()
     with torch.no_grad(), handle.record() as trace, patchselect.guide(case.model, text):
         case.image_side(case.model, images)

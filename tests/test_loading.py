@@ -3,17 +3,17 @@
 import pytest
 import torch
 from conftest import TINY
+from since import BENCHMARKS, needs
 
-open_clip = pytest.importorskip("open_clip")
-pytest.importorskip("skimage")
-pytest.importorskip("matplotlib")
-transformers = pytest.importorskip("transformers")
+needs(*BENCHMARKS, module=True)
+import open_clip
+import transformers
 
-from benchmarks.data import SOURCES, load_photos  # noqa: E402
-from benchmarks.models import load  # noqa: E402
-from benchmarks.models_open_clip import name_of_shapes  # noqa: E402
-from benchmarks.models_transformers import preprocessing  # noqa: E402
-from benchmarks.run import inputs_of  # noqa: E402
+from benchmarks.common.photographs import SOURCES, load_photos
+from benchmarks.models.from_open_clip import name_of_shapes
+from benchmarks.models.from_transformers import preprocessing
+from benchmarks.models.loading import load
+from benchmarks.speed.run import inputs_of
 
 
 def test_unknown_model_says_what_is_known():

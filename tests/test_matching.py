@@ -11,6 +11,7 @@ import torch
 from doubles.text import Output
 from heads import build
 from hosts import ids
+from since import needs
 from torch import Tensor, nn
 
 import patchselect
@@ -99,7 +100,9 @@ def test_heads_that_score_no_pairs_say_so():
 
 
 def test_a_matching_head_scores_pairs_by_its_fusion_encoder():
-    transformers = pytest.importorskip("transformers")
+    needs("BLIP")
+    import transformers
+
     sizes = dict(hidden_size=48, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4)
     config = transformers.BlipConfig(
         text_config=dict(sizes, vocab_size=99, encoder_hidden_size=48, projection_dim=24, bos_token_id=97),

@@ -7,12 +7,14 @@ from unittest import mock
 
 import pytest
 import torch
+from since import needs, since
 
 import patchselect
 from patchselect.functional import num_kept
 
-open_clip = pytest.importorskip("open_clip")
-timm = pytest.importorskip("timm")
+needs("open_clip", "timm", module=True)
+import open_clip
+import timm
 
 TIMM_SMALL = dict(img_size=64, patch_size=16, embed_dim=32, depth=4, num_heads=2)
 CONFIGS = {name: open_clip.get_model_config(name) for name in open_clip.list_models()}
@@ -89,6 +91,7 @@ def check(model, images: torch.Tensor, prefix: int, patches: int) -> None:
         assert torch.equal(model.encode_image(images), before)
 
 
+@since("56 configurations")
 def test_the_lists_are_what_the_readme_says():
     assert len(OWN) >= 56 and len(TRANSFORMERS_TEXT) >= 8 and len(TIMM) >= 20
 
@@ -125,7 +128,7 @@ def test_timm_tower(name):
 @pytest.mark.parametrize("name", TRANSFORMERS_TEXT)
 def test_text_towers_of_transformers(name):
     """The real text tower class of open_clip around a tiny encoder of transformers."""
-    transformers = pytest.importorskip("transformers")
+    import transformers
     from open_clip.hf_model import HFTextEncoder
 
     model = shrunk(name)
@@ -145,6 +148,7 @@ def test_text_towers_of_transformers(name):
     check(model, torch.randn(2, 3, *model.visual.image_size), 1, 9)
 
 
+@since("scaled cosine")
 def test_relevance_by_scaled_cosine_is_the_attention_of_the_block():
     """Also with the next major version: `PYTHONPATH=…/open_clip/src pytest -k scaled_cosine`."""
     vision = dict(image_size=64, layers=3, width=64, head_width=16, patch_size=16, scaled_cosine_attn=True)

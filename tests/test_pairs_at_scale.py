@@ -11,11 +11,13 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from hosts import build, texts
+from since import needs
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
 
 import patchselect
+from patchselect.compat import address_of, memory_of
 from patchselect.pairs.checksums import checksums
 
 scored = functools.partial(patchselect.score_pairs, progress=False)
@@ -27,17 +29,18 @@ class Live(TorchDispatchMode):
     def __init__(self, *given: Tensor) -> None:
         super().__init__()
         self.now = self.most = 0
-        self.known = {tensor.untyped_storage()._cdata for tensor in given}
+        self.known = {address_of(tensor) for tensor in given}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         for tensor in result if isinstance(result, (tuple, list)) else (result,):
             if isinstance(tensor, Tensor):
-                storage = tensor.untyped_storage()
-                if storage._cdata not in self.known:
-                    self.known.add(storage._cdata)
-                    self.now += storage.nbytes()
-                    weakref.finalize(storage, self._gone, storage._cdata, storage.nbytes())
+                address, memory = address_of(tensor), memory_of(tensor)
+                size = memory.nbytes() if hasattr(memory, "nbytes") else memory.numel() * memory.element_size()
+                if address not in self.known:
+                    self.known.add(address)
+                    self.now += size
+                    weakref.finalize(memory, self._gone, address, size)
         self.most = max(self.most, self.now)
         return result
 
@@ -160,7 +163,9 @@ def test_two_processes_share_the_images_and_both_get_the_matrix(tmp_path):
 
 
 def test_progress_counts_images(monkeypatch):
-    tqdm = pytest.importorskip("tqdm")
+    needs("tqdm")
+    import tqdm
+
     seen = []
     monkeypatch.setattr(tqdm.auto.tqdm, "update", lambda bar, count: seen.append((bar.total, count)))
     case = build("clip")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from hosts import HOSTS, VISION, build
+from since import BENCHMARKS, needs
 
 import patchselect
 
@@ -24,8 +25,10 @@ def test_the_pooled_output_is_the_same_or_the_model_is_refused(name):
                 patchselect.skip_unread_outputs(case.model)
             continue
         patchselect.skip_unread_outputs(case.model)
-        last, lengths = handle.towers[0].blocks[-1], []
-        last.mlp.register_forward_hook(lambda module, args, out, lengths=lengths: lengths.append(args[0].shape[1]))
+        last, lengths, axis = handle.towers[0].blocks[-1], [], int(handle.towers[0].batch_first)
+        last.mlp.register_forward_hook(
+            lambda module, args, out, lengths=lengths, axis=axis: lengths.append(args[0].shape[axis])
+        )
         with torch.no_grad(), patchselect.guide(case.model, text):
             found = case.image_side(case.model, images)
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
@@ -62,10 +65,11 @@ def test_a_last_block_that_selects_is_refused_and_training_runs_as_always():
     assert lengths[0] > 1 and last.mlp.fc1.weight.grad.abs().sum() > 0
 
 
-def test_its_benchmark_counts_what_it_saves(tmp_path, capsys):
-    transformers = pytest.importorskip("transformers")
-    pytest.importorskip("tqdm")
-    last_block = pytest.importorskip("benchmarks.last_block")
+def test_its_benchmark_counts_what_it_saves(tmp_path, capsys, flops):
+    needs("projected tower", *BENCHMARKS)
+    import transformers
+
+    from benchmarks.speed import last_block
 
     def tiny(size: int):
         config = transformers.CLIPVisionConfig(**{**VISION, "image_size": size}, projection_dim=512)

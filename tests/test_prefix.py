@@ -7,7 +7,9 @@ import io
 
 import pytest
 import torch
+from checkpointing import switch_on
 from hosts import HOSTS, Case, build, ids, take, texts
+from since import needs
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -195,6 +197,7 @@ def test_only_a_text_guided_model_has_a_prefix_and_remove_leaves_nothing_of_it()
 
 
 def test_gradients_reach_the_text_and_the_suffix_through_checkpointing():
+    needs("checkpointing kinds")
     case = build("clip")
     text = texts(case, 2).requires_grad_()
     patchselect.apply(case.model, 0.5, layers=[1, 3])
@@ -202,7 +205,7 @@ def test_gradients_reach_the_text_and_the_suffix_through_checkpointing():
     found = []
     for reentrant in (None, False):
         if reentrant is not None:
-            case.model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            switch_on(case.model, {"use_reentrant": reentrant})
         case.model.train()
         case.model.zero_grad()
         with patchselect.guide(case.model, text, prefix=prefix):

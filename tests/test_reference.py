@@ -11,6 +11,8 @@ import math
 
 import pytest
 import torch
+from hosts import clip_config
+from since import needs
 from torch import Tensor
 
 import patchselect
@@ -124,14 +126,14 @@ class Reference:
 
 @pytest.fixture(scope="module")
 def model():
-    transformers = pytest.importorskip("transformers")
+    needs("transformers")
+    from transformers import CLIPModel
+
     torch.manual_seed(0)
     sizes = dict(hidden_size=WIDTH, intermediate_size=48, num_hidden_layers=DEPTH, num_attention_heads=HEADS)
     text = dict(sizes, hidden_size=16, vocab_size=99, num_hidden_layers=1)
-    config = transformers.CLIPConfig(
-        text_config=text, vision_config=dict(sizes, image_size=32, patch_size=PATCH), projection_dim=JOINT
-    )
-    built = transformers.CLIPModel(config).double().eval()
+    config = clip_config(text, dict(sizes, image_size=32, patch_size=PATCH), projection_dim=JOINT)
+    built = CLIPModel(config).double().eval()
     with torch.no_grad():
         for parameter in built.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))

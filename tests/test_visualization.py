@@ -8,11 +8,12 @@ import sys
 import pytest
 import torch
 from hosts import HOSTS, build, texts
+from since import needs
 
 import patchselect
 
-pytest.importorskip("matplotlib")
-visualization = pytest.importorskip("patchselect.visualization")
+needs("matplotlib", "pillow", module=True)
+from patchselect import visualization
 
 
 def traced(name: str, count: int = 2, rate: float = 0.5, fusion: str = "mean"):
@@ -94,7 +95,9 @@ def test_pixels_of_any_range_are_drawn_and_colours_come_back():
 
 
 def test_photos_of_other_libraries_and_one_entry_are_drawn():
-    numpy, image = pytest.importorskip("numpy"), pytest.importorskip("PIL.Image")
+    import numpy
+    from PIL import Image as image
+
     _, trace = traced("clip", count=1)
     photo = torch.randint(0, 256, (3, 64, 48), dtype=torch.uint8)
     last = photo.permute(1, 2, 0).numpy()
@@ -189,8 +192,10 @@ def test_what_does_not_fit_is_refused():
 
 
 def test_the_command_line_writes_a_picture(tmp_path, monkeypatch):
-    open_clip = pytest.importorskip("open_clip")
-    image = pytest.importorskip("PIL.Image")
+    needs("open_clip")
+    import open_clip
+    from PIL import Image as image
+
     from patchselect.visualization import __main__ as visualize
 
     case = build("open_clip")
@@ -206,8 +211,10 @@ def test_the_command_line_writes_a_picture(tmp_path, monkeypatch):
 
 def stored(name: str, folder) -> str:
     """A tiny model of transformers in a folder of its own, with a processor whose tokenizer knows no length."""
-    transformers = pytest.importorskip("transformers")
-    tokenizers = pytest.importorskip("tokenizers")
+    needs("image processors", "SigLIP 2" if name == "siglip2" else "transformers")
+    import tokenizers
+    import transformers
+
     vocabulary = {"<pad>": 1, "<eos>": 98, "<unk>": 0, "a": 2, "cat": 3, "and": 4, "dog": 5}
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
     words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
@@ -227,7 +234,8 @@ def stored(name: str, folder) -> str:
 
 @pytest.mark.parametrize("name", ["clip", "siglip2"])
 def test_the_command_line_draws_models_of_transformers(name, tmp_path, monkeypatch):
-    image = pytest.importorskip("PIL.Image")
+    from PIL import Image as image
+
     from patchselect.visualization import __main__ as visualize
 
     photo = tmp_path / "photo.png"
@@ -246,8 +254,10 @@ def test_the_command_line_draws_models_of_transformers(name, tmp_path, monkeypat
 
 
 def test_the_command_line_refuses_a_model_without_text_features(tmp_path):
-    transformers = pytest.importorskip("transformers")
-    image = pytest.importorskip("PIL.Image")
+    needs("ViLT")
+    import transformers
+    from PIL import Image as image
+
     from patchselect.visualization import __main__ as visualize
 
     image.new("RGB", (90, 60), "orange").save(tmp_path / "photo.png")

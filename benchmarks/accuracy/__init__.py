@@ -1,1 +1,14 @@
-"""Accuracy against cost, on scenes whose contents are known: `python -m benchmarks.accuracy --help`."""
+"""Accuracy against cost: `python -m benchmarks.accuracy --help`.
+
+- `__main__` and `align` are the command lines.
+- `albef/` and `clip/` train and ask two small models on scenes whose contents are known: the studies.
+- `world/` draws those scenes and writes their captions.
+- `yours/` is for your own weights and data: zero-shot accuracy and a short alignment under selection.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+CHECKPOINTS = Path(__file__).with_name("checkpoints")
+"""Committed weights: state dicts in half precision, and what is known about each in a JSON beside it."""

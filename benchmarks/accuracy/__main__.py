@@ -5,13 +5,18 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from . import align, clip_study, zeroshot
-from .base import RESULTS, base, commit
-from .curves import ARMS, run, train_all
-from .report import asked, curve_report, draw_curves, write
-from .studies import QUERIES, STUDIES
-from .throughput import throughput
-from .train import Arm
+from benchmarks.common.command import Help
+from benchmarks.common.machine import commit
+
+from . import align
+from .albef.base import RESULTS, base
+from .albef.curves import ARMS, run, train_all
+from .albef.report import asked, curve_report, draw_curves, write
+from .albef.studies import QUERIES, STUDIES
+from .albef.throughput import throughput
+from .albef.train import Arm
+from .clip import study as clip
+from .yours import zeroshot
 
 
 def curves(
@@ -42,13 +47,12 @@ def main() -> None:
     for command in (train, quick, full, study):
         command.add_argument("--output", type=Path, default=RESULTS)
     others = {
-        "clip": (clip_study, "frozen small CLIP: relevances and rivals at equal tokens"),
+        "clip": (clip, "frozen small CLIP: relevances and rivals at equal tokens"),
         "align": (align, "a short alignment under selection, of the small CLIP or of your model and data"),
         "zeroshot": (zeroshot, "any CLIP on a folder of classes, with and without selection"),
     }
     for name, (module, about) in others.items():
-        raw = argparse.RawDescriptionHelpFormatter
-        module.add_arguments(commands.add_parser(name, help=about, description=module.__doc__, formatter_class=raw))
+        module.add_arguments(commands.add_parser(name, help=about, description=module.__doc__, formatter_class=Help))
     options = parser.parse_args()
     commit()  # asked for now: files may be changed while this runs
     if options.command in others:

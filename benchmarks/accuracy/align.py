@@ -4,204 +4,47 @@
     torchrun --nproc-per-node 8 -m benchmarks.accuracy.align --model … --data pairs.tsv
 
 `accelerate launch -m benchmarks.accuracy.align …` sets the same variables as torchrun. Without `--data` the pairs are
-emoji scenes and the model is the small CLIP of this benchmark; `--study` compares the arms on it. What comes out is
-`OUTPUT/model`, a folder that `--model` of every benchmark takes; `OUTPUT/model.pt` of the small CLIP.
+emoji scenes and the model is the small CLIP of this benchmark (`--model small-clip-0` or `small-clip-1`); `--study`
+compares the arms on it. What comes out is `OUTPUT/model`, a folder that `--model` of every benchmark takes;
+`OUTPUT/model.pt` of the small CLIP.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, Sampler
-from tqdm import tqdm
 
-import patchselect
-from benchmarks.cases import autocast
-from benchmarks.host import Host
-from patchselect.losses import gather_features, itc_loss, selection_alignment_loss
+from benchmarks.accuracy import CHECKPOINTS
+from benchmarks.common import command
+from benchmarks.models.loading import load
 
-from .align_resume import resume, save
-from .clip import CHECKPOINTS, LAYERS
-from .pairs import Pairs, scene_pairs, small_host, table_pairs
+from .clip.align_study import study
+from .clip.host import scene_pairs, small_host
+from .clip.model import LAYERS
+from .yours.alignment import Plan, align
+from .yours.pairs import table_pairs
 
 SMALL = "small-clip-"
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What is trained, and how."""
-
-    relevance: str | None = None
-    """`None`: the adapter's default."""
-    keep_rates: tuple[float, ...] = (0.5, 0.3)
-    """One is drawn for each step; (1.0,) trains without selection."""
-    layers: tuple[int, ...] | None = None
-    pairing: str = "shared"
-    """`shared`: one selection per image serves all captions of the batch, as in classification; nothing leaks.
-    `paired`: each image is selected by its own caption: its features tell whose they are (docs/training.md)."""
-    alignment: float = 0.0
-    """Weight of `selection_alignment_loss`, which needs `paired`."""
-    steps: int = 150
-    batch: int = 128
-    """Pairs per process."""
-    rate: float = 3e-4
-    seed: int = 0
-    precision: str = "fp32"
-
-    def check(self) -> None:
-        """Raise a ValueError for what cannot be."""
-        if self.pairing not in ("shared", "paired"):
-            raise ValueError(f"pairing must be 'shared' or 'paired', got {self.pairing!r}")
-        if self.alignment and self.pairing != "paired":
-            raise ValueError("selection alignment pulls what a caption selected towards it: it needs pairing='paired'")
-
-    def keep_rate(self, step: int) -> float:
-        """The same on all processes, and after a resume."""
-        return float(np.random.default_rng([self.seed, step]).choice(self.keep_rates))
-
-
-class Objective(nn.Module):
-    """The loss of a batch as a module, so that DDP sees one forward pass."""
-
-    def __init__(self, host: Host, plan: Plan) -> None:
-        super().__init__()
-        self.model, self.host, self.plan = host.model, host, plan
-
-    def forward(self, images: Tensor, tokens: dict[str, Tensor]) -> Tensor:
-        """InfoNCE over the captions of all processes, plus selection alignment at each selection layer."""
-        text = self.host.encode_text(tokens)
-        texts = gather_features(text)
-        # What captions share out must be all that the images are compared with: those of one process tell its images.
-        guiding = texts if self.plan.pairing == "shared" else text
-        handle = patchselect.handle_of(self.model)
-        with handle.record() as trace, patchselect.guide(self.model, guiding, self.plan.pairing):
-            image = self.host.encode_image(images)
-        scale = getattr(self.model, "logit_scale", None)
-        temperature = 0.07 if scale is None else 1 / scale.exp().clamp(max=100)
-        loss = itc_loss(image, text, temperature, image_candidates=gather_features(image), text_candidates=texts)
-        if self.plan.alignment:
-            tower = handle.towers[0]
-            weight = self.plan.alignment / len(trace)
-            for entry in trace:
-                projected = tower.adapter.project(tower, entry.pooled.unsqueeze(1)).squeeze(1)
-                loss = loss + weight * selection_alignment_loss(gather_features(projected), texts, temperature)
-        return loss
-
-
-class Batches(Sampler[list[tuple[int, int]]]):
-    """Places in the data and number of the epoch, for the steps that are left; a function of the seed alone."""
-
-    def __init__(self, pairs: int, plan: Plan, start: int, rank: int = 0, world: int = 1) -> None:
-        self.pairs, self.plan, self.start, self.rank, self.world = pairs, plan, start, rank, world
-        self.per_epoch = pairs // (plan.batch * world)
-        if not self.per_epoch:
-            raise ValueError(f"{pairs} pairs do not fill a batch of {plan.batch} on {world} process(es): lower --batch")
-
-    def __len__(self) -> int:
-        return self.plan.steps - self.start
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        for step in range(self.start, self.plan.steps):
-            epoch, place = divmod(step, self.per_epoch)
-            order = np.random.default_rng([self.plan.seed, epoch, 1]).permutation(self.pairs)
-            first = (place * self.world + self.rank) * self.plan.batch
-            yield [(int(row), epoch) for row in order[first : first + self.plan.batch]]
-
-
-def align(
-    host: Host, pairs: Pairs, plan: Plan, folder: Path | None = None, save_every: int = 0, workers: int = 0,
-    stop: int | None = None, progress: bool = True,
-) -> list[float]:  # fmt: skip
-    """Fine-tune `host.model` in place, in float32; it comes back without selection.
-
-    Args:
-        host: the model, on its device.
-        pairs: what to train on.
-        plan: how.
-        folder: where `last.pt` is written every `save_every` steps and at the end; if one is there, training goes on
-            from it, to the same weights as without the interruption. `None` keeps nothing.
-        save_every: steps; 0: at the end alone.
-        workers: processes that load data.
-        stop: end before this step, as an interruption would, but with a checkpoint.
-        progress: show a bar (on the first process).
-
-    Returns:
-        The losses of the steps that ran, of this process.
-
-    Raises:
-        ValueError: a plan that cannot be, fewer pairs than a batch, or a `last.pt` of another run: other plan, model,
-            weights, pairs or number of processes.
-        FloatingPointError: a loss or a gradient that is not finite; the weights are those of the step before.
-    """
-    plan.check()
-    grouped = dist.is_available() and dist.is_initialized()
-    rank, world = (dist.get_rank(), dist.get_world_size()) if grouped else (0, 1)
-    weights = [p for p in host.model.float().parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(weights, plan.rate, betas=(0.9, 0.98), weight_decay=0.02)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, plan.rate, total_steps=plan.steps, pct_start=0.1)
-    state = {"model": host.model, "optimizer": optimizer, "schedule": schedule}
-    run = {"plan": repr(plan), "model": host.name, "weights": host.weights, "data": pairs.name}
-    run.update({"pairs": str(len(pairs)), "processes": str(world)})
-    start = resume(folder, run, state)
-    loader = DataLoader(pairs, batch_sampler=Batches(len(pairs), plan, start, rank, world), num_workers=workers)
-    patchselect.apply(host.model, plan.keep_rate(start), plan.layers, "text", plan.relevance)
-    objective: nn.Module = Objective(host, plan)
-    if world > 1:
-        objective = nn.parallel.DistributedDataParallel(objective, find_unused_parameters=True)
-    device, losses, step = weights[0].device, [], start
-    host.model.train()
-    hidden = rank > 0 or not progress
-    for step, (images, tokens) in enumerate(
-        tqdm(loader, "aligning", plan.steps, initial=start, disable=hidden, mininterval=5, file=sys.stderr), start + 1
-    ):
-        # Replaces the selection of the step before and touches no weight.
-        patchselect.apply(host.model, plan.keep_rate(step - 1), plan.layers, "text", plan.relevance)
-        with autocast(plan.precision, device):
-            loss = objective(images.to(device), {name: ids.to(device) for name, ids in tokens.items()})
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(weights, 1.0)
-        if not math.isfinite(loss.item() + norm.item()):
-            patchselect.remove(host.model)
-            raise FloatingPointError(
-                f"step {step}: loss {loss.item():g}, norm of the gradient {norm.item():g}; a lower --rate, --precision "
-                "fp32 or other pairs may help"
-            )
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad(set_to_none=True)
-        losses.append(loss.item())
-        last = step in (plan.steps, stop)
-        if folder is not None and rank == 0 and (last or (save_every and step % save_every == 0)):
-            save(folder, run, state, step)
-        if last:
-            break
-    patchselect.remove(host.model)
-    host.model.eval()
-    return losses
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--model", default=f"{SMALL}0", help=f"as in benchmarks.speed, or {SMALL}0 and {SMALL}1 of this benchmark")
-    add("--pretrained", help="as in benchmarks.speed")
+    command.add_model(parser, f"{SMALL}0")
     add("--random-weights", action="store_true", help="a dry run: go on where weights or tokenizer are missing")
     add("--data", type=Path, help="lines of PATH<TAB>CAPTION; default: emoji scenes, for the small CLIP")
     add("--images", type=Path, help="folder that the paths start from; default: that of --data")
     add("--relevance", help="default: the adapter's")
     add("--keep-rate", type=float, nargs="+", default=list(Plan.keep_rates), help="one is drawn for each step")
-    add("--layers", type=int, nargs="+", help="0-based selection blocks; default: 5th and 10th of 12, scaled")
+    command.add_layers(parser)
     add("--pairing", choices=("shared", "paired"), default=Plan.pairing)
     add("--selection-alignment", type=float, default=0.0, help="weight of selection_alignment_loss; needs paired")
     add("--steps", type=int, default=Plan.steps)
@@ -209,22 +52,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--rate", type=float, help=f"highest learning rate; default: {Plan.rate} for the small CLIP, 1e-5 for others")
     add("--seed", type=int, default=0)
     add("--precision", choices=("fp32", "amp"), default="fp32", help="amp: bf16 autocast")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    command.add_device(parser)
     add("--workers", type=int, default=0, help="processes that load data")
     add("--save-every", type=int, default=100, help="steps")
     add("--threads", type=int, default=torch.get_num_threads())
     add("--checkpoints", type=Path, default=CHECKPOINTS, help="of the small CLIP")
     add("--study", action="store_true", help="compare the arms on both small CLIPs")
     add("--count", type=int, default=512, help="questions of the study")
-    add("--output", type=Path, default=Path("results/align"), help="a run there that was interrupted goes on")
+    command.add_output(parser, "results/align", "folder; a run there that was interrupted goes on")
 
 
 def main(options: argparse.Namespace) -> dict[str, Any]:
     """Align one model, on as many processes as it was launched with; or compare the arms."""
     torch.set_num_threads(options.threads)
     if options.study:
-        from .align_study import study
-
         return study(options)
     launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
     if launched:
@@ -245,11 +86,9 @@ def _run(options: argparse.Namespace) -> dict[str, Any]:
             f"emoji scenes are for {SMALL}0 and {SMALL}1, --data is for other models: give both or neither"
         )
     if small:
-        host, layers = small_host(int(options.model.removeprefix(SMALL)), options.checkpoints), LAYERS
+        host, layers = small_host(int(options.model[len(SMALL) :]), options.checkpoints), LAYERS
         pairs = scene_pairs(6000, options.seed)
     else:
-        from benchmarks.models import load
-
         host, layers = load(options.model, None, options.pretrained), None
         if not options.random_weights:
             host.check_accuracy()
@@ -279,9 +118,7 @@ def _run(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.accuracy.align", description=__doc__)
-    add_arguments(parser)
-    return parser.parse_args(arguments)
+    return command.parse("benchmarks.accuracy align", __doc__, add_arguments, arguments)
 
 
 if __name__ == "__main__":

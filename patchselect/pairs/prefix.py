@@ -74,6 +74,8 @@ class Prefix:
         return replace(self, tokens=self.tokens[images], normed=self.normed[images])
 
     def to(self, device: torch.device | str) -> Prefix:
+        """Return the same prefix on another device."""
+        """Return the same prefix on another device."""
         return replace(self, tokens=self.tokens.to(device), normed=self.normed.to(device))
 
     def check(self, wiring: Wiring) -> None:
@@ -103,10 +105,12 @@ class Prefix:
         prepare(wiring)
 
     def skips(self, layer: Layer) -> bool:
+        """Return whether this block need not run: it comes before the first selection."""
         self._check_tower(layer)
         return layer.index < layer.plan.layers[0]
 
     def recall(self, layer: Layer, hidden: Tensor) -> Attended | None:
+        """Return what the attention of the first selection layer gave; `None` for a later block."""
         self._check_tower(layer)
         if not layer.first:
             return None
@@ -123,6 +127,7 @@ class Prefix:
         return Attended(self.tokens.transpose(0, 1), self.normed.transpose(0, 1), self.rest)
 
     def take(self, layer: Layer, attended: Attended) -> bool:
+        """Return `False`: a prefix that is used takes nothing."""
         return False
 
     @staticmethod

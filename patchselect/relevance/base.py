@@ -40,7 +40,7 @@ class Candidates:
     """Which token guides where no text does: the image [CLS] (in a single stream the text's), `None` the mean patch."""
     selecting: tuple[int, ...] = ()
     """The selection layers of this tower from this one on."""
-    stash: dict[int, Any] | None = None
+    stash: list[Any] | None = None
     """Where the first selection layer of an inference pass may leave what later ones would compute again."""
 
     @property

@@ -8,7 +8,7 @@ minus its mean; `w_l = g W_o^l W_v^l`; `s_i = sum over l >= j of LN_l(x_i) . w_l
 
 from __future__ import annotations
 
-from typing import Optional, Sequence, Tuple
+from typing import NamedTuple, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -20,8 +20,18 @@ from ..weights import gathered, norm_eps
 from .base import Candidates, Relevance, check_projects, lift_cost, probe
 from .kernels import combine_scores, linear_scores, normalised_scores, value_direction
 
-Directions = Tuple[Tensor, Optional[Tensor]]
-"""One selection layer's own direction and the folded one of all later layers, each `(B, T, D)` or `(1, T, D)`."""
+
+class Directions(NamedTuple):
+    """What one selection layer reads its patches with, each `(B, T, D)` or `(1, T, D)`.
+
+    `layer` is compared and never looked for in a dict or a tuple: under torch.compile it can be a symbol, which some
+    releases do not find there.
+    """
+
+    layer: int
+    own: Tensor
+    folded: Tensor | None
+    """The sum over all later layers."""
 
 
 class Values(Relevance):
@@ -38,18 +48,21 @@ class Values(Relevance):
         normalised tokens. Where there are more texts than patches, the patches go forward through the same weights.
         """
         tower, stash, patches = seen.tower, seen.stash, seen.patches
-        found = None if stash is None else stash.pop(seen.index, None)
+        found = stash.pop(0) if stash and stash[0].layer == seen.index else None
         if found is None:
             goal = tower.adapter.read_back(tower, text)
             if not is_compiling() and patches.shape[:2].numel() < goal.shape[:2].numel():
                 values = _through_values(tower, seen.index, seen.normed, patches)
                 return linear_scores(goal.to(values.dtype), values)
-            directions = _directions(tower, (seen.index,) if stash is None else seen.selecting, goal)
-            found = directions.pop(seen.index)
+            later = () if stash is None else tuple(index for index in seen.selecting if index > seen.index)
+            found, left = _directions(tower, seen.index, later, goal)
             if stash is not None:
-                stash.update(directions)
+                stash[:] = left
         # What the first layer of pairing="all" left for (1, T) or (B, T) texts is for (T, 1) or (B * T, 1) texts here.
-        own, folded = (x if x is None or x.shape[:2] == text.shape[:2] else x.flatten(0, 1).unsqueeze(1) for x in found)
+        own, folded = (
+            x if x is None or x.shape[:2] == text.shape[:2] else x.flatten(0, 1).unsqueeze(1)
+            for x in (found.own, found.folded)
+        )
         assert own is not None
         scores = linear_scores(own, seen.normed)
         if folded is None:
@@ -87,21 +100,23 @@ class Values(Relevance):
         return once * first, 3 * tower.width
 
 
-def _directions(tower: Tower, indices: Sequence[int], goal: Tensor) -> dict[int, Directions]:
-    """Return `w_j` and `sum over l > j of gamma_l * w_l` (if any) for each layer j of `indices` (ascending)."""
+def _directions(tower: Tower, first: int, later: Sequence[int], goal: Tensor) -> tuple[Directions, list[Directions]]:
+    """Return `w_j` and `sum over l > j of gamma_l * w_l` (if any) of layer `first`, and those of the `later` ones."""
+    own = goal
     folded: Tensor | None = None
-    directions: dict[int, Directions] = {}
-    for index in reversed(range(indices[0], len(tower.blocks))):
+    beyond: Tensor | None = None
+    left: list[Directions] = []
+    for index in reversed(range(first, len(tower.blocks))):
         weights = tower.adapter.projections(tower.blocks[index])
         output = gathered(weights.output)
         scaled = goal if weights.output_scale is None else goal * gathered(weights.output_scale)
-        own = value_direction(scaled.to(output.dtype), gathered(weights.value), output)
-        if index in indices:
-            directions[index] = (own, folded)
+        own, beyond = value_direction(scaled.to(output.dtype), gathered(weights.value), output), folded
         gamma = getattr(weights.norm, "weight", None)
-        later = own if gamma is None else own * gathered(gamma)
-        folded = later if folded is None else folded + later
-    return directions
+        term = own if gamma is None else own * gathered(gamma)
+        folded = term if folded is None else folded + term
+        if index in later:
+            left.append(Directions(index, own, beyond))
+    return Directions(first, own, beyond), left[::-1]
 
 
 def _through_values(tower: Tower, first: int, normed: Tensor, patches: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from ..relevance.kernels import in_tiles
 from .guidance import Guidance, current
 from .journey import Journey, for_rows, journey_of
 from .recomputation import (
+    carried_over,
     in_backward,
     note_places,
     note_recording,
@@ -50,12 +51,12 @@ def run_block(block: nn.Module, name: str, original: Original, *args: Any, **kwa
         if held is not None and held.take(layer, attended):
             return adapter.as_output(tower, hidden)
     seen = _seen(layer, block, attended, guidance)
-    tokens = _select(layer, seen, hidden, guidance)  # 2, 3 and 4
+    tokens = select(layer, seen, hidden, guidance)  # 2, 3 and 4
     tokens = tokens if tower.batch_first else tokens.transpose(0, 1)
     return adapter.finish(tower, block, tokens, attended.rest)  # 5: the MLP
 
 
-def _select(layer: Layer, seen: Candidates, hidden: Tensor, guidance: Guidance | None) -> Tensor:
+def select(layer: Layer, seen: Candidates, hidden: Tensor, guidance: Guidance | None) -> Tensor:
     """Shorten tokens `(B, N, D)` after attention to `(B, N', D)`, or to `(B * T, N', D)` for `pairing="all"`."""
     tokens, prefix = seen.all_tokens, seen.num_prefix_tokens
     patches = tokens.shape[1] - prefix
@@ -85,8 +86,8 @@ def _select(layer: Layer, seen: Candidates, hidden: Tensor, guidance: Guidance |
         recorder = active_recorder(layer.wiring)
         if recorder is not None:
             note_recording(hidden, layer)
-            loses_graph = without_grad_in_training(hidden)
-            recorder.trace.append(_entry(layer, seen, reduced, flat, sources, journey, loses_graph))
+            instead = layer.instead_of_reentry() if without_grad_in_training(hidden) else None
+            recorder.trace.append(_entry(layer, seen, reduced, flat, sources, journey, instead))
     elif again:
         pool(flat, seen.patches)
     return reduced.tokens
@@ -142,9 +143,12 @@ def _seen(layer: Layer, block: nn.Module, attended: Attended, guidance: Guidance
 
 def _entry(
     layer: Layer, seen: Candidates, reduced: Reduced, relevance: Tensor, sources: Tensor, journey: Journey,
-    loses_graph: bool,
+    instead: str | None,
 ) -> Selected:  # fmt: skip
-    """Describe one selection; `relevance` `(R, n)` and `sources` `(R, n)` are per row of what came out."""
+    """Describe one selection; `relevance` `(R, n)` and `sources` `(R, n)` are per row of what came out.
+
+    Where checkpointing keeps no graph of what is recorded, `instead` says what would.
+    """
     pooled = pool(relevance, seen.patches)
     return Selected(
         kept=sources.gather(1, reduced.kept),
@@ -152,7 +156,7 @@ def _entry(
         places=sources,
         removed_share=(1 - relevance.detach().gather(1, reduced.kept).sum(dim=1)).clamp(0, 1),
         num_tokens=reduced.tokens.shape[1],
-        pooled=without_graph(pooled) if loses_graph else pooled,
+        pooled=pooled if instead is None else without_graph(pooled, instead),
         layer=layer.index,
         num_prefix_tokens=seen.num_prefix_tokens,
         grid=journey.grid,
@@ -168,7 +172,7 @@ def _arguments(
     if getattr(block, "_is_replica", False):
         raise ValueError("nn.DataParallel is not supported: use DistributedDataParallel, or call its .module")
     if not hasattr(block, "gradient_checkpointing"):  # else call_block has done it
-        kwargs = {**layer.tower.adapter.carry(layer.tower), **kwargs}
+        kwargs = {**_carried(layer, args, kwargs), **kwargs}
     carried: Guidance | None = kwargs.pop("_patchselect_guidance", None)
     if carried is None:
         return args, kwargs, None
@@ -187,7 +191,7 @@ def _guidance(layer: Layer, hidden: Tensor, carried: Guidance | None) -> Guidanc
     if carried is not None:
         return carried
     if in_backward():
-        found = recalled_text(hidden, layer)
+        found = recalled_text(hidden, layer, layer.instead_of_reentry)
     else:
         found = current(layer.wiring)
         if found is not None:
@@ -202,13 +206,18 @@ def _guidance(layer: Layer, hidden: Tensor, carried: Guidance | None) -> Guidanc
     return found
 
 
+def _carried(layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    hidden = args[0] if args else next(iter(kwargs.values()))
+    return carried_over(hidden, layer, lambda: layer.tower.adapter.carry(layer.tower))
+
+
 def call_block(block: nn.Module, name: str, original: Original, *args: Any, **kwargs: Any) -> Any:
     """Hand the text to a block that checkpoints itself as one of its arguments.
 
     Reentrant checkpointing passes gradients to tensor arguments alone, so a text that needs one goes in as such.
     """
     layer: Layer = block._patchselect  # type: ignore[assignment]
-    kwargs.update(layer.tower.adapter.carry(layer.tower))
+    kwargs.update(_carried(layer, args, kwargs))
     if getattr(block, "gradient_checkpointing", False) and block.training and layer.plan.guidance == "text":
         guidance = current(layer.wiring)
         if guidance is not None:

@@ -44,16 +44,16 @@ class Guidance:
     """Runs of text encoders that need not be repeated."""
     prefix: Held | None = None
     opened_by: object = None
-    stashes: dict[int, dict[int, Any]] = field(default_factory=dict)
+    stashes: dict[int, list[Any]] = field(default_factory=dict)
 
-    def stash(self, tower: object) -> dict[int, Any] | None:
+    def stash(self, tower: object) -> list[Any] | None:
         """Return where an inference pass of `tower` leaves what its later layers need again; `None` while training.
 
         With gradients, checkpointing may run a layer without the one before it, and must find the same graph.
         """
         if torch.is_grad_enabled() or is_compiling():
             return None
-        return self.stashes.setdefault(id(tower), {})
+        return self.stashes.setdefault(id(tower), [])
 
 
 _current: ContextVar[Guidance | None] = ContextVar("patchselect_guidance", default=None)

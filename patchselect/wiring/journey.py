@@ -67,7 +67,7 @@ class Journey:
         if self.holders is not None:
             held = for_rows(self.holders, rows)
             moved = (reduced.into[:, num_prefix_tokens:] - num_prefix_tokens).clamp(min=-1)
-            self.holders = torch.where(held < 0, held, moved.gather(1, held.clamp(min=0)))
+            self.holders = moved.gather(1, held.clamp(min=0)).masked_fill(held < 0, -1)
 
 
 def for_rows(per_image: Tensor, rows: int) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
-from typing import Any, Tuple
+from typing import Any, Callable, Tuple
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ _Key = Tuple[int, int, int]
 _noted: dict[_Key, tuple[Guidance, bool]] = {}
 _recorded: dict[_Key, bool] = {}
 _placed: dict[_Key, Any] = {}
+_carried: dict[_Key, dict[str, Any]] = {}
 
 
 def _key(hidden: Tensor, reader: object) -> _Key:
@@ -88,11 +89,24 @@ def recalled_places(hidden: Tensor, reader: object) -> Any:
     return _placed.get(_key(hidden, reader))
 
 
-def recalled_text(hidden: Tensor, reader: object) -> Guidance | None:
+def carried_over(hidden: Tensor, reader: object, find: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Return what `find` says of this call of a block; in a recomputation, what it said of the first run."""
+    if in_backward():
+        again = _carried.get(_key(hidden, reader))
+        if again is not None:
+            return again
+    found = find()
+    if found and may_be_recomputed(hidden):
+        _keep(_carried, hidden, reader, found)
+    return found
+
+
+def recalled_text(hidden: Tensor, reader: object, instead: Callable[[], str]) -> Guidance | None:
     """Return the guidance that was current when this block first ran on this input.
 
     Raises:
-        RuntimeError: there were two, or its text needs a gradient that reentrant checkpointing cannot carry.
+        RuntimeError: there were two, or its text needs a gradient that reentrant checkpointing cannot carry; `instead`
+            says what would.
     """
     found = _noted.get(_key(hidden, reader))
     if found is None:
@@ -105,7 +119,7 @@ def recalled_text(hidden: Tensor, reader: object) -> Guidance | None:
         )
     if not had_grad and guidance.text.requires_grad:
         raise RuntimeError(
-            "reentrant gradient checkpointing cannot carry a gradient to the text that guides the selection: call "
-            "checkpoint(..., use_reentrant=False), or give guide() detached text features"
+            "reentrant gradient checkpointing cannot carry a gradient to the text that guides the selection: "
+            f"{instead()}, or give guide() detached text features"
         )
     return guidance

@@ -93,20 +93,20 @@ class _WithoutGraph(torch.autograd.Function):
     """A tensor to look at; a loss that reads it must not come out without a gradient unseen."""
 
     @staticmethod
-    def forward(ctx: Any, value: Tensor) -> Tensor:
+    def forward(ctx: Any, value: Tensor, instead: str) -> Tensor:
+        ctx.instead = instead
         return value.view_as(value)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> NoReturn:
         raise RuntimeError(
-            "a loss reads `pooled` of record(), but reentrant gradient checkpointing keeps no graph of it: call "
-            "checkpoint(..., use_reentrant=False) (transformers: gradient_checkpointing_enable("
-            "gradient_checkpointing_kwargs={'use_reentrant': False})), or read pooled.detach() if no gradient is meant"
+            "a loss reads `pooled` of record(), but reentrant gradient checkpointing keeps no graph of it: "
+            f"{ctx.instead}, or read pooled.detach() if no gradient is meant"
         )
 
 
 @torch.enable_grad()
-def without_graph(value: Tensor) -> Tensor:
-    """Return `value`, which was computed without a graph; a backward pass through it says what to do."""
-    found: Tensor = _WithoutGraph.apply(value.detach().requires_grad_())
+def without_graph(value: Tensor, instead: str) -> Tensor:
+    """Return `value`, which was computed without a graph; a backward pass through it says what to do instead."""
+    found: Tensor = _WithoutGraph.apply(value.detach().requires_grad_(), instead)
     return found

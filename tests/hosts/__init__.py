@@ -10,9 +10,10 @@ from torch import Tensor
 
 from . import of_doubles, of_open_clip, of_transformers
 from .case import Case, ids
-from .of_transformers import VISION
+from .of_open_clip import vision_transformer
+from .of_transformers import VISION, clip_config
 
-__all__ = ["HOSTS", "VISION", "Case", "build", "ids", "take", "texts"]
+__all__ = ["HOSTS", "VISION", "Case", "build", "clip_config", "ids", "take", "texts", "vision_transformer"]
 
 HOSTS: dict[str, Callable[[], Case]] = {
     builder.__name__: builder

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
-import pytest
 import torch
+from since import needs
 from torch import nn
 
 from .case import VOCABULARY, Case, pixels
@@ -33,33 +34,31 @@ def _open_clip(name: str, **vision: Any) -> Case:
 
 
 def open_clip() -> Case:
-    pytest.importorskip("open_clip")
+    needs("open_clip")
     return _open_clip("clip")
 
 
 def open_clip_custom_average() -> Case:
-    pytest.importorskip("open_clip")
+    needs("open_clip")
     return _open_clip("custom", pool_type="avg", final_ln_after_pool=True, ls_init_value=0.5, no_ln_pre=True)
 
 
 def open_clip_pooler() -> Case:
-    pytest.importorskip("open_clip")
+    needs("open_clip")
     case = _open_clip("clip", attentional_pool=True, attn_pooler_queries=8, attn_pooler_heads=2)
     case.relevances = ("keys", "features", "values")
     return case
 
 
 def open_clip_normalised_keys() -> Case:
-    pytest.importorskip("open_clip")
-    from open_clip import CLIPVisionCfg
-
-    if not hasattr(CLIPVisionCfg, "qk_norm"):
-        pytest.skip("this release of open_clip has no qk_norm")
+    needs("normalised keys")
     return _open_clip("clip", qk_norm=True)
 
 
 def coca() -> Case:
-    module = pytest.importorskip("open_clip.coca_model")
+    needs("CoCa")
+    from open_clip import coca_model as module
+
     text = dict(context_length=7, vocab_size=VOCABULARY, width=32, heads=2, layers=2)
     vision = dict(image_size=64, layers=6, width=64, head_width=16, patch_size=16)
     pool = dict(attentional_pool=True, attn_pooler_queries=8, attn_pooler_heads=2, output_tokens=True)
@@ -77,15 +76,14 @@ def coca() -> Case:
 
 
 def open_clip_siglip() -> Case:
-    pytest.importorskip("open_clip")
-    timm = pytest.importorskip("timm")
+    needs("open_clip", "registers")
     case = _open_clip("clip")
     from open_clip.timm_model import TimmModel
 
     visual = TimmModel.__new__(TimmModel)
     nn.Module.__init__(visual)
     sizes = dict(img_size=64, patch_size=16, embed_dim=48, depth=6, num_heads=4, num_classes=0)
-    visual.trunk = timm.models.VisionTransformer(class_token=False, global_pool="map", **sizes)
+    visual.trunk = vision_transformer()(class_token=False, global_pool="map", **sizes)
     visual.head = nn.Sequential()
     visual.image_size = (64, 64)
     case.model.visual = visual
@@ -94,29 +92,41 @@ def open_clip_siglip() -> Case:
     return case
 
 
+def vision_transformer() -> Any:
+    """Return timm's class; `timm.models` has it under its own name in some releases only."""
+    from timm.models.vision_transformer import VisionTransformer
+
+    return VisionTransformer
+
+
 def _timm(**options: Any) -> Case:
-    timm = pytest.importorskip("timm")
+    needs("timm")
     sizes = dict(img_size=(48, 80), patch_size=16, embed_dim=48, depth=6, num_heads=4, num_classes=10)
-    model = timm.models.VisionTransformer(**{**sizes, **options})
+    model = vision_transformer()(**{**sizes, **options})
     return Case(
         model=model,
         image_side=lambda m, x: m(x),
         text_width=48,
         images=pixels(48, 80),
         tower=lambda m: m,
-        prefix=model.num_prefix_tokens,
+        prefix=getattr(model, "num_prefix_tokens", 1),
         patches=15,
         grid=(3, 5),
     )
 
 
 def timm_class_token() -> Case:
-    return _timm(init_values=0.3)
+    """Build a tower with LayerScale where the release has it."""
+    needs("timm")
+    scaled = "init_values" in inspect.signature(vision_transformer()).parameters
+    return _timm(**({"init_values": 0.3} if scaled else {}))
 
 
 def timm_registers() -> Case:
+    needs("registers")
     return _timm(reg_tokens=4, qk_norm=True)
 
 
 def timm_average() -> Case:
+    needs("average pooling")
     return _timm(class_token=False, global_pool="avg")

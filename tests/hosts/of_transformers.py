@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 from typing import Any
 
-import pytest
 import torch
+from since import needs
 from torch import Tensor, nn
 
 from .case import VOCABULARY, Case, pixels, pooled
@@ -18,11 +20,19 @@ CLIP_TEXT = dict(TEXT, bos_token_id=VOCABULARY - 2, eos_token_id=VOCABULARY - 1,
 ROBERTA_TEXT = dict(TEXT, pad_token_id=1, max_position_embeddings=40, project_dim=24)
 
 
-def _needs(name: str) -> Any:
-    transformers = pytest.importorskip("transformers")
-    if not hasattr(transformers, name):
-        pytest.skip(f"this release of transformers has no {name}")
-    return transformers
+def _needs(feature: str) -> Any:
+    needs(feature)
+    return importlib.import_module("transformers")
+
+
+def clip_config(text: Any, vision: Any, **more: Any) -> Any:
+    """Return the configuration of a CLIP; the first releases call its parts by other names."""
+    kind = _needs("transformers").CLIPConfig
+    old = "text_config_dict" in inspect.signature(kind).parameters and (
+        "text_config" not in inspect.signature(kind).parameters
+    )
+    return kind(**{"text_config_dict" if old else "text_config": text,
+                   "vision_config_dict" if old else "vision_config": vision}, **more)  # fmt: skip
 
 
 def _dual(model: nn.Module, width: int, prefix: int = 1, **extra: Any) -> Case:
@@ -42,13 +52,13 @@ def _dual(model: nn.Module, width: int, prefix: int = 1, **extra: Any) -> Case:
 
 
 def clip() -> Case:
-    transformers = _needs("CLIPModel")
-    config = transformers.CLIPConfig(text_config=CLIP_TEXT, vision_config=VISION, projection_dim=24)
+    transformers = _needs("transformers")
+    config = clip_config(CLIP_TEXT, VISION, projection_dim=24)
     return _dual(transformers.CLIPModel(config), 24)
 
 
 def chinese_clip() -> Case:
-    transformers = _needs("ChineseCLIPModel")
+    transformers = _needs("Chinese CLIP")
     text = dict(ROBERTA_TEXT, max_position_embeddings=40)
     config = transformers.ChineseCLIPConfig(text_config=text, vision_config=VISION, projection_dim=24)
     case = _dual(transformers.ChineseCLIPModel(config), 24)
@@ -58,19 +68,19 @@ def chinese_clip() -> Case:
 
 
 def alt_clip() -> Case:
-    transformers = _needs("AltCLIPModel")
+    transformers = _needs("AltCLIP")
     config = transformers.AltCLIPConfig(text_config=ROBERTA_TEXT, vision_config=VISION, projection_dim=24)
     return _dual(transformers.AltCLIPModel(config), 24)
 
 
 def metaclip2() -> Case:
-    transformers = _needs("MetaClip2Model")
+    transformers = _needs("MetaCLIP 2")
     config = transformers.MetaClip2Config(text_config=CLIP_TEXT, vision_config=VISION, projection_dim=24)
     return _dual(transformers.MetaClip2Model(config), 24)
 
 
 def siglip() -> Case:
-    transformers = _needs("SiglipModel")
+    transformers = _needs("SigLIP")
     text = dict(TEXT, hidden_size=48, num_attention_heads=4, max_position_embeddings=7, projection_size=48)
     return _dual(transformers.SiglipModel(transformers.SiglipConfig(text_config=text, vision_config=VISION)), 48, 0)
 
@@ -85,7 +95,7 @@ def _patchified(batch: int) -> dict[str, Tensor]:
 
 
 def siglip2() -> Case:
-    transformers = _needs("Siglip2Model")
+    transformers = _needs("SigLIP 2")
     text = dict(TEXT, hidden_size=48, num_attention_heads=4, max_position_embeddings=7, projection_size=48)
     vision = {**{k: v for k, v in VISION.items() if k != "image_size"}, "num_patches": 16}
     model = transformers.Siglip2Model(transformers.Siglip2Config(text_config=text, vision_config=vision))
@@ -97,7 +107,7 @@ def siglip2() -> Case:
 
 
 def clip_vision() -> Case:
-    transformers = pytest.importorskip("transformers")
+    transformers = _needs("transformers")
     model = transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**VISION))
     tower = model.vision_model if hasattr(model, "vision_model") else model
     size = dict(images=pixels(), prefix=1, patches=16, grid=(4, 4))
@@ -106,14 +116,14 @@ def clip_vision() -> Case:
 
 
 def clip_vision_projected() -> Case:
-    transformers = _needs("CLIPVisionModelWithProjection")
+    transformers = _needs("projected tower")
     model = transformers.CLIPVisionModelWithProjection(transformers.CLIPVisionConfig(**VISION, projection_dim=24))
     size = dict(images=pixels(), prefix=1, patches=16, grid=(4, 4))
     return Case(model, lambda m, x: m(x).image_embeds, 24, tower=lambda m: m.vision_model, **size)
 
 
 def blip() -> Case:
-    transformers = _needs("BlipForImageTextRetrieval")
+    transformers = _needs("BLIP")
     text = dict(TEXT, hidden_size=48, num_attention_heads=4, encoder_hidden_size=48, max_position_embeddings=40)
     tokens = dict(bos_token_id=VOCABULARY - 2, sep_token_id=VOCABULARY - 1, pad_token_id=0)
     config = transformers.BlipConfig(

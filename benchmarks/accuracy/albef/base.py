@@ -1,0 +1,87 @@
+"""Base models: trained, kept, and read again; one of them is committed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.accuracy import CHECKPOINTS
+from benchmarks.accuracy.world.sampling import Sampler
+from benchmarks.accuracy.world.scenes import VARIED, Layout, make_scenes
+from benchmarks.common.machine import commit
+
+from .model import PATCH, MiniAlbef
+from .train import pretrain
+
+RESULTS = Path("results/accuracy")
+TRAIN_SCENES = 8000
+BATCH = 32
+STEPS = (1000, 1000)
+"""Of both stages: matching with known boxes, and the same with ITC and selection alignment."""
+RATES = (2e-3, 1.5e-3)
+NAMES = ("-stage1", "")
+"""Of the files after each of them: the last one is the base."""
+
+
+def train_sampler(seed: int, layout: Layout = VARIED, count: int = TRAIN_SCENES) -> Sampler:
+    """Scenes for training; every seed has its own, and none shares a photograph with the tests."""
+    return Sampler(make_scenes(count, 1000 + seed, False, layout), layout.size // PATCH, seed)
+
+
+def train_base(seed: int, folder: Path = RESULTS, steps: Sequence[int] = STEPS) -> None:
+    """Train and write `albef-{seed}.pt`, and what came before it (`NAMES`), each with a JSON beside it.
+
+    All scenes are recoloured and mixed (`VARIED`), for photographs are few. What the folder has is taken from there.
+    """
+    source = commit()
+    torch.manual_seed(seed)
+    model, sampler, stages = MiniAlbef(), train_sampler(seed), []
+    for index, name in enumerate(NAMES):
+        path = folder / f"albef-{seed}{name}.pt"
+        if path.exists():
+            model, stages = load(path), json.loads(path.with_suffix(".json").read_text())["stages"]
+            continue
+        pretrain(model, sampler, steps[index], BATCH, RATES[index], index > 0, f"base {seed}, stage {index + 1}")
+        stages = [*stages, {"steps": steps[index], "commit": source}]
+        save(model, path, seed=seed, stages=stages)
+
+
+def save(model: torch.nn.Module, path: Path, **facts: Any) -> None:
+    """The weights in half precision, and how they came about beside them."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({name: value.half() for name, value in model.state_dict().items()}, path)
+    command = "python -m benchmarks.accuracy " + " ".join(sys.argv[1:])
+    made = {"command": command, "torch": torch.__version__, **facts}
+    path.with_suffix(".json").write_text(json.dumps(made, indent=1) + "\n")
+
+
+def load(path: Path) -> MiniAlbef:
+    """A base in single precision and evaluation mode. It takes images of any size: positions are resampled."""
+    model = MiniAlbef()
+    model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    return model.eval()
+
+
+def digest(model: torch.nn.Module) -> str:
+    """Eight letters that say which weights these are: of what was made from other weights, nothing is taken over."""
+    parts = (value.numpy().tobytes() for value in model.state_dict().values())
+    return hashlib.sha256(b"".join(parts)).hexdigest()[:8]
+
+
+def base(seed: int, folder: Path = RESULTS, stage: int = 2) -> MiniAlbef:
+    """A base that was trained before: of this folder, or the committed one.
+
+    Raises:
+        FileNotFoundError: it was not; names the command that trains it.
+    """
+    name = f"albef-{seed}.pt" if stage == 2 else f"albef-{seed}-stage1.pt"
+    for place in (folder, CHECKPOINTS):
+        if (place / name).exists():
+            return load(place / name)
+    raise FileNotFoundError(f"{folder / name}: train it with `python -m benchmarks.accuracy train --seed {seed}`")

@@ -1,0 +1,92 @@
+"""What is measured of a model and a way to spend less: matching, retrieval, and which patches were kept."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import patchselect
+from benchmarks.accuracy.world.captions import captions, unique_captions
+from benchmarks.accuracy.world.sampling import Sampler
+from benchmarks.accuracy.world.scenes import PLAIN, Layout, make_scenes
+from patchselect.metrics import retrieval_recall
+
+from .arms import RELEVANCE, Encode, lifted
+from .model import LAYERS, PATCH, MiniAlbef
+
+CHUNK = 128
+
+
+@dataclass(frozen=True)
+class Questions:
+    """A fixed test: scenes with one caption that fits and one that does not, and a pool for retrieval."""
+
+    images: Tensor
+    fitting: Tensor
+    other: Tensor
+    named: Tensor
+    """`(N, patches)`: the patches of the objects that the fitting caption names."""
+    pool_images: Tensor
+    pool_captions: Tensor
+
+    @classmethod
+    def make(cls, count: int, pool: int, seed: int, layout: Layout = PLAIN) -> Questions:
+        """`count` scenes of photographs that training never sees, and `pool` scenes with unique captions."""
+        scenes = make_scenes(count, seed, True, layout)
+        sampler = Sampler(scenes, layout.size // PATCH, seed)
+        batch = sampler.ask(range(count))
+        more = make_scenes(24 * pool, seed + 1, True, layout)
+        rows, texts = unique_captions(more.objects, pool, seed)
+        pool_images = more.images(torch.tensor(rows))
+        return cls(batch.images, batch.fitting, batch.other, batch.named, pool_images, captions(texts))
+
+
+@torch.inference_mode()
+def match_logits(model: MiniAlbef, encode: Encode, images: Tensor, ids: Tensor) -> Tensor:
+    """`(B,)`: how much more likely each pair is to fit than not, every pair encoded with its own text."""
+    logits = []
+    for rows in torch.arange(len(images)).split(CHUNK):
+        text = model.text(ids[rows])
+        logits.append(model.match(encode(images[rows], text[:, 0]), text, ids[rows]))
+    both = torch.cat(logits)
+    return both[:, 1] - both[:, 0]
+
+
+def matching_hits(model: MiniAlbef, encode: Encode, questions: Questions) -> Tensor:
+    """`(2 N,)` booleans: which questions (fits, fits not) are answered right."""
+    fitting = match_logits(model, encode, questions.images, questions.fitting)
+    other = match_logits(model, encode, questions.images, questions.other)
+    return torch.cat([fitting > 0, other < 0])
+
+
+def retrieval(model: MiniAlbef, encode: Encode, questions: Questions) -> dict[str, dict[int, float]]:
+    """R@K both ways: every image of the pool with every caption, each pair encoded with its own text."""
+    count = len(questions.pool_images)
+    scores = [
+        match_logits(model, encode, image.expand(count, -1, -1, -1), questions.pool_captions)
+        for image in questions.pool_images
+    ]
+    return retrieval_recall(torch.stack(scores), torch.arange(count))
+
+
+@torch.inference_mode()
+def patch_recall(model: MiniAlbef, method: str, keep_rate: float, questions: Questions) -> float:
+    """Share of the named objects' patches that the first selection keeps; chance is about the keep rate."""
+    relevance = RELEVANCE.get(method)
+    handle = patchselect.apply(model.vision, keep_rate, LAYERS[:1], "text" if relevance else method, relevance)
+    kept = torch.zeros_like(questions.named)
+    try:
+        for rows in torch.arange(len(kept)).split(CHUNK):
+            text = model.text(questions.fitting[rows])[:, 0]
+            with handle.record() as trace:
+                if relevance:
+                    with patchselect.guide(model.vision, lifted(model, method, text)):
+                        model.encode_image(questions.images[rows])
+                else:
+                    model.encode_image(questions.images[rows])
+            kept[rows] = kept[rows].scatter(1, trace[0].kept.clamp_min(0), trace[0].kept >= 0)
+    finally:
+        handle.remove()
+    return float((kept & questions.named).sum() / questions.named.sum())

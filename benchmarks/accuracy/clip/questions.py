@@ -1,0 +1,106 @@
+"""One right caption of sixteen: what the small CLIP is asked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.accuracy.world.captions import name_some, swap_one
+from benchmarks.accuracy.world.scenes import Layout, Scenes, make_scenes
+from patchselect.metrics import retrieval_recall
+
+from .model import SIZE, tokenize
+
+CHOICES = 16
+VALIDATION, TEST = "validation", "test"
+SEEDS = {VALIDATION: 7001, TEST: 9001}
+"""Scenes on which choices are made, on new crops of the training's photographs, and scenes on which none is, on
+photographs that training never sees."""
+
+
+@dataclass(frozen=True)
+class Questions:
+    """Scenes, each with the one caption that fits (in front) and others with one object swapped for an absent one."""
+
+    scenes: Scenes
+    candidates: tuple[tuple[tuple[int, ...], ...], ...]
+    """`CHOICES` captions for each scene, as concepts."""
+
+    def images(self, rows: slice = slice(None)) -> Tensor:
+        """`(N, 3, S, S)`"""
+        return self.scenes.images(rows)
+
+    @torch.no_grad()
+    def texts(self, model: Any) -> Tensor:
+        """`(N, CHOICES, E)`, normalised text features of the candidates; a caption that returns is encoded once."""
+        distinct = sorted({caption for row in self.candidates for caption in row})
+        place = {caption: index for index, caption in enumerate(distinct)}
+        rows = torch.tensor([[place[caption] for caption in row] for row in self.candidates])
+        return model.encode_text(tokenize(distinct), normalize=True)[rows]
+
+
+@lru_cache(maxsize=None)
+def make_questions(count: int, split: str, named: int = 2) -> Questions:
+    """Questions on scenes that training never sees.
+
+    Args:
+        count: how many.
+        split: one of `SEEDS`.
+        named: most objects that a caption names.
+    """
+    scenes = make_scenes(count, SEEDS[split], test=split == TEST, layout=Layout(size=SIZE))
+    random = np.random.default_rng([SEEDS[split], count])
+    asked = []
+    for objects in scenes.objects:
+        right = name_some(objects, random, named)
+        captions = {frozenset(right): right}
+        while len(captions) < CHOICES:
+            wrong = swap_one(right, objects, random)
+            captions.setdefault(frozenset(wrong), wrong)
+        asked.append(tuple(captions.values()))
+    return Questions(scenes, tuple(asked))
+
+
+def right(image: Tensor, texts: Tensor) -> Tensor:
+    """Whether the fitting caption won, `(N,)` bool.
+
+    Args:
+        image: features `(N, E)`, or `(N, CHOICES, E)` where every caption guided its own.
+        texts: `(N, CHOICES, E)`, normalised, the fitting one in front.
+    """
+    image = F.normalize(image, dim=-1)
+    scores = (texts * (image if image.dim() == 3 else image.unsqueeze(1))).sum(-1)
+    # A tie is no right answer: the fitting caption must be ahead of every other.
+    return scores[:, 0] > scores[:, 1:].amax(1)
+
+
+@torch.no_grad()
+def encode(model: Any, images: Tensor, batch: int = 256) -> Tensor:
+    """`(N, E)` image features, as the model gives them."""
+    return torch.cat([model.encode_image(part) for part in images.split(batch)])
+
+
+@torch.no_grad()
+def score(model: Any, count: int = 1024, split: str = VALIDATION) -> dict[str, float]:
+    """Accuracy among 16 captions, its standard error, and R@1 in percent over half as many scenes."""
+    questions = make_questions(count, split)
+    features = encode(model.eval(), questions.images())
+    accuracy = float(right(features, questions.texts(model)).float().mean())
+    pool = count // 2
+    captions = model.encode_text(tokenize([objects[:3] for objects in questions.scenes.objects[:pool]]))
+    cosines = F.normalize(features[:pool], dim=-1) @ F.normalize(captions, dim=-1).T
+    recall = retrieval_recall(cosines, torch.arange(pool), ks=(1,))
+    return {
+        "accuracy": accuracy,
+        "standard_error": (accuracy * (1 - accuracy) / count) ** 0.5,
+        "questions": count,
+        "image_to_text_r1": recall["image_to_text"][1],
+        "text_to_image_r1": recall["text_to_image"][1],
+        "pool": pool,
+    }

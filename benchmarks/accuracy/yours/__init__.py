@@ -1,0 +1,2 @@
+"""Tools for your own weights and data, apart from the studies: `zeroshot` measures a CLIP on a folder of classes
+(`classes`, `evaluate`, `outliers`); `alignment` fine-tunes one under selection on your pairs (`pairs`, `resume`)."""

@@ -1,0 +1,42 @@
+"""Show figures: medians with quartiles, tables in Markdown, and axes to plot on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from statistics import quantiles
+from typing import Any
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Return median and quartiles."""
+    low, middle, high = quantiles(values, n=4, method="inclusive") if len(values) > 1 else [values[0]] * 3
+    return {"median": middle, "q1": low, "q3": high}
+
+
+def quartiles(value: Mapping[str, float], digits: int, unit: str = "", scale: float = 1.0) -> str:
+    """Write `median [first quartile, third quartile]` of what `spread` returned."""
+    middle, low, high = (f"{value[name] * scale:.{digits}f}" for name in ("median", "q1", "q3"))
+    return f"{middle}{unit} [{low}, {high}]"
+
+
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    """Write a table; the first row is the head."""
+    lines = ["| " + " | ".join(row) + " |" for row in (rows[0], ["---"] * len(rows[0]), *rows[1:])]
+    return "\n".join(lines)
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Write a table whose columns are aligned, so that it also reads well in a terminal; the first row is the head."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(row, widths)) + " |" for row in rows]
+    return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
+
+
+def canvas(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Any, list[Any]]:
+    """Return a figure of so many inches that needs no display, and its axes row by row."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, list(figure.subplots(rows, columns, squeeze=False).flatten())

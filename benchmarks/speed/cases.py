@@ -1,0 +1,151 @@
+"""What is compared: the same model unpatched, guided in three ways, and with merged tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import patchselect
+from benchmarks.common.objects import name_of
+from benchmarks.common.tome import token_merging
+from benchmarks.models.host import Host, Tokens, autocast
+
+PASSES = ("forward", "train", "checkpointed")
+VIEWS = ("tower", "pair")
+GUIDED = ("text", "image", "random")
+TOME = {"tome": "ToMe as published", "fused tome": "ToMe, fused attention"}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all cases of one comparison share."""
+
+    image_size: int
+    batch: int
+    precision: str
+    work: str = "forward"
+    """`forward` under `inference_mode`; `train`: forward and backward; `checkpointed`: with gradient checkpointing."""
+    view: str = "tower"
+    """`tower`: the vision encoder; `pair`: one call of the whole model with images and texts."""
+
+    def __str__(self) -> str:
+        return f"{self.image_size} px, batch {self.batch}, {self.precision}, {self.work}, {self.view}"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way to run the model."""
+
+    method: str
+    """`unpatched`, `text`, `image`, `random`, `tome` (as published), `fused tome` or `text encoder`."""
+    keep_rate: float = 1.0
+    removed: int = 0
+    """Patches that ToMe removes in all."""
+
+    def __str__(self) -> str:
+        return self.method if self.keep_rate == 1.0 else f"{self.method} {self.keep_rate:g}"
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What all selecting cases share, as `patchselect.apply` takes it; `None` lets the adapter choose."""
+
+    layers: Sequence[int] | None = None
+    relevance: Any = None
+    """Of text guidance: a name or an object."""
+    fusion: Any = "mean"
+    """Of what is not kept, likewise."""
+
+    def label(self, method: str) -> str:
+        """Name a method with the relevance and the fusion that were asked for."""
+        relevance = name_of(self.relevance) if method == "text" else None
+        fusion = f"fusion {name_of(self.fusion)}" if method in GUIDED and self.fusion != "mean" else None
+        return ", ".join(part for part in (TOME.get(method, method), relevance, fusion) if part)
+
+
+@dataclass
+class Inputs:
+    """One batch on the device, and the text features that guide it, encoded before the clock starts."""
+
+    images: Tensor
+    tokens: Tokens
+    text: Tensor
+    """`(B, E)`"""
+
+    def fake(self) -> Inputs:
+        """Zeros of the same shapes, made where they are needed (for counting FLOPs)."""
+
+        def zeros(x: Tensor) -> Tensor:
+            return torch.zeros(x.shape, dtype=x.dtype, device=x.device)
+
+        return Inputs(zeros(self.images), {k: zeros(v) for k, v in self.tokens.items()}, zeros(self.text))
+
+
+@contextmanager
+def patched(host: Host, case: Case, selection: Selection) -> Any:
+    """The model as this case wants it, and as it was afterwards."""
+    if case.method in TOME:
+        with token_merging(host.model, case.removed, fused=case.method == "fused tome"):
+            yield
+    elif case.method in GUIDED:
+        chosen = selection.relevance if case.method == "text" else None
+        fusion = selection.fusion
+        handle = patchselect.apply(host.model, case.keep_rate, selection.layers, case.method, chosen, fusion)
+        try:
+            yield
+        finally:
+            handle.remove()
+    else:
+        yield
+
+
+def runner(host: Host, case: Case, setting: Setting, inputs: Inputs) -> Callable[[], Any]:
+    """What is timed: one call with everything that this case costs, but for the encoding of the text (see `Inputs`)."""
+
+    def guided() -> AbstractContextManager[Any]:
+        explicit = case.method == "text" and setting.view == "tower"
+        return patchselect.guide(host.model, inputs.text) if explicit else nullcontext()
+
+    def features() -> Any:
+        with autocast(setting.precision, inputs.images.device):
+            if case.method == "text encoder":
+                return host.encode_text(inputs.tokens)
+            with guided():
+                if setting.view == "pair":
+                    return host.both(inputs.images, inputs.tokens)
+                return host.encode_image(inputs.images)
+
+    def forward() -> Any:
+        with torch.inference_mode():
+            return features()
+
+    def train() -> None:
+        image, text = (F.normalize(x.float(), dim=-1) for x in (features(), inputs.text))
+        F.cross_entropy(100.0 * image @ text.T, torch.arange(len(image), device=image.device)).backward()
+        host.model.zero_grad(set_to_none=True)
+
+    return forward if setting.work == "forward" else train
+
+
+@contextmanager
+def mode(host: Host, work: str) -> Any:
+    """Evaluation or training, with or without gradient checkpointing; evaluation afterwards."""
+    try:
+        host.model.train(work != "forward")
+        if work == "checkpointed":
+            host.checkpoint(True)
+        yield
+    finally:
+        if work == "checkpointed":
+            host.checkpoint(False)
+        host.model.eval()
+
+
+def dtype_of(precision: str) -> torch.dtype:
+    return torch.bfloat16 if precision == "bf16" else torch.float32

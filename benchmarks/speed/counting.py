@@ -1,0 +1,44 @@
+"""FLOPs of every case, per image."""
+
+from __future__ import annotations
+
+from benchmarks.common.cost import count_flops
+from benchmarks.common.tome import matching_flops
+from benchmarks.models.host import Host
+from patchselect.wiring.towers import find_towers
+
+from .cases import Case, Inputs, Selection, Setting, patched, runner
+
+
+class FlopBook:
+    """Counts each case once; a count is per image, forward, and does not depend on the batch or the precision."""
+
+    def __init__(self, host: Host, selection: Selection, inputs: Inputs) -> None:
+        self.host, self.selection, self.inputs = host, selection, inputs
+        self.known: dict[tuple[str, Case], float] = {}
+
+    def of(self, case: Case, view: str = "tower") -> float:
+        """FLOPs per image (or per text, for the text encoder)."""
+        if (view, case) not in self.known:
+            setting = Setting(self.host.image_size, len(self.inputs.images), "fp32", view=view)
+
+            def call() -> object:
+                return runner(self.host, case, setting, self.inputs.fake())()
+
+            with patched(self.host, case, self.selection):
+                self.known[view, case] = count_flops(call) / len(self.inputs.images)
+        return self.known[view, case]
+
+    def tome_removals(self, case: Case) -> int:
+        """How many patches ToMe must remove in all for its FLOPs to come closest to those of `case`."""
+        (tower,) = find_towers(self.host.model)
+        height, width = tower.adapter.grid(tower, self.inputs.images)
+        most = height * width - len(tower.blocks)
+        return matching_flops(self.of(case), lambda removed: self.of(Case("tome", case.keep_rate, removed)), most)
+
+    def limit(self, lowest: float, view: str) -> list[dict[str, float]]:
+        """The FLOP ratio of text guidance over the keep rates that a plot shows."""
+        rates = sorted({lowest, *(rate / 10 for rate in range(1, 10) if rate / 10 > lowest)})
+        base = self.of(Case("unpatched"), view)
+        points = [{"keep_rate": rate, "flop_ratio": base / self.of(Case("text", rate), view)} for rate in rates]
+        return [*points, {"keep_rate": 1.0, "flop_ratio": 1.0}]

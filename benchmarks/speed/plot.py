@@ -1,0 +1,67 @@
+"""Speed-up against keep rate, under the limit that FLOPs set."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common.show import canvas
+
+from .cases import GUIDED
+from .report import VIEW, WORK
+
+STYLES = {
+    "text": ("tab:red", "o-", "guided by text"),
+    "image": ("tab:blue", "s-", "guided by the image"),
+    "random": ("tab:gray", "^-", "at random"),
+    "tome": ("tab:green", "D", "ToMe as published, same FLOPs"),
+    "fused tome": ("tab:olive", "v", "ToMe with fused attention, same FLOPs"),
+}
+
+
+def draw(report: dict[str, Any], path: Path) -> None:
+    """One panel per setting; medians with quartiles."""
+    keys = ("image_size", "batch", "precision", "work", "view")
+    groups = [(k, list(g)) for k, g in groupby(report["results"], key=lambda r: tuple(r[key] for key in keys))]
+    columns = min(3, len(groups))
+    rows = -(-len(groups) // columns)
+    figure, axes = canvas(max(6.5, 4.6 * columns), 4.0 * rows + 0.9, rows, columns)
+    for axis, (values, records) in zip(axes, groups):
+        size, batch, precision, work, view = values
+        _panel(axis, records, report["flop_limit"][f"{size}/{view}"])
+        axis.set_title(f"{size} px, batch {batch}, {precision}\n{WORK[work]}, {VIEW[view]}", fontsize=10)
+    for axis in axes[len(groups) :]:
+        axis.remove()
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3 if columns < 3 else 6, frameon=False, fontsize=9)
+    model, machine = report["model"], report["machine"]
+    figure.suptitle(f"{model['name']}: {machine['processor']}, {machine['threads']} threads", fontsize=10)
+    figure.savefig(path, dpi=150)
+
+
+def _panel(axis: Any, records: Sequence[dict[str, Any]], limit: Sequence[dict[str, float]]) -> None:
+    axis.plot(
+        [point["keep_rate"] for point in limit],
+        [point["flop_ratio"] for point in limit],
+        "k--",
+        linewidth=1,
+        label="FLOP limit",
+    )
+    methods = [m for m in STYLES if any(r["method"] == m for r in records)]
+    for position, method in enumerate(methods):
+        colour, line, label = STYLES[method]
+        shown = sorted((r for r in records if r["method"] == method), key=lambda r: r["keep_rate"])
+        _, *asked = shown[0]["label"].split(", ", 1)  # the relevance and the fusion, where they were chosen
+        label += "".join(f" ({names})" for names in asked) if method in GUIDED else ""
+        medians = [r["speed_up"]["median"] for r in shown]
+        lower = [r["speed_up"]["median"] - r["speed_up"]["q1"] for r in shown]
+        upper = [r["speed_up"]["q3"] - r["speed_up"]["median"] for r in shown]
+        # Beside each other, so that error bars can be told apart.
+        places = [r["keep_rate"] + 0.006 * (position - (len(methods) - 1) / 2) for r in shown]
+        axis.errorbar(places, medians, (lower, upper), fmt=line, color=colour, label=label, capsize=2, markersize=4)
+    axis.axhline(1, color="0.7", linewidth=0.8)
+    axis.set_xlabel("keep rate of each selection layer")
+    axis.set_ylabel("speed-up over unpatched")
+    axis.grid(alpha=0.25)

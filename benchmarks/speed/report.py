@@ -1,0 +1,144 @@
+"""From measurements to figures, a table and JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+from typing import Any
+
+from benchmarks.common.show import aligned, quartiles, spread
+
+from .cases import GUIDED, TOME, Case, Selection
+from .measure import Measured
+
+COLUMNS = (
+    "method", "keep", "images/s", "speed-up", "GFLOPs each", "FLOP ratio", "efficiency", "peak MB", "selecting",
+)  # fmt: skip
+
+LEGEND = """\
+Unpatched, guided by text (TRIPS), by the image's [CLS] (EViT) and at random ran in turns, in a new order each round.
+images/s and speed-up: median [quartiles]; the speed-up of a round is its unpatched time over its own time.
+FLOP ratio: unpatched FLOPs over FLOPs of the forward pass, the selection's own counted in: the limit of the speed-up.
+efficiency: speed-up over FLOP ratio. selecting: share of the forward pass spent on relevance, selection and fusion.
+ToMe (token merging) removes as many patches, evenly over all blocks, as make its FLOPs those of the text-guided case.
+peak MB: highest memory on top of weights and inputs ({memory})."""
+
+TOWER = "The text features are ready before the clock starts; encoding them once per caption is the row 'text encoder'."
+TRAIN = (
+    "A contrastive loss against fixed text features: forward, backward and dropping the gradients. The peak holds the "
+    "gradients of the weights too, which do not shrink with the tokens: larger batches show what selection saves."
+)
+PAIR = "Each call is the whole model on images and texts: the text encoder is inside, its output guides the image side."
+
+
+def summarise(
+    measured: Sequence[Measured], flops: dict[tuple[int, str, Case], float], selection: Selection
+) -> list[dict[str, Any]]:
+    """One record per setting and case: every figure that the table shows, and the times behind it.
+
+    Args:
+        measured: what `measure` returned, the unpatched case first in each setting.
+        flops: forward FLOPs per image, by image size, view and case.
+        selection: names the relevance and the fusion, where they are not the defaults.
+    """
+    records = []
+    for _, group in groupby(measured, key=lambda entry: entry.setting):
+        entries = list(group)
+        base = entries[0]
+        tome = {(entry.case.method, entry.case.keep_rate): entry for entry in entries if entry.case.method in TOME}
+        for entry in entries:
+            setting, case = entry.setting, entry.case
+            cost = flops[setting.image_size, setting.view, case]
+            record = {
+                **vars(setting),
+                "method": case.method,
+                "label": selection.label(case.method),
+                "keep_rate": case.keep_rate,
+                "rounds": len(entry.seconds),
+                "seconds": entry.seconds,
+                "images_per_second": spread([setting.batch / s for s in entry.seconds]),
+                "gflops_per_image": cost / 1e9,
+                "peak_memory_bytes": entry.peak_memory,
+                "selecting_share": None,
+                "tome_removed_patches": case.removed or None,
+            }
+            if case.method != "text encoder":
+                record["speed_up"] = spread([b / s for b, s in zip(base.seconds, entry.seconds)])
+                record["flop_ratio"] = flops[setting.image_size, setting.view, base.case] / cost
+                record["efficiency"] = record["speed_up"]["median"] / record["flop_ratio"]
+            if case.method in GUIDED and setting.work == "forward":
+                record["selecting_share"] = spread([p / s for p, s in zip(entry.selecting, entry.seconds)])
+            if case.method == "text" and tome:
+                rivals = {name: tome[name, case.keep_rate].seconds for name in TOME if (name, case.keep_rate) in tome}
+                record["against_tome"] = {
+                    name: spread([r / s for r, s in zip(rival, entry.seconds)]) for name, rival in rivals.items()
+                }
+            records.append(record)
+    return records
+
+
+def _cells(record: dict[str, Any]) -> tuple[str, ...]:
+    def shown(key: str, digits: int, unit: str = "", scale: float = 1.0) -> str:
+        value = record.get(key)
+        if value is None:
+            return "–"
+        if not isinstance(value, dict):
+            return f"{value * scale:.{digits}f}{unit}"
+        return quartiles(value, digits, unit, scale)
+
+    method = record["method"]
+    plain = method in ("unpatched", "text encoder")
+    share = record["selecting_share"]
+    return (
+        record["label"],
+        "–" if plain else f"{record['keep_rate']:g}",
+        shown("images_per_second", 2),
+        "1" if method == "unpatched" else shown("speed_up", 3),
+        f"{record['gflops_per_image']:.4g}",
+        "1" if method == "unpatched" else shown("flop_ratio", 3),
+        "–" if plain else shown("efficiency", 3),
+        f"{record['peak_memory_bytes'] / 1e6:.4g}",
+        "–" if share is None else f"{100 * share['median']:.2f} %",
+    )
+
+
+def table(records: Sequence[dict[str, Any]]) -> str:
+    """Write one row per case."""
+    return aligned([COLUMNS, *map(_cells, records)])
+
+
+def document(report: dict[str, Any]) -> str:
+    """The whole report in words and tables (Markdown)."""
+    model, machine = report["model"], report["machine"]
+    memory = "CUDA allocator" if machine["device"] == "cuda" else "torch's CPU allocations"
+    parts = [
+        f"# Speed of {model['name']} with patch selection",
+        f"{model['library']}; selection in blocks {model['layers']} (0-based) of {model['depth']}; {model['weights']}.",
+        f"{machine['processor']}, {machine['threads']} threads, torch {report['versions']['torch']}.",
+        *(f"Note: {note}." for note in report["notes"]),
+        LEGEND.format(memory=memory),
+    ]
+    keys = ("image_size", "batch", "precision", "work", "view")
+    for values, group in groupby(report["results"], key=lambda record: tuple(record[key] for key in keys)):
+        size, batch, precision, work, view = values
+        records = list(group)
+        title = f"## {size} px, batch {batch}, {precision}, {WORK[work]}, {VIEW[view]}, {records[0]['rounds']} rounds"
+        parts += [title, TRAIN if work != "forward" else PAIR if view == "pair" else TOWER, table(records)]
+        for name, label in TOME.items():
+            ahead = [
+                f"{r['against_tome'][name]['median']:.2f} [{r['against_tome'][name]['q1']:.2f}, "
+                f"{r['against_tome'][name]['q3']:.2f}] at keep {r['keep_rate']:g}"
+                for r in records
+                if name in r.get("against_tome", {})
+            ]
+            if ahead:
+                parts.append(f"Throughput of text guidance over {label} at the same FLOPs: {', '.join(ahead)}.")
+    return "\n\n".join(parts) + "\n"
+
+
+WORK = {
+    "forward": "forward",
+    "train": "forward and backward",
+    "checkpointed": "forward and backward with gradient checkpointing",
+}
+VIEW = {"tower": "vision tower", "pair": "whole model"}

@@ -1,0 +1,128 @@
+"""The whole benchmark: load, count, measure, setting by setting, within a time."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import product
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from benchmarks.common.photographs import Photo, batch_of, load_photos
+from benchmarks.models.host import Host
+from benchmarks.models.loading import load
+from patchselect.wiring.plan import check_layers
+from patchselect.wiring.towers import find_towers
+
+from .cases import TOME, Case, Inputs, Selection, Setting, dtype_of
+from .counting import FlopBook
+from .measure import Measured, measure
+
+KINDS = {"tome": "published", "fused tome": "fused"}
+"""Cases of ToMe, as `--tome` names them."""
+
+
+@dataclass
+class Found:
+    """What a run learned."""
+
+    model: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    measured: list[Measured] = field(default_factory=list)
+    flops: dict[tuple[int, str, Case], float] = field(default_factory=dict)
+    """Forward FLOPs per image, by image size, view and case."""
+    limits: dict[str, list[dict[str, float]]] = field(default_factory=dict)
+    """FLOP ratio of text guidance against keep rate, by `size/view`."""
+
+
+def run(options: argparse.Namespace, bar: tqdm[Any]) -> Found:
+    """Measure what the options of `benchmarks.speed` ask for."""
+    photos, found, end = load_photos(), Found(), 0.0
+    selection = selection_of(options)
+    sizes = options.image_size or [None]
+    combinations = list(product(options.batch, options.precision, options.work, options.view))
+    ahead = len(sizes) * sum(weight(*combination) for combination in combinations)
+    for size in sizes:
+        bar.set_description_str(f"loading {options.model}")
+        host = load(options.model, size, options.pretrained)
+        host.model.to(options.device)
+        end = end or time.monotonic() + options.seconds
+        describe(host, options, found)
+        bar.set_description_str("counting FLOPs")
+        book = FlopBook(host, selection, inputs_of(host, photos, 1))
+        cases = {view: cases_of(options, book, view) for view in options.view}
+        for view in options.view:
+            found.limits[f"{host.image_size}/{view}"] = book.limit(min(options.keep_rate), view)
+            found.flops.update({(host.image_size, view, case): book.of(case, view) for case in cases[view]})
+        for batch, precision, work, view in combinations:
+            host.model.to(dtype=dtype_of(precision))
+            mine = weight(batch, precision, work, view)
+            found.measured += measure(
+                host,
+                Setting(host.image_size, batch, precision, work, view),
+                [case for case in cases[view] if suits(case, work)],
+                inputs_of(host, photos, batch),
+                selection,
+                seconds=mine / ahead * (end - time.monotonic()),
+                rounds=options.rounds,
+                bar=bar,
+                seed=options.seed,
+            )
+            ahead -= mine
+    return found
+
+
+def selection_of(options: argparse.Namespace) -> Selection:
+    """Return what all selecting cases share."""
+    return Selection(options.layers, options.relevance, options.fusion)
+
+
+def weight(batch: int, precision: str, work: str, view: str) -> float:
+    """How the time is shared out: large batches need more of it, small ones gain more from every round."""
+    return float((batch * (1 if work == "forward" else 3)) ** 0.6)
+
+
+def describe(host: Host, options: argparse.Namespace, found: Found) -> None:
+    """What the report says about the model."""
+    (tower,) = find_towers(host.model)
+    found.model = {
+        "name": host.name,
+        "library": host.library,
+        "weights": host.weights,
+        "random_weights": host.random_weights,
+        "depth": len(tower.blocks),
+        "width": tower.width,
+        "layers": list(check_layers(options.layers, len(tower.blocks))),
+    }
+    found.notes += [note for note in host.notes if note not in found.notes]
+
+
+def cases_of(options: argparse.Namespace, book: FlopBook, view: str) -> list[Case]:
+    """Unpatched first, then every guidance at every rate, then ToMe at the cost of each text-guided case."""
+    cases = [Case("unpatched"), *(Case(g, rate) for g in options.guidance for rate in options.keep_rate)]
+    if view == "tower":
+        for rate in options.keep_rate if options.tome else ():
+            removed = book.tome_removals(Case("text", rate))
+            cases += [Case(name, rate, removed) for name, kind in KINDS.items() if kind in options.tome]
+        cases.append(Case("text encoder"))
+    return cases
+
+
+def suits(case: Case, work: str) -> bool:
+    """Whether a case is measured in this pass. ToMe hands sizes from block to block, which recomputation breaks."""
+    if case.method == "text encoder":
+        return work == "forward"
+    return case.method not in TOME or work != "checkpointed"
+
+
+def inputs_of(host: Host, photos: Sequence[Photo], batch: int) -> Inputs:
+    """Photographs and captions as the model wants them, the captions already encoded."""
+    pictures, captions = zip(*batch_of(photos, batch))
+    tokens = host.tokens(list(captions))
+    with torch.no_grad():
+        text = host.encode_text(tokens)
+    return Inputs(host.images(pictures), tokens, text)

