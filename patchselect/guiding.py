@@ -5,9 +5,9 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from .pairs.prefix import Prefix
-from .patching import handle_of
 from .wiring.guidance import check_text, scope
 from .wiring.plan import PAIRINGS, REPEATS, check_choice
+from .wiring.state import wiring_of
 
 
 class guide(scope):
@@ -47,15 +47,15 @@ class guide(scope):
         self, model: nn.Module, text_features: Tensor, pairing: str = "paired", prefix: Prefix | None = None,
         repeat: str | None = None,
     ) -> None:  # fmt: skip
-        owner = handle_of(model).wiring
+        owner = wiring_of(model)
         check_choice("pairing", pairing, PAIRINGS)
         check_text(owner, text_features, per_image=pairing != "paired")
         if repeat is not None:
             check_choice("repeat", repeat, REPEATS)
             if pairing != "paired":
                 raise ValueError(
-                    f'repeat={repeat!r} says which images belong to which text, and pairing={pairing!r} guides every '
-                    'image by all texts: leave one of them out'
+                    f"repeat={repeat!r} says which images belong to which text, and pairing={pairing!r} guides every "
+                    "image by all texts: leave one of them out"
                 )
         if prefix is not None:
             prefix.check(owner)
