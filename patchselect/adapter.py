@@ -85,12 +85,9 @@ class TextCall(NamedTuple):
     """`(B, D_text)`, what `guide` would be given."""
     remembered: tuple[TextRun, ...]
     images_per_text: int = 1
-    """How many images come with each text (NLVR2: 2)."""
-    repeat: str = "tile"
-    """How they lie: `"tile"`, all first images before all second ones, or `"each"`, those of one text in a row."""
+    """How many images come with each text (NLVR2: 2, in tiles: all first images before all second ones)."""
     compares_all: bool = False
-    """Whether this call compares every image with every text (a dual encoder), so that its texts may be candidates; a
-    matching head pairs text i with image i by construction."""
+    """Whether it compares every image with every text (a dual encoder), so that its texts may be candidates."""
 
 
 @dataclass(frozen=True)
@@ -179,10 +176,7 @@ class Adapter:
         return {}
 
     def instead_of_reentry(self, model: nn.Module, tower: Tower) -> str:
-        """Return what to do in place of reentrant checkpointing, which passes gradients to a block's arguments alone.
-
-        It must exist in the releases that are installed.
-        """
+        """Return what to do in place of reentrant checkpointing, with what the installed releases offer."""
         return KEEPS_GRAPH or "turn gradient checkpointing off"
 
     def as_output(self, tower: Tower, tokens: Tensor) -> Any:

@@ -24,9 +24,10 @@ class guide(scope):
         text_features: what the model's own text side gives (CLIP: text embeddings in the joint space), or vectors of
             the vision width for a bare tower. `(B, D)` for `"paired"`, `(T, D)` for `"shared"` and `"all"`; floating
             point, on the device of the images, normalised or not.
-        pairing: `"paired"`: text i guides image i (`repeat` where each text has several images). `"shared"`: all texts guide every image in one pass, each patch gets its
-            highest score over all texts. `"all"`: every image with every text, the encoder returns `B * T` rows,
-            image-major. With texts `(B, T, D)` both give every image its own T texts (the candidates of a ranking).
+        pairing: `"paired"`: text i guides image i (`repeat` where each text has several images). `"shared"`: all
+            texts guide every image in one pass, each patch gets its highest score over all texts. `"all"`: every
+            image with every text, the encoder returns `B * T` rows, image-major. With texts `(B, T, D)` both give
+            every image its own T texts (the candidates of a ranking).
         prefix: what `patchselect.encode_prefix` kept of some images: the blocks before the first selection are
             skipped, and what the encoder is called with counts by its shape alone (`prefix.images` is a stand-in).
         repeat: where a batch has several images per text, how they lie: `"each"`: the images of a text follow each

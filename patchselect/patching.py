@@ -130,8 +130,8 @@ def apply(
     Raises:
         TypeError: the model is not supported, compiled, scripted or data-parallel, or a wrapper has replaced the
             `forward` of a block, of the tower or of the model; an argument of a wrong type.
-        ValueError: an argument outside of its range; a `pairing` that the model has no call for; blocks inside of a wrapper (torch's `checkpoint_wrapper` is
-            looked through). The model is unchanged after either.
+        ValueError: an argument outside of its range; a `pairing` that the model has no call for; blocks inside of a
+            wrapper (torch's `checkpoint_wrapper` is looked through). The model is unchanged after either.
     """
     host = unwrapped(model)
     towers = find_towers(host, adapter)

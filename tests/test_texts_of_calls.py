@@ -1,4 +1,4 @@
-"""Which text guides which image is said, never guessed: several images per text, and calls that compare all with all."""
+"""Which text guides which image is said, never guessed: several images per text, calls that compare all with all."""
 
 from __future__ import annotations
 

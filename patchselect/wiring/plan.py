@@ -29,7 +29,7 @@ class Plan:
     relevance: Relevance
     reduction: Reduction
     pairing: str | None = None
-    """Which texts guide which images in a call that compares all of its images with all of its texts, if it was said."""
+    """Which texts guide which images in a call that compares all of its images with all of its texts."""
 
     @classmethod
     def of(

@@ -28,7 +28,7 @@ def call_with_text(model: nn.Module, name: str, original: Original, *args: Any, 
     check_text(wiring, call.features)
     pairing = _pairing(wiring, call, f"{type(model).__name__}.{name}")
     exact = call.images_per_text if pairing == "paired" else 0
-    with scope(wiring, call.features, pairing, exact=exact, memo=call.remembered, repeat=call.repeat):
+    with scope(wiring, call.features, pairing, exact=exact, memo=call.remembered, repeat="tile"):
         return original(*args, **kwargs)
 
 
