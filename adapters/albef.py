@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +11,8 @@ from torch import Tensor, nn
 from patchselect.adapter import Attended, Tower, Wrapper, patch_grid
 from patchselect.weights import Projections, affine, gathered, through_norm
 from patchselect.wiring.journey import call_tower
+from patchselect.wiring.text_calls import Original
+from patchselect.wiring.wording import refuse_masks
 
 from .heads import Heads
 
@@ -38,6 +41,24 @@ def joint_of(head: nn.Module) -> tuple[nn.Module, ...]:
     """The projections of text and image into the joint space of a head; `()` if it has none."""
     joint = tuple(getattr(head, name, None) for name in ("text_proj", "vision_proj"))
     return joint if all(isinstance(projection, nn.Linear) for projection in joint) else ()  # type: ignore[return-value]
+
+
+def takes_regions(tower: Any) -> bool:
+    """Return whether the last blocks of a tower attend within regions of the image (X-VLM)."""
+    return "image_atts" in inspect.signature(type(tower).forward).parameters
+
+
+def call_without_regions(module: Any, name: str, original: Original, *args: Any, **kwargs: Any) -> Any:
+    """Refuse the regions of X-VLM, whose masks and rows are made for all patches before the first block runs.
+
+    Raises:
+        ValueError: the call brings regions; names the arguments, and the ways out.
+    """
+    given = inspect.signature(original).bind(*args, **kwargs).arguments
+    if module._patchselect.plan.selects:
+        tower = next(tower for tower in module._patchselect.towers if tower.module is module)
+        refuse_masks(tower, {name: given.get(name) for name in ("image_atts", "idx_to_group_img")})
+    return call_tower(module, name, original, *args, **kwargs)
 
 
 class Albef(Heads):
@@ -71,9 +92,14 @@ class Albef(Heads):
         ]
 
     def methods(self, model: nn.Module, towers: list[Tower]) -> list[tuple[nn.Module, Mapping[str, Wrapper]]]:
-        """LAVIS calls its towers by `forward_features`, which goes past their `forward`."""
+        """LAVIS calls its towers by `forward_features`, which goes past their `forward`; X-VLM's take regions."""
         named = [tower.module for tower in towers if hasattr(tower.module, "forward_features")]
-        return [*super().methods(model, towers), *((tower, {"forward_features": call_tower}) for tower in named)]
+        regional = [tower.module for tower in towers if takes_regions(tower.module)]
+        return [
+            *super().methods(model, towers),
+            *((tower, {"forward_features": call_tower}) for tower in named),
+            *((tower, {"forward": call_without_regions}) for tower in regional),
+        ]
 
     def _joint_space(self, parts: dict[str, Any], width: int) -> tuple[nn.Module, ...]:
         """The projections of text and image into the head's joint space, if it has one."""
@@ -82,12 +108,14 @@ class Albef(Heads):
             return joint
         if parts["text_width"] != width:
             raise TypeError(
-                f"text of width {parts['text_width']} has no way to the vision width {width} in "
-                f"{type(parts['head']).__name__}: it has no text_proj and vision_proj. Apply to the vision tower alone"
+                f"{type(parts['head']).__name__} reads text of width {parts['text_width']} and images of width {width} "
+                "and has no text_proj and vision_proj to lift the one to the other: call patchselect.apply on its "
+                f"vision tower and give guide() vectors of width {width}"
             )
         return ()
 
     def attend(self, tower: Tower, block: Any, x: Tensor, *register_hook: Any, **kwargs: Any) -> Attended:
+        refuse_masks(tower, {name: value for name, value in kwargs.items() if name != "register_hook"})
         normed = block.norm1(x)
         if register_hook:
             kwargs["register_hook"] = register_hook[0]

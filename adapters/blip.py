@@ -19,6 +19,7 @@ from patchselect.adapter import Attended, TextCall, TextRun, Tower, Wrapper, bou
 from patchselect.compat import fork_rng, is_compiling
 from patchselect.weights import Projections, affine, gathered, through_norm
 from patchselect.wiring.text_calls import call_with_text, recall_text
+from patchselect.wiring.wording import refuse_masks
 
 from .matching import BlipMatching
 from .switches import advice_of_transformers
@@ -114,8 +115,7 @@ class TransformersBlip(BlipMatching):
 
     def attend(self, tower: Tower, block: Any, *args: Any, **kwargs: Any) -> Attended:
         given = bound(tower.parts["block_call"], args, kwargs)
-        if given.pop("attention_mask", None) is not None:
-            raise ValueError("patch selection does not support an attention mask over the image")
+        refuse_masks(tower, {"attention_mask": given.pop("attention_mask", None)})
         hidden_states = given.pop("hidden_states")
         normed = block.layer_norm1(hidden_states)
         attended, weights = block.self_attn(hidden_states=normed, **given)[:2]
@@ -159,8 +159,8 @@ class TransformersBlip(BlipMatching):
             return text
         if tower.parts["joint"] is None:
             raise ValueError(
-                f"text of width {text.shape[-1]} has no way to the vision width {tower.width} in "
-                f'{type(tower.head).__name__}, which has no joint space: use guidance="image"'
+                f"{type(tower.head).__name__} reads text of width {text.shape[-1]} and images of width {tower.width} "
+                'and has no joint space between them: use guidance="image"'
             )
         return self._out_of_joint(tower, self._into_joint(tower, text))
 

@@ -221,8 +221,9 @@ class Captions(CaptionMatching, Albef):
     def lift(self, tower: Tower, text: Tensor) -> Tensor:
         if self.text_width(tower) != tower.width and not tower.parts["joint"]:
             raise ValueError(
-                f"text of width {self.text_width(tower)} has no way to the vision width {tower.width} in "
-                f"{type(tower.parts['head']).__name__}, which has no text_proj and vision_proj: use "
-                'guidance="image", or apply to the vision tower alone'
+                f"{type(tower.parts['head']).__name__} reads text of width {self.text_width(tower)} and images of "
+                f"width {tower.width} and has no text_proj and vision_proj to lift the one to the other: use "
+                f'guidance="image", or call patchselect.apply on its vision tower and give guide() vectors of width '
+                f"{tower.width}"
             )
         return super().lift(tower, text)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from patchselect.adapter import TextCall, TextRun, Tower, Wrapper, bound
 from patchselect.wiring.text_calls import call_with_text, recall_text, remembered
+from patchselect.wiring.wording import as_code
 
 from .matching import BertMatching, text_mode
 
@@ -58,7 +59,11 @@ def trained(found: list[nn.Module]) -> nn.Module | None:
 def check_twins(model: nn.Module, towers: list[nn.Module]) -> None:
     """Raise a `TypeError` unless all towers of a head (the trained one and its momentum twin) are built alike."""
     if any(len(tower.state_dict()) != len(towers[0].state_dict()) for tower in towers):
-        raise TypeError(f"the vision towers of {type(model).__name__} are no twins: apply to each of them alone")
+        names = [name for name, part in model.named_modules() if any(part is tower for tower in towers)]
+        raise TypeError(
+            f"{type(model).__name__} holds vision towers of different shapes ({', '.join(names)}), which one call "
+            "cannot keep at one length: call patchselect.apply on each of them"
+        )
 
 
 def owner_of(model: nn.Module, *parts: nn.Module) -> nn.Module:
@@ -144,10 +149,11 @@ class Heads(BertMatching):
         encoder = text_encoder_of(model)
         bert: Any = encoder or next((module for module in model.modules() if is_bert(module)), None)
         if bert is None:
+            path = next(path for path, part in model.named_modules() if part is towers[0])
             raise TypeError(
                 f"{type(model).__name__} cannot be patched as a whole: it holds a vision tower of {family}, but no "
-                "BERT of that family, and what reads its tokens may need a fixed number. If it takes any number, apply "
-                "to that tower alone"
+                "BERT of that family, and what reads its tokens may need a fixed number. If it takes any number, call "
+                f"patchselect.apply({as_code(model, path)})"
             )
         check_twins(model, towers)
         head = owner_of(model, towers[0], bert)

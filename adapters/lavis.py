@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from patchselect.adapter import Attended, TextCall, Tower, Wrapper
 from patchselect.wiring.text_calls import call_with_text, recall_text
+from patchselect.wiring.wording import refuse_masks
 
 from .blip_salesforce import is_text
 from .captions import Alike, Captions
@@ -46,7 +47,8 @@ class LavisClip(OpenAiClip):
         return [(model, {"forward": call_with_text, "extract_features": call_with_text, "encode_text": recall_text})]
 
     def attend(self, tower: Tower, block: Any, x: Tensor, attn_mask: Tensor | None = None) -> Attended:  # type: ignore[override]
-        return super().attend(tower, block, x, attn_mask)
+        refuse_masks(tower, {"attn_mask": attn_mask})
+        return super().attend(tower, block, x)
 
     def text_of_call(
         self, model: Any, tower: Tower, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -104,8 +104,9 @@ class Mplug(SequenceFirst, Heads):
         ]
         if not bridges:
             raise TypeError(
-                f"text of width {ways[1]} has no way to the vision width {ways[0]} in {type(parts['head']).__name__}: "
-                "no linear layer leads from the one to the other. Apply to the vision tower alone"
+                f"{type(parts['head']).__name__} reads text of width {ways[1]} and images of width {ways[0]} and has "
+                f"no linear layer from {ways[0]} to {ways[1]} to lift the one to the other: call patchselect.apply on "
+                f"its vision tower and give guide() vectors of width {ways[0]}"
             )
         for index, tower in enumerate(towers):
             bridge = bridges[min(index, len(bridges) - 1)]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from patchselect.adapter import Adapter, Attended, TextCall, TextRun, Texts, Tower, Wrapper, bound, patch_grid, pooled
 from patchselect.weights import Projections, affine, gathered, pool_cost, present, through_norm
 from patchselect.wiring.text_calls import call_with_text, recall_text
+from patchselect.wiring.wording import refuse_masks
 
 from .switches import advice_of_set_grad_checkpointing
 from .timm import TimmViT, partial_methods, why_not
@@ -109,8 +110,12 @@ class OpenClip(_Paired):
         self, tower: Tower, block: Any, x: Tensor, k_x: Tensor | None = None, v_x: Tensor | None = None,
         attn_mask: Tensor | None = None,
     ) -> Attended:  # fmt: skip
-        if k_x is not None or v_x is not None or attn_mask is not None:
-            raise ValueError("patch selection needs plain self-attention over the image: no mask, keys or values")
+        if k_x is not None or v_x is not None:
+            raise ValueError(
+                f"{type(tower.module).__name__} was called with keys or values of its own (k_x, v_x), and selection "
+                "needs plain self-attention over the image: call its blocks with x alone"
+            )
+        refuse_masks(tower, {"attn_mask": attn_mask})
         normed = block.ln_1(x)
         branch = block.ln_attn(block.attn(normed)) if hasattr(block, "ln_attn") else block.attention(normed)
         return Attended(x + (block.ls_1(branch) if hasattr(block, "ls_1") else branch), normed)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from patchselect.adapter import Adapter, Attended, TextCall, TextRun, Texts, Tower, Wrapper, bound, patch_grid
 from patchselect.weights import Projections, affine, gathered
 from patchselect.wiring.text_calls import call_with_text, recall_text
+from patchselect.wiring.wording import refuse_masks
 
 BLOCK_PARTS = {"attn", "ln_1", "mlp", "ln_2"}
 TOWER_PARTS = ("conv1", "class_embedding", "positional_embedding", "ln_pre", "ln_post")
@@ -45,8 +46,7 @@ class SequenceFirst(Adapter):
         )
 
     def attend(self, tower: Tower, block: Any, x: Tensor, text_mask: Tensor | None = None) -> Attended:
-        if text_mask is not None:
-            raise ValueError("patch selection does not support an attention mask over the image")
+        refuse_masks(tower, {"text_mask": text_mask})
         normed = block.ln_1(x)
         return Attended(x + block.attention(normed), normed)
 

@@ -15,6 +15,7 @@ from patchselect.adapter import Adapter, Attended, Tower, Wrapper
 from patchselect.weights import Projections, affine, gathered, pool_cost, present, through_norm
 from patchselect.wiring.journey import call_tower
 from patchselect.wiring.text_calls import Original
+from patchselect.wiring.wording import refuse_masks
 
 from .switches import advice_of_set_grad_checkpointing
 
@@ -112,8 +113,7 @@ class TimmViT(Adapter):
     def attend(
         self, tower: Tower, block: Any, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
     ) -> Attended:
-        if attn_mask is not None or is_causal:
-            raise ValueError("patch selection does not support an attention mask over the image")
+        refuse_masks(tower, {"attn_mask": attn_mask, "is_causal": is_causal})
         normed = block.norm1(x)
         return Attended(x + branch(block, 1, block.attn(normed)), normed)
 

@@ -28,6 +28,7 @@ from patchselect.compat import is_compiling
 from patchselect.weights import Projections, gathered, pool_cost, through_norm
 from patchselect.wiring.journey import call_tower
 from patchselect.wiring.text_calls import Original, call_with_text, recall_text
+from patchselect.wiring.wording import instead_of_whole, refuse_masks
 
 from .switches import advice_of_transformers
 
@@ -113,10 +114,7 @@ class TransformersClip(Adapter):
     def _refuse_readers(self, model: nn.Module) -> list[Tower]:
         for path, part in model.named_modules():
             if is_tower(part):
-                raise TypeError(
-                    f"{type(model).__name__} cannot be patched as a whole: what reads the tokens of its vision tower "
-                    f"{path!r} may need a fixed number of patches. If it takes any number, apply to that tower alone"
-                )
+                raise TypeError(instead_of_whole(model, path))
         return []
 
     def methods(self, model: nn.Module, towers: list[Tower]) -> list[tuple[nn.Module, Mapping[str, Wrapper]]]:
@@ -127,12 +125,8 @@ class TransformersClip(Adapter):
 
     def attend(self, tower: Tower, block: Any, *args: Any, **kwargs: Any) -> Attended:
         given = bound(tower.parts["block_call"], args, kwargs)
-        keeps_all = not block._patchselect.plan.selects
-        if given.get("attention_mask") is not None and not keeps_all:
-            raise ValueError(
-                f"{type(tower.module).__name__} got padded patches (an attention mask over the image), which selection "
-                "does not support: batch images of one size, so that no patch is padding"
-            )
+        if block._patchselect.plan.selects:
+            refuse_masks(tower, {name: value for name, value in given.items() if name.endswith("attention_mask")})
         hidden_states = given.pop("hidden_states")
         normed = block.layer_norm1(hidden_states)
         attended, weights = block.self_attn(hidden_states=normed, **given)[:2]
@@ -232,7 +226,8 @@ def call_without_full_mask(module: Any, name: str, original: Original, *args: An
 class TransformersSiglip(TransformersClip):
     """`SiglipModel`, `Siglip2Model` and their vision towers: no [CLS], an attention-pooling head after the tower.
 
-    The text has the width of the tower already. For `values` it is read backwards through the value-output path of
+    The text has the width of the tower already, but for `VisionTextDualEncoderModel`, whose own `visual_projection`
+    follows the head and leads into its joint space. For `values` it is read backwards through the value-output path of
     the pooling head's attention, which is one more attention over the patches; for `joint` each patch goes through
     the head alone.
     """
@@ -256,6 +251,7 @@ class TransformersSiglip(TransformersClip):
         return pool_cost(getattr(tower.module, "head", None))
 
     def read_back(self, tower: Tower, text: Tensor) -> Tensor:
+        text = self.lift(tower, text)
         head = getattr(tower.module, "head", None)
         if head is None:
             return through_norm(text, tower.final_norm)
@@ -266,9 +262,9 @@ class TransformersSiglip(TransformersClip):
     def project(self, tower: Tower, patches: Tensor) -> Tensor:
         normed = tower.final_norm(patches)  # type: ignore[misc]
         head = getattr(tower.module, "head", None)
-        if head is None:
-            return normed
-        return head(normed.flatten(0, 1).unsqueeze(1)).unflatten(0, normed.shape[:2])
+        if head is not None:
+            normed = head(normed.flatten(0, 1).unsqueeze(1)).unflatten(0, normed.shape[:2])
+        return normed if tower.head is None else tower.head.visual_projection(normed)  # type: ignore
 
     def grid(self, tower: Tower, *args: Any, **kwargs: Any) -> tuple[int, int]:
         shapes = kwargs.get("spatial_shapes", args[2] if len(args) > 2 else None)

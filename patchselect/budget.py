@@ -200,7 +200,7 @@ def patches_at(tower: Tower, image_size: int | tuple[int, int]) -> int:
     """Return the number of patches of an image of this size, in pixels.
 
     Raises:
-        ValueError: the size is not positive, or the tower does not tell.
+        ValueError: the size is not positive, or the size that the tower was built for is not known.
     """
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     if min(height, width) < 1:
@@ -221,9 +221,12 @@ def own_patches(tower: Tower) -> int:
     """Return the number of patches of an image of the size that the model was built for.
 
     Raises:
-        ValueError: the tower does not tell.
+        ValueError: the size that the tower was built for is not known.
     """
     found = tower.adapter.own_patches(tower)
     if found is None:
-        raise ValueError(f"{type(tower.module).__name__} does not tell its image size: give image_size")
+        raise ValueError(
+            f"the image size that {type(tower.module).__name__} was built for is not known: give "
+            "keep_rate_for_budget(…, image_size=…)"
+        )
     return found

@@ -234,7 +234,7 @@ def test_a_wider_blip_tower_is_reached_through_the_joint_space():
     with handle.record() as trace:
         call(model, given)
     assert len(trace) == 2
-    with pytest.raises(ValueError, match="no way to the vision width 96"):
+    with pytest.raises(ValueError, match="images of width 96 and has no joint space"):
         patchselect.apply(build("BlipForQuestionAnswering", 96))
     patchselect.apply(build("BlipForQuestionAnswering", 96), guidance="image")
 

@@ -31,6 +31,7 @@ from .recorder import Selected, active_recorder, pool, without_graph
 from .state import Layer
 from .text_calls import reads_text
 from .texts import texts_for
+from .wording import refuse_symbols
 
 Original = Callable[..., Any]
 
@@ -41,6 +42,7 @@ def run_block(block: nn.Module, name: str, original: Original, *args: Any, **kwa
     tower, adapter = layer.tower, layer.tower.adapter
     args, kwargs, carried = _arguments(layer, block, args, kwargs)
     hidden: Tensor = args[0] if args else next(iter(kwargs.values()))
+    refuse_symbols(tower, hidden)
     guidance = _guidance(layer, hidden, carried)
     held = None if guidance is None else guidance.prefix
     if held is not None and held.skips(layer):

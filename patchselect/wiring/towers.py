@@ -11,6 +11,7 @@ from torch import nn
 
 from ..adapter import Adapter, Tower
 from ..adapters import ADAPTERS
+from .advice import unsupported
 
 CHECKPOINTED = "_checkpoint_wrapped_module"
 """Where `checkpoint_wrapper` and `offload_wrapper` of torch hold the module that they wrap."""
@@ -59,15 +60,10 @@ def find_towers(model: nn.Module, adapter: str | Adapter | None = None) -> list[
     with _replaced(_checkpointed(model)):
         _refuse_wrapped_blocks(model, adapters)
         towers, refusal = _asked(model, adapters)
-    if towers:
-        return towers
-    if refusal is not None:
-        raise refusal
-    asked = "no adapter knows" if adapter is None else f"adapter {adapters[0].name!r} does not know"
-    raise TypeError(
-        f"{asked} {type(model).__module__}.{type(model).__qualname__}: nothing was changed. Supported are plain "
-        f"pre-norm ViT towers of the adapters {_names()}; pass the model that holds one, or the tower itself"
-    )
+        if towers:
+            return towers
+        asked = "no adapter knows" if adapter is None else f"adapter {adapters[0].name!r} does not know"
+        raise unsupported(model, asked, _names(), lambda part: _towers_of(part, adapters), refusal)
 
 
 def _chosen(adapter: str | Adapter | None) -> tuple[Adapter, ...]:
@@ -136,9 +132,9 @@ def _refuse_wrapped_blocks(model: nn.Module, adapters: Sequence[Adapter]) -> Non
                 inside[parent, name] = held[0]
     if not inside:
         return
-    seen = _count_towers(model, adapters)
+    seen = len(_towers_of(model, adapters))
     with _replaced(inside):
-        hidden = _count_towers(model, adapters) - seen
+        hidden = len(_towers_of(model, adapters)) - seen
     if hidden > 0:
         names = {f"{type(child).__module__}.{type(child).__qualname__}" for child in map(_child, inside)}
         raise ValueError(
@@ -151,8 +147,9 @@ def _child(place: Place) -> nn.Module:
     return place[0].get_submodule(place[1])
 
 
-def _count_towers(model: nn.Module, adapters: Sequence[Adapter]) -> int:
+def _towers_of(part: nn.Module, adapters: Sequence[Adapter]) -> list[Tower]:
+    """Return the towers of a part of a model; parts are asked that no user would give, so anything may be missing."""
     try:
-        return len(_asked(model, adapters)[0])
+        return _asked(part, adapters)[0]
     except (AttributeError, ValueError):
-        return 0
+        return []
