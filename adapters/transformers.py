@@ -127,8 +127,7 @@ class TransformersClip(Adapter):
 
     def attend(self, tower: Tower, block: Any, *args: Any, **kwargs: Any) -> Attended:
         given = bound(tower.parts["block_call"], args, kwargs)
-        keeps_all = not block._patchselect.plan.selects
-        if given.get("attention_mask") is not None and not keeps_all:
+        if given.get("attention_mask") is not None and block._patchselect.plan.selects:
             raise ValueError(
                 f"{type(tower.module).__name__} got padded patches (an attention mask over the image), which selection "
                 "does not support: batch images of one size, so that no patch is padding"

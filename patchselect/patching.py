@@ -13,6 +13,7 @@ from .reduction import Reduction
 from .relevance import Relevance
 from .wiring.blocks import call_block, run_block
 from .wiring.checks import check_methods, check_reachable
+from .wiring.guard import check_halves
 from .wiring.journey import call_tower
 from .wiring.plan import Plan
 from .wiring.recorder import Trace, recording
@@ -135,6 +136,7 @@ def apply(
     for tower in towers:
         check_reachable(plan, tower)
         for index in plan.layers:
+            check_halves(tower, index)
             kind.projections(tower.blocks[index])
         plan.relevance.check(tower, plan.layers, guidance)
     methods: dict[nn.Module, dict[str, Wrapper]] = {tower.module: {"forward": call_tower} for tower in towers}

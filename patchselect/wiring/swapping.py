@@ -66,6 +66,11 @@ def swapped_class(base: type, overrides: Overrides) -> type:
     return _classes[key]
 
 
+def own_class(cls: Any) -> Any:
+    """Return the class that a module has without a selection: what `remove` gives back."""
+    return _without_swap(cls)
+
+
 def swap(module: nn.Module, overrides: Mapping[str, Wrapper]) -> None:
     """Let `wrapper(module, name, original, *args, **kwargs)` stand in for each named method of this one object."""
     base = vars(type(module)).get("_patchselect_base", type(module))
