@@ -57,9 +57,9 @@ def _refusal(tower: Tower, index: int, what: str) -> str:
     kind = own_class(type(tower.blocks[index]))
     return (
         f"block {index} of {type(tower.module).__name__} cannot select: the adapter {tower.adapter.name!r} runs its "
-        f"attention and its MLP one by one, and the forward of {kind.__module__}.{kind.__qualname__} {what}. Leave this "
-        "block out of layers, or say how it computes: apply(model, adapter=…) with a patchselect.Adapter of your own, "
-        "whose attend and finish are its two halves (and sample_call what it is called with)"
+        f"attention and its MLP one by one, and the forward of {kind.__module__}.{kind.__qualname__} {what}. Leave "
+        "this block out of layers, or say how it computes: apply(model, adapter=…) with a patchselect.Adapter of your "
+        "own, whose attend and finish are its two halves (and sample_call what it is called with)"
     )
 
 
