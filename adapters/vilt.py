@@ -105,7 +105,7 @@ class TransformersVilt(Adapter):
         return {"text_length": length}
 
     def attend(
-        self, tower: Tower, block: Any, hidden_states: Tensor, *args: Any, text_length: int, **kwargs: Any
+        self, tower: Tower, block: Any, hidden_states: Tensor, *args: Any, text_length: int = 0, **kwargs: Any
     ) -> Attended:
         normed = block.layernorm_before(hidden_states)
         attended, *rest = block.attention(normed, *args, **kwargs)

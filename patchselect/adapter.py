@@ -167,6 +167,10 @@ class Adapter:
         """Run the MLP branch on `tokens` and return what the host's block returns."""
         raise NotImplementedError
 
+    def sample_call(self, tower: Tower, block: nn.Module, tokens: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return arguments on which `apply` compares the two halves with `block.forward`; others it needs are None."""
+        return (tokens,), {}
+
     def projections(self, block: nn.Module) -> Projections:
         """Return the weights of the block's attention."""
         raise NotImplementedError
@@ -176,7 +180,7 @@ class Adapter:
         return {}
 
     def instead_of_reentry(self, model: nn.Module, tower: Tower) -> str:
-        """Return what to do in place of reentrant checkpointing, with what the installed releases offer."""
+        """Return what to do, in the installed release, in place of reentrant checkpointing."""
         return KEEPS_GRAPH or "turn gradient checkpointing off"
 
     def as_output(self, tower: Tower, tokens: Tensor) -> Any:

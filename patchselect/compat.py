@@ -89,6 +89,21 @@ def in_functorch() -> bool:
     return peek is not None and peek() is not None
 
 
+def baked_in(tensor: Tensor) -> bool:
+    """Whether `torch.jit.trace`, if it is running, takes a tensor for a constant: made of none of its inputs."""
+    if is_compiling() or not torch.jit.is_tracing():
+        return False
+    values, seen = [torch._C._get_value_trace(tensor)], set()  # type: ignore[attr-defined]
+    while values:
+        node = values.pop().node()
+        if node.kind() in ("prim::Param", "prim::GetAttr"):
+            return False
+        inputs = [value for value in node.inputs() if value.debugName() not in seen]
+        seen.update(value.debugName() for value in inputs)
+        values += inputs
+    return True
+
+
 def allow_in_files(*classes: type) -> None:
     """Classes that `torch.load(weights_only=True)` may make."""
     allow = getattr(torch.serialization, "add_safe_globals", None)  # torch 2.4

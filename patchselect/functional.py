@@ -44,7 +44,8 @@ def num_kept(num_patches: int, keep_rate: float | tuple[int, int]) -> int:
     Float dust does not count: 0.1 of 30 is 3, and 5/6 of 6 is 5. `keep_rate` may also be what `as_ratio` returned.
     """
     numerator, denominator = keep_rate if isinstance(keep_rate, tuple) else as_ratio(keep_rate)
-    return max(1, -(-numerator * num_patches // denominator))
+    kept = max(1, -(-numerator * num_patches // denominator))
+    return int(kept) if isinstance(kept, Tensor) else kept  # torch.jit.trace makes tensors of sizes
 
 
 def num_tokens_after(

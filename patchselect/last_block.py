@@ -12,6 +12,7 @@ from .adapter import Tower
 from .pairs.prefix import pass_block
 from .weights import gathered
 from .wiring.blocks import Original
+from .wiring.guard import check_halves
 from .wiring.state import STATE, Layer, wiring_of
 from .wiring.swapping import unswap
 
@@ -41,6 +42,7 @@ def skip_unread_outputs(model: nn.Module) -> None:
         last = len(tower.blocks) - 1
         if last in wiring.plan.layers:
             raise ValueError(f"block {last} selects patches, so its outputs are not free to skip: drop it from layers")
+        check_halves(tower, last)
         weights = tower.adapter.projections(tower.blocks[last])
         if weights.key_norm is not None or weights.nonlinear_values is not None:
             raise ValueError(

@@ -12,11 +12,13 @@ from .adapter import Adapter, Tower, Wrapper
 from .reduction import Reduction
 from .relevance import Relevance
 from .wiring.blocks import call_block, run_block
+from .wiring.changes import place_of_blocks
 from .wiring.checks import check_methods, check_pairing, check_reachable
+from .wiring.guard import check_halves
 from .wiring.journey import call_tower
 from .wiring.plan import Plan
 from .wiring.recorder import Trace, recording
-from .wiring.state import STATE, Layer, Wiring, wiring_of, wirings_in
+from .wiring.state import STATE, Layer, Wiring, forget, wiring_of
 from .wiring.towers import find_towers, unwrapped
 
 
@@ -141,6 +143,7 @@ def apply(
     for tower in towers:
         check_reachable(plan, tower)
         for index in plan.layers:
+            check_halves(tower, index)
             kind.projections(tower.blocks[index])
         plan.relevance.check(tower, plan.layers, guidance)
     methods: dict[nn.Module, dict[str, Wrapper]] = {tower.module: {"forward": call_tower} for tower in towers}
@@ -149,7 +152,7 @@ def apply(
     check_methods(plan, methods)
     check_pairing(plan, type(host).__name__, methods)
     remove(host)
-    wiring = Wiring(plan, host, towers)
+    wiring = Wiring(plan, host, towers, [place_of_blocks(tower) for tower in towers])
     _patch(wiring, methods)
     return Handle(wiring)
 
@@ -171,8 +174,7 @@ def _patch(wiring: Wiring, methods: Mapping[nn.Module, Mapping[str, Wrapper]]) -
 
 def remove(model: nn.Module) -> None:
     """Take every selection out of `model` and whatever it contains. Nothing happens if there is none."""
-    for wiring in wirings_in(model):
-        wiring.unpatch()
+    forget(model)
 
 
 def handle_of(model: nn.Module) -> Handle:

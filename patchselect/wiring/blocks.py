@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter import Attended
+from ..compat import baked_in
 from ..functional import num_kept
 from ..reduction import Places, Reduced
 from ..relevance import Candidates
@@ -40,6 +41,8 @@ def run_block(block: nn.Module, name: str, original: Original, *args: Any, **kwa
     """Run a selecting block: attention, relevance, keep, fuse, MLP."""
     layer: Layer = block._patchselect  # type: ignore[assignment]
     tower, adapter = layer.tower, layer.tower.adapter
+    if not layer.wiring.patched:  # a copy of a block, which outlived the selection
+        return original(*args, **kwargs)
     args, kwargs, carried = _arguments(layer, block, args, kwargs)
     hidden: Tensor = args[0] if args else next(iter(kwargs.values()))
     refuse_symbols(tower, hidden)
@@ -204,6 +207,11 @@ def _guidance(layer: Layer, hidden: Tensor, carried: Guidance | None) -> Guidanc
             f"no text guides this call of {type(layer.tower.module).__name__}: give it with `with "
             f"patchselect.guide(model, text_features):`, {together}or "
             'choose a guidance that needs no text: patchselect.apply(model, guidance="image")'
+        )
+    if baked_in(found.text):
+        raise ValueError(
+            "torch.jit.trace would keep this one text for ever, as a constant: trace a function of images and text "
+            "features, whose body is `with patchselect.guide(model, text_features):`"
         )
     return found
 

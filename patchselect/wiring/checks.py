@@ -9,12 +9,14 @@ from torch import nn
 from ..adapter import Tower, Wrapper
 from .plan import Plan
 from .state import STATE
+from .swapping import is_stuck
 from .text_calls import call_with_text, recall_text
 
 
 def check_reachable(plan: Plan, tower: Tower) -> None:
     """Raise a TypeError if a block carries a `forward` of its own, which goes before that of its class."""
     for index in plan.layers:
+        _refuse_stuck(tower.blocks[index])
         if "forward" in vars(tower.blocks[index]):
             raise TypeError(
                 f"block {index} of {type(tower.module).__name__} carries a forward of its own (gradient checkpointing, "
@@ -38,6 +40,7 @@ def check_pairing(plan: Plan, name: str, methods: Mapping[nn.Module, Mapping[str
 def check_methods(plan: Plan, methods: Mapping[nn.Module, Mapping[str, Wrapper]]) -> None:
     """Raise the same for the tower and for methods that bring a text along; what was wrapped after `apply` is fine."""
     for module, wrappers in methods.items():
+        _refuse_stuck(module)
         for name, wrapper in wrappers.items():
             of_text = wrapper in (call_with_text, recall_text)
             unused = name == "forward_features" or (of_text and plan.guidance != "text")
@@ -46,3 +49,12 @@ def check_methods(plan: Plan, methods: Mapping[nn.Module, Mapping[str, Wrapper]]
                     f"this {type(module).__name__} carries a {name} of its own (accelerate or another wrapper put it "
                     "there), which would hide that of the selection: call patchselect.apply first and wrap after it"
                 )
+
+
+def _refuse_stuck(module: nn.Module) -> None:
+    kind = type(module)
+    if is_stuck(kind):
+        raise TypeError(
+            f"another library has put its class {kind.__module__}.{kind.__qualname__} on top of an earlier selection: "
+            "undo that first, or build the model again"
+        )

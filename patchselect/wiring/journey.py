@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..adapter import Tower
 from ..compat import is_dynamo_compiling
 from ..reduction import Reduced
+from .changes import check_unchanged
 from .guidance import unlinked
 from .recorder import active_recorder
 from .state import Layer, Wiring
@@ -99,8 +100,11 @@ def journey_of(layer: Layer) -> Journey | None:
 
 
 def call_tower(module: nn.Module, name: str, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Remember the grid of what a tower is called with for the time of the call, where somebody wants to know."""
+    """Check that the tower is what it was, and remember the grid of what it is called with where somebody asks."""
     wiring: Wiring = module._patchselect  # type: ignore[assignment]
+    for tower, place in zip(wiring.towers, wiring.places):
+        if tower.module is module:
+            check_unchanged(wiring.plan, tower, place)
     if active_recorder(wiring) is None and not wiring.plan.reduction.reads_places:
         return original(*args, **kwargs)
     tower = next(tower for tower in wiring.towers if tower.module is module)

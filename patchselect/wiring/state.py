@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import warnings
 from dataclasses import dataclass, field
 from typing import Any, Mapping
 
 from torch import nn
 
 from ..adapter import Tower, Wrapper
+from .changes import Path
 from .plan import Plan
 from .swapping import swap, unswap
 
@@ -21,7 +25,11 @@ class Wiring:
     plan: Plan
     model: nn.Module = field(repr=False)
     towers: list[Tower] = field(repr=False)
+    places: list[Path | None] = field(repr=False)
+    """Where each tower holds its blocks."""
     patched: list[nn.Module] = field(default_factory=list, repr=False)
+    bare: list[nn.Module] = field(default_factory=list, repr=False)
+    """Those of the patched modules that keep their class."""
     traced: Any = field(default=None, repr=False)
     """The guidance of a graph while dynamo traces it; never set on the real object."""
     traced_journey: Any = field(default=None, repr=False)
@@ -31,16 +39,39 @@ class Wiring:
         """Let wrappers stand in for methods of `module`, and hang `state` on it."""
         if overrides:
             swap(module, overrides)
+        else:
+            self.bare.append(module)
         setattr(module, STATE, state)
         self.patched.append(module)
 
     def unpatch(self) -> None:
-        """Give every patched module its own class back."""
-        for module in self.patched:
-            if STATE in vars(module):
-                unswap(module)
-                delattr(module, STATE)
-        self.patched = []
+        """Give every patched module its own class back; one that got its class from somebody else keeps that."""
+        patched, self.patched = self.patched, []
+        kept = [type(module) for module in patched if STATE in vars(module) and not release(module, self)]
+        if kept:
+            names = ", ".join(sorted({f"{kind.__module__}.{kind.__qualname__}" for kind in kept}))
+            warnings.warn(
+                f"the selection is out of {type(self.model).__name__}, but another library has given {len(kept)} of "
+                f"its modules classes of its own since patchselect.apply ({names}): they were left as they are",
+                stacklevel=3,
+            )
+
+    def swaps(self, module: nn.Module) -> bool:
+        """Tell whether `module` got a class of this selection; a model may hold its state alone."""
+        return not any(part is module for part in self.bare)
+
+    def holds(self, module: nn.Module) -> bool:
+        """Tell whether `module` was patched by this selection, and is not a copy of a block of it."""
+        return any(part is module for part in self.patched)
+
+
+def release(module: nn.Module, wiring: Wiring) -> bool:
+    """Take the state of a selection off a module and give its own class back; tell whether that could be done.
+
+    A class of somebody else on top of the swapped one may stay: without a state the swapped one does nothing.
+    """
+    delattr(module, STATE)
+    return unswap(module) if wiring.swaps(module) else True
 
 
 @dataclass(eq=False)
@@ -59,6 +90,15 @@ class Layer:
     def plan(self) -> Plan:
         return self.wiring.plan
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Layer:
+        """Go along with a copy of the model or the tower; a copy of a block alone belongs to the same selection."""
+        whole = (self.wiring, self.wiring.model, self.tower.module)
+        if not any(id(part) in memo for part in whole):
+            return dataclasses.replace(self)
+        made = memo[id(self)] = Layer.__new__(Layer)
+        vars(made).update({name: copy.deepcopy(value, memo) for name, value in vars(self).items()})
+        return made
+
     def instead_of_reentry(self) -> str:
         """Return what to do in place of reentrant checkpointing, on this host."""
         return self.tower.adapter.instead_of_reentry(self.wiring.model, self.tower)
@@ -66,9 +106,8 @@ class Layer:
 
 def wirings_in(model: nn.Module) -> list[Wiring]:
     """Return the selections in `model` and in what it contains, in order."""
-    states = (vars(module).get(STATE) for module in model.modules())
-    found = (state.wiring if isinstance(state, Layer) else state for state in states if state is not None)
-    return list(dict.fromkeys(found))
+    found = (_of(module) for module in model.modules())
+    return list(dict.fromkeys(wiring for wiring in found if wiring is not None))
 
 
 def wiring_of(model: nn.Module) -> Wiring:
@@ -89,3 +128,18 @@ def wiring_of(model: nn.Module) -> Wiring:
         if found
         else f"{name} is not patched: call patchselect.apply(model) first"
     )
+
+
+def forget(model: nn.Module) -> None:
+    """Take every selection out of `model`, and off copies of single blocks in it, which leave the original alone."""
+    for wiring in wirings_in(model):
+        copies = [part for part in model.modules() if _of(part) is wiring and not wiring.holds(part)]
+        if any(_of(part) is wiring and wiring.holds(part) for part in model.modules()):
+            wiring.unpatch()
+        for part in copies:
+            release(part, wiring)
+
+
+def _of(module: nn.Module) -> Wiring | None:
+    state = vars(module).get(STATE)
+    return state.wiring if isinstance(state, Layer) else state

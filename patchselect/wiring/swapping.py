@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copyreg
 import functools
+import inspect
 from collections.abc import Mapping
 from typing import Any, Tuple
 
@@ -32,6 +33,16 @@ def _override(base: type, name: str, wrapper: Wrapper) -> Any:
         return wrapper(self, name, functools.partial(original, self), *args, **kwargs)
 
     return method
+
+
+def _refuse_script(self: nn.Module) -> nn.Module:
+    """Stand in the way of `torch.jit.script`, which compiles the source of the host's own methods."""
+    if getattr(self, "_patchselect", None) is None:
+        return self
+    raise TypeError(
+        f"torch.jit.script compiles the source of {type(self).__name__}, which knows nothing of a selection: use "
+        "torch.compile, torch.export, or torch.jit.trace with the text features as input; or patchselect.remove first"
+    )
 
 
 def _reduce(self: nn.Module, protocol: Any) -> Any:
@@ -58,6 +69,7 @@ def swapped_class(base: type, overrides: Overrides) -> type:
                 "__qualname__": base.__qualname__,
                 "__doc__": base.__doc__,
                 "__reduce_ex__": _reduce,
+                "__prepare_scriptable__": _refuse_script,
                 "_patchselect_base": base,
                 "_patchselect_overrides": overrides,
             }
@@ -66,15 +78,41 @@ def swapped_class(base: type, overrides: Overrides) -> type:
     return _classes[key]
 
 
+def own_class(cls: Any) -> Any:
+    """Return the class that a module has without a selection, or its class where `is_stuck` says so."""
+    return cls if is_stuck(cls) else _without_swap(cls)
+
+
+def is_stuck(cls: type) -> bool:
+    """Tell whether a class of somebody else on top of a swapped one calls `super()`, and so cannot be made again."""
+    swapped = next((parent for parent in cls.__mro__ if "_patchselect_base" in vars(parent)), object)
+    above = [kind for kind in cls.__mro__ if kind is not swapped and issubclass(kind, swapped)]
+    return swapped is not object and any("__class__" in _free_names(x) for kind in above for x in vars(kind).values())
+
+
+def _free_names(value: Any) -> tuple[str, ...]:
+    function = inspect.unwrap(getattr(value, "__func__", getattr(value, "fget", value)) or value)
+    code = getattr(function, "__code__", None)
+    return code.co_freevars if code is not None else ()
+
+
 def swap(module: nn.Module, overrides: Mapping[str, Wrapper]) -> None:
     """Let `wrapper(module, name, original, *args, **kwargs)` stand in for each named method of this one object."""
     base = vars(type(module)).get("_patchselect_base", type(module))
     module.__class__ = swapped_class(base, tuple(overrides.items()))
 
 
-def unswap(module: nn.Module) -> None:
-    """Give the module its own class back, under whatever subclasses others (FSDP2) have put on top since."""
-    module.__class__ = _without_swap(type(module))
+def unswap(module: nn.Module) -> bool:
+    """Give the module its own class back, under whatever subclasses others (FSDP2) have put on top since.
+
+    Returns:
+        Whether that could be done: not if somebody else has given it another class.
+    """
+    kind = type(module)
+    if not hasattr(kind, "_patchselect_base") or is_stuck(kind):
+        return False
+    module.__class__ = _without_swap(kind)
+    return True
 
 
 def _without_swap(cls: type) -> type:
