@@ -175,11 +175,13 @@ def held(module: nn.Module, path: str) -> Tensor:
 def _remade(module: nn.Module, name: str) -> Tensor | None:
     for hook in module._forward_pre_hooks.values():
         if isinstance(hook, BasePruningMethod) and hook._tensor_name == name:
-            return hook.apply_mask(module)  # type: ignore[no-any-return]
+            return hook.apply_mask(module)
         if isinstance(hook, WeightNorm) and hook.name == name:
-            return hook.compute_weight(module)  # type: ignore[no-any-return]
+            return hook.compute_weight(module)
         if isinstance(hook, SpectralNorm) and hook.name == name:
-            return hook.compute_weight(module, do_power_iteration=False)
+            made_of, u, v = (getattr(module, f"{name}_{part}") for part in ("orig", "u", "v"))
+            flat = hook.reshape_weight_to_matrix(made_of)
+            return made_of / torch.dot(u.clone(), torch.mv(flat, v.clone()))  # the next forward writes into u and v
     return None
 
 
