@@ -96,11 +96,7 @@ class Mplug(SequenceFirst, Heads):
         if ways[0] == ways[1]:
             return
         children = list(parts["head"].children())
-        bridges = [
-            layer
-            for layer in children
-            if is_linear(layer) and (layer.in_features, layer.out_features) == ways
-        ]
+        bridges = [layer for layer in children if is_linear(layer) and (layer.in_features, layer.out_features) == ways]
         if not bridges:
             raise TypeError(
                 f"text of width {ways[1]} has no way to the vision width {ways[0]} in {type(parts['head']).__name__}: "

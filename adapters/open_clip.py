@@ -10,7 +10,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from patchselect.adapter import Adapter, Attended, TextCall, TextRun, Texts, Tower, Wrapper, bound, patch_grid, pooled
-from patchselect.weights import Projections, affine, gathered, held, is_linear, matrix, output_of, place_of, pool_cost, present, through_norm
+from patchselect.weights import (
+    Projections,
+    affine,
+    gathered,
+    held,
+    is_linear,
+    matrix,
+    output_of,
+    place_of,
+    pool_cost,
+    present,
+    through_norm,
+)
 from patchselect.wiring.text_calls import call_with_text, recall_text
 
 from .switches import advice_of_set_grad_checkpointing

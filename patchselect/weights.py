@@ -201,6 +201,14 @@ def _fetched(module: nn.Module, path: str, empty: Tensor) -> Tensor:
     return empty
 
 
+def plain_tensors(tensor: Tensor) -> list[Tensor]:
+    """Return what a tensor holds: itself, or the parts of a quantised one."""
+    if hasattr(tensor, "full_tensor") or not hasattr(type(tensor), "__tensor_flatten__"):
+        return [tensor]
+    whole: Any = tensor
+    return [plain for name in whole.__tensor_flatten__()[0] for plain in plain_tensors(getattr(tensor, name))]
+
+
 def place_of(module: nn.Module) -> dict[str, Any]:
     """Return device and dtype that a module computes with, as keyword arguments, wherever its weights are now."""
     tensors = [*module.parameters(), *module.buffers()]
