@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from patchselect.adapter import Adapter, Attended, TextCall, TextRun, Texts, Tower, Wrapper, bound, patch_grid, pooled
 from patchselect.weights import (
     Projections,
-    affine,
     gathered,
     held,
     is_linear,
