@@ -10,10 +10,9 @@ from torch import Tensor, nn
 
 from .adapter import Tower
 from .pairs.prefix import pass_block
-from .patching import handle_of
 from .weights import gathered
 from .wiring.blocks import Original
-from .wiring.state import STATE, Layer
+from .wiring.state import STATE, Layer, wiring_of
 from .wiring.swapping import unswap
 
 
@@ -34,7 +33,7 @@ def skip_unread_outputs(model: nn.Module) -> None:
     Raises:
         ValueError: the model is not patched; its patch tokens are read, or may be; its last block selects.
     """
-    wiring = handle_of(model).wiring
+    wiring = wiring_of(model)
     for tower in wiring.towers:
         reason = tower.adapter.reads_patches(wiring.model, tower)
         if reason is not None:

@@ -63,8 +63,8 @@ class Projections:
         linears = {"query": query, "key": key, "value": value, "output": output}
         if not all(map(shows_weight, linears.values())):
             return _Hidden(linears, rest)
-        biases = {f"{name}_bias": affine(linears[name])[1] for name in ("query", "key")}
-        return cls(**{name: affine(linear)[0] for name, linear in linears.items()}, **biases, **rest)
+        (query, query_bias), (key, key_bias) = affine(query), affine(key)
+        return cls(query, query_bias, key, key_bias, affine(value)[0], affine(output)[0], **rest)
 
 
 class _Hidden(Projections):
