@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from patchselect.adapter import Attended, Tower, Wrapper, patch_grid
-from patchselect.weights import Projections, affine, gathered, through_norm
+from patchselect.weights import Projections, is_linear, matrix, through_norm
 from patchselect.wiring.journey import call_tower
 from patchselect.wiring.text_calls import Original
 from patchselect.wiring.wording import refuse_masks
@@ -30,8 +30,8 @@ def is_tower(module: Any) -> bool:
     parts: list[Any] = list(blocks)
     return all(
         {name for name, _ in block.named_children()} == BLOCK_PARTS
-        and isinstance(getattr(block.attn, "qkv", None), nn.Linear)
-        and isinstance(getattr(block.attn, "proj", None), nn.Linear)
+        and is_linear(getattr(block.attn, "qkv", None))
+        and is_linear(getattr(block.attn, "proj", None))
         and not any(True for _ in block.attn.parameters(recurse=False))
         for block in parts
     )
@@ -40,7 +40,7 @@ def is_tower(module: Any) -> bool:
 def joint_of(head: nn.Module) -> tuple[nn.Module, ...]:
     """The projections of text and image into the joint space of a head; `()` if it has none."""
     joint = tuple(getattr(head, name, None) for name in ("text_proj", "vision_proj"))
-    return joint if all(isinstance(projection, nn.Linear) for projection in joint) else ()  # type: ignore[return-value]
+    return joint if all(map(is_linear, joint)) else ()  # type: ignore[return-value]
 
 
 def takes_regions(tower: Any) -> bool:
@@ -126,9 +126,9 @@ class Albef(Heads):
 
     def projections(self, block: Any) -> Projections:
         attention = block.attn
-        return Projections.fused(
-            *affine(attention.qkv),
-            output=affine(attention.proj)[0],
+        return Projections.packed(
+            attention.qkv,
+            attention.proj,
             num_heads=attention.num_heads,
             scale=attention.scale,
             norm=block.norm1,
@@ -147,7 +147,7 @@ class Albef(Heads):
         return through_norm(self._through_joint(tower, text), tower.final_norm)
 
     def _through_joint(self, tower: Tower, text: Tensor) -> Tensor:
-        into, out = (gathered(projection.weight) for projection in tower.parts["joint"])
+        into, out = map(matrix, joint_of(tower.parts["head"]))  # as they are now: LoRA may have come since `apply`
         return text.to(into.dtype) @ into.T @ out
 
     def grid(self, tower: Tower, x: Tensor, *args: Any, **kwargs: Any) -> tuple[int, int]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from patchselect.adapter import Attended, TextCall, TextRun, Tower, Wrapper, bound, patch_grid
 from patchselect.compat import fork_rng, is_compiling
-from patchselect.weights import Projections, affine, gathered, through_norm
+from patchselect.weights import Projections, is_linear, matrix, through_norm
 from patchselect.wiring.text_calls import call_with_text, recall_text
 from patchselect.wiring.wording import refuse_masks
 
@@ -40,8 +40,8 @@ def is_tower(module: Any) -> bool:
         return False
     return all(
         {name for name, _ in block.named_children()} == BLOCK_PARTS
-        and isinstance(getattr(block.self_attn, "qkv", None), nn.Linear)
-        and isinstance(getattr(block.self_attn, "projection", None), nn.Linear)
+        and is_linear(getattr(block.self_attn, "qkv", None))
+        and is_linear(getattr(block.self_attn, "projection", None))
         for block in layers
     )
 
@@ -50,7 +50,7 @@ def joint_space_of(model: nn.Module) -> tuple[nn.Linear, nn.Linear] | None:
     """The projections of text and image into one space, if the head has them."""
     for names in PROJECTIONS:
         found = [getattr(model, name, None) for name in names]
-        if all(isinstance(projection, nn.Linear) for projection in found):
+        if all(map(is_linear, found)):
             return found[0], found[1]  # type: ignore[return-value]
     return None
 
@@ -136,9 +136,9 @@ class TransformersBlip(BlipMatching):
 
     def projections(self, block: Any) -> Projections:
         attention = block.self_attn
-        return Projections.fused(
-            *affine(attention.qkv),
-            output=affine(attention.projection)[0],
+        return Projections.packed(
+            attention.qkv,
+            attention.projection,
             num_heads=attention.num_heads,
             scale=attention.scale,
             norm=block.layer_norm1,
@@ -164,14 +164,18 @@ class TransformersBlip(BlipMatching):
             )
         return self._out_of_joint(tower, self._into_joint(tower, text))
 
+    def _joint(self, tower: Tower) -> Any:
+        """Return the two projections as they are now: LoRA may have come since `apply`."""
+        return joint_space_of(tower.head)  # type: ignore[arg-type]
+
     def _into_joint(self, tower: Tower, text: Tensor) -> Tensor:
         if hasattr(tower.head, "text_model"):
             return text
-        weight = gathered(tower.parts["joint"][0].weight)
+        weight = matrix(self._joint(tower)[0])
         return text.to(weight.dtype) @ weight.T
 
     def _out_of_joint(self, tower: Tower, text: Tensor) -> Tensor:
-        weight = gathered(tower.parts["joint"][1].weight)
+        weight = matrix(self._joint(tower)[1])
         return text.to(weight.dtype) @ weight
 
     def read_back(self, tower: Tower, text: Tensor) -> Tensor:

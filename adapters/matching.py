@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from patchselect.adapter import Adapter, Texts, Tower, named, pooled
+from patchselect.weights import is_linear
 
 
 def _tokens(texts: Any, encoder: Any) -> tuple[Tensor, Tensor]:
@@ -28,7 +29,7 @@ def text_mode(encoder: nn.Module) -> dict[str, str]:
 
 
 def _head(model: nn.Module) -> nn.Module:
-    pairs = [part for part in model.children() if isinstance(part, nn.Linear) and part.out_features == 2]
+    pairs = [part for part in model.children() if is_linear(part) and part.out_features == 2]
     head = getattr(model, "itm_head", pairs[0] if len(pairs) == 1 else None)
     if not isinstance(head, nn.Module):
         raise ValueError(

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from patchselect.adapter import Tower, Wrapper
 from patchselect.compat import KEEPS_GRAPH
-from patchselect.weights import gathered
+from patchselect.weights import is_linear, matrix
 from patchselect.wiring.guidance import current, scope
 from patchselect.wiring.recorder import active_recorder
 
@@ -97,11 +97,7 @@ class Mplug(SequenceFirst, Heads):
         if ways[0] == ways[1]:
             return
         children = list(parts["head"].children())
-        bridges = [
-            layer
-            for layer in children
-            if isinstance(layer, nn.Linear) and (layer.in_features, layer.out_features) == ways
-        ]
+        bridges = [layer for layer in children if is_linear(layer) and (layer.in_features, layer.out_features) == ways]
         if not bridges:
             raise TypeError(
                 f"{type(parts['head']).__name__} reads text of width {ways[1]} and images of width {ways[0]} and has "
@@ -112,7 +108,9 @@ class Mplug(SequenceFirst, Heads):
             bridge = bridges[min(index, len(bridges) - 1)]
             later: list[Any] = children[children.index(bridge) :]
             norms = (part for part in later if isinstance(part, nn.LayerNorm) and part.normalized_shape == ways[1:])
-            tower.parts.update(bridge=bridge, bridge_norm=next(norms, nn.Identity()))
+            names = {id(part): name for name, part in parts["head"].named_children()}
+            norm = next(norms, None)
+            tower.parts.update(bridge=names[id(bridge)], bridge_norm=None if norm is None else names[id(norm)])
 
     def methods(self, model: nn.Module, towers: list[Tower]) -> list[tuple[nn.Module, Mapping[str, Wrapper]]]:
         parts = towers[0].parts
@@ -131,13 +129,13 @@ class Mplug(SequenceFirst, Heads):
         raise ValueError('relevance="values" is not offered for the heads of mPLUG: use "keys" or "features"')
 
     def lift(self, tower: Tower, text: Tensor) -> Tensor:
-        bridge = tower.parts.get("bridge")
-        if bridge is None:
+        if tower.parts.get("bridge") is None:
             return text
-        weight = gathered(bridge.weight)
+        weight = matrix(tower.parts["head"].get_submodule(tower.parts["bridge"]))  # as it is now, with what came around
         return text.to(weight.dtype) @ weight
 
     def as_fused(self, tower: Tower, rows: Tensor) -> Tensor:
         """Narrowed to the width of the text where the tower is wider, as the head does it."""
-        bridge = tower.parts.get("bridge")
-        return rows if bridge is None else tower.parts["bridge_norm"](bridge(rows))
+        for name in (tower.parts.get("bridge"), tower.parts.get("bridge_norm")):
+            rows = rows if name is None else tower.parts["head"].get_submodule(name)(rows)
+        return rows

@@ -10,7 +10,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from patchselect.adapter import Adapter, Attended, TextCall, TextRun, Texts, Tower, Wrapper, bound, patch_grid, pooled
-from patchselect.weights import Projections, affine, gathered, pool_cost, present, through_norm
+from patchselect.weights import (
+    Projections,
+    gathered,
+    held,
+    is_linear,
+    matrix,
+    output_of,
+    place_of,
+    pool_cost,
+    present,
+    through_norm,
+)
 from patchselect.wiring.text_calls import call_with_text, recall_text
 from patchselect.wiring.wording import refuse_masks
 
@@ -159,13 +170,13 @@ class OpenClip(_Paired):
         elif present(getattr(attention, "ln_inner", None)) or present(getattr(block, "ln_attn", None)):
             nonlinear = "its attention output is normalised"
         return Projections.fused(
-            attention.in_proj_weight,
-            attention.in_proj_bias,
-            output=affine(attention.out_proj)[0],
+            held(attention, "in_proj_weight"),
+            None if attention.in_proj_bias is None else held(attention, "in_proj_bias"),
+            output=output_of(attention),
             num_heads=num_heads,
             scale=scale,
             norm=block.ln_1,
-            output_scale=getattr(getattr(block, "ls_1", None), "gamma", None),
+            output_scale=held(block.ls_1, "gamma") if hasattr(getattr(block, "ls_1", None), "gamma") else None,
             query_norm=query_norm,
             key_norm=key_norm,
             nonlinear_values=nonlinear,
@@ -192,7 +203,7 @@ class OpenClip(_Paired):
         """From the joint space to where the tower pools: through the projection, transposed."""
         if tower.module.proj is None:
             return text
-        proj = gathered(tower.module.proj)  # type: ignore[arg-type]
+        proj = gathered(held(tower.module, "proj"))
         return text.to(proj.dtype) @ proj.T
 
     def _through_pool(self, tower: Tower, direction: Tensor) -> Tensor:
@@ -201,11 +212,12 @@ class OpenClip(_Paired):
         if getattr(visual, "attn_pool_contrastive", None) is not None:
             raise ValueError('text cannot be read back through two attentional poolers: use guidance="image"')
         attention = visual.attn_pool.attn
-        value = attention.v_proj_weight
-        if value is None:
-            value = gathered(attention.in_proj_weight).chunk(3)[2]
-        output = gathered(attention.out_proj.weight)
-        return direction.to(output.dtype) @ output @ gathered(value)
+        if attention.v_proj_weight is None:
+            value = gathered(held(attention, "in_proj_weight")).chunk(3)[2]
+        else:
+            value = gathered(held(attention, "v_proj_weight"))
+        output = gathered(output_of(attention))
+        return direction.to(output.dtype) @ output @ value
 
     def project(self, tower: Tower, patches: Tensor) -> Tensor:
         visual: Any = tower.module
@@ -214,7 +226,7 @@ class OpenClip(_Paired):
         normed = visual.ln_post(patches)
         if visual.proj is None:
             return normed
-        proj = gathered(visual.proj)
+        proj = gathered(held(visual, "proj"))
         return normed.to(proj.dtype) @ proj
 
     def grid(self, tower: Tower, x: Tensor, *args: Any, **kwargs: Any) -> tuple[int, int]:
@@ -238,15 +250,15 @@ class OpenClipTimm(_Paired, TimmViT):
         tower.head = visual
         return [tower]
 
-    def _projection(self, tower: Tower) -> nn.Linear | None:
+    def _projection(self, tower: Tower) -> Any:
         """The linear map from the pooled image to the joint space, if there is one."""
         visual: Any = tower.head
-        if isinstance(getattr(visual.head, "proj", None), nn.Linear):
+        if is_linear(getattr(visual.head, "proj", None)):
             return visual.head.proj
         if len(visual.head):
             kinds = ", ".join(type(part).__name__ for part in visual.head)
             raise ValueError(f'text cannot be read back through a head of {kinds}: use guidance="image"')
-        return visual.trunk.head if isinstance(visual.trunk.head, nn.Linear) else None
+        return visual.trunk.head if is_linear(visual.trunk.head) else None
 
     def text_width(self, tower: Tower) -> int:
         projection = self._projection(tower)
@@ -254,7 +266,10 @@ class OpenClipTimm(_Paired, TimmViT):
 
     def lift(self, tower: Tower, text: Tensor) -> Tensor:
         projection = self._projection(tower)
-        return text if projection is None else text.to(projection.weight.dtype) @ gathered(projection.weight)
+        if projection is None:
+            return text
+        weight = matrix(projection)
+        return text.to(weight.dtype) @ weight
 
     def read_back(self, tower: Tower, text: Tensor) -> Tensor:
         return super().read_back(tower, self.lift(tower, text))
@@ -262,4 +277,4 @@ class OpenClipTimm(_Paired, TimmViT):
     def project(self, tower: Tower, patches: Tensor) -> Tensor:
         projection = self._projection(tower)
         pooled = super().project(tower, patches)
-        return pooled if projection is None else projection(pooled.to(projection.weight.dtype))
+        return pooled if projection is None else projection(pooled.to(place_of(projection)["dtype"]))

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from patchselect.adapter import Adapter, Attended, TextCall, TextRun, Texts, Tower, Wrapper, bound, patch_grid
-from patchselect.weights import Projections, affine, gathered
+from patchselect.weights import Projections, gathered, held, output_of
 from patchselect.wiring.text_calls import call_with_text, recall_text
 from patchselect.wiring.wording import refuse_masks
 
@@ -56,9 +56,9 @@ class SequenceFirst(Adapter):
     def projections(self, block: Any) -> Projections:
         attention = block.attn
         return Projections.fused(
-            attention.in_proj_weight,
-            attention.in_proj_bias,
-            output=affine(attention.out_proj)[0],
+            held(attention, "in_proj_weight"),
+            held(attention, "in_proj_bias"),
+            output=output_of(attention),
             num_heads=attention.num_heads,
             scale=attention.head_dim**-0.5,
             norm=block.ln_1,
@@ -112,12 +112,12 @@ class OpenAiClip(SequenceFirst):
     def lift(self, tower: Tower, text: Tensor) -> Tensor:
         if tower.module.proj is None:
             return text
-        proj = gathered(tower.module.proj)  # type: ignore[arg-type]
+        proj = gathered(held(tower.module, "proj"))
         return text.to(proj.dtype) @ proj.T
 
     def project(self, tower: Tower, patches: Tensor) -> Tensor:
         normed = tower.final_norm(patches)  # type: ignore[misc]
         if tower.module.proj is None:
             return normed
-        proj = gathered(tower.module.proj)  # type: ignore[arg-type]
+        proj = gathered(held(tower.module, "proj"))
         return normed.to(proj.dtype) @ proj

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from patchselect.adapter import Adapter, Attended, Tower, Wrapper
-from patchselect.weights import Projections, affine, gathered, pool_cost, present, through_norm
+from patchselect.weights import Projections, held, is_linear, matrix, pool_cost, present, through_norm
 from patchselect.wiring.journey import call_tower
 from patchselect.wiring.text_calls import Original
 from patchselect.wiring.wording import refuse_masks
@@ -139,13 +139,13 @@ class TimmViT(Adapter):
             nonlinear = "its attention output is normalised"
         elif getattr(attention, "gate", None) is not None:
             nonlinear = "its attention output is gated"
-        return Projections.fused(
-            *affine(attention.qkv),
-            output=affine(attention.proj)[0],
+        return Projections.packed(
+            attention.qkv,
+            attention.proj,
             num_heads=attention.num_heads,
             scale=attention.scale,
             norm=block.norm1,
-            output_scale=getattr(getattr(block, "ls1", None), "gamma", None),
+            output_scale=held(block.ls1, "gamma") if hasattr(getattr(block, "ls1", None), "gamma") else None,
             query_norm=attention.q_norm if normalised else None,
             key_norm=attention.k_norm if normalised else None,
             nonlinear_values=nonlinear,
@@ -155,10 +155,10 @@ class TimmViT(Adapter):
         pool: Any = getattr(tower.module, "attn_pool", None)
         if pool is None:
             return through_norm(text, tower.final_norm)
-        if not hasattr(pool, "kv") or not isinstance(pool.proj, nn.Linear):
+        if not hasattr(pool, "kv") or not is_linear(pool.proj):
             raise ValueError(f'relevance="values" cannot read {type(pool).__name__} backwards; use relevance="keys"')
-        value = gathered(pool.kv.weight).chunk(2)[1]
-        return through_norm(text.to(value.dtype) @ gathered(pool.proj.weight) @ value, tower.final_norm)
+        value = matrix(pool.kv).chunk(2)[1]
+        return through_norm(text.to(value.dtype) @ matrix(pool.proj) @ value, tower.final_norm)
 
     def project(self, tower: Tower, patches: Tensor) -> Tensor:
         trunk: Any = tower.module

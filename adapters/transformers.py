@@ -25,7 +25,7 @@ from patchselect.adapter import (
     pooled,
 )
 from patchselect.compat import is_compiling
-from patchselect.weights import Projections, gathered, pool_cost, through_norm
+from patchselect.weights import Projections, gathered, held, is_linear, matrix, pool_cost, through_norm
 from patchselect.wiring.journey import call_tower
 from patchselect.wiring.text_calls import Original, call_with_text, recall_text
 from patchselect.wiring.wording import instead_of_whole, refuse_masks
@@ -47,7 +47,7 @@ def is_tower(module: Any) -> bool:
         return False
     return all(
         {name for name, _ in block.named_children()} == BLOCK_PARTS
-        and all(isinstance(getattr(block.self_attn, part, None), nn.Linear) for part in ATTENTION_PARTS)
+        and all(is_linear(getattr(block.self_attn, part, None)) for part in ATTENTION_PARTS)
         for block in layers
     )
 
@@ -102,7 +102,7 @@ class TransformersClip(Adapter):
                 num_prefix_tokens=int(has_class_token),
                 has_class_token=has_class_token,
                 width=block.self_attn.q_proj.in_features,
-                head=model if isinstance(getattr(model, "visual_projection", None), nn.Linear) else None,
+                head=model if is_linear(getattr(model, "visual_projection", None)) else None,
                 final_norm=core.post_layernorm,
                 parts=parts,
             )
@@ -168,7 +168,7 @@ class TransformersClip(Adapter):
     def lift(self, tower: Tower, text: Tensor) -> Tensor:
         if tower.head is None:
             return text
-        weight = gathered(tower.head.visual_projection.weight)  # type: ignore[union-attr, arg-type]
+        weight = matrix(tower.head.visual_projection)
         return text.to(weight.dtype) @ weight
 
     def project(self, tower: Tower, patches: Tensor) -> Tensor:
@@ -242,7 +242,7 @@ class TransformersSiglip(TransformersClip):
 
     def takes_flat_patches(self, tower: Tower) -> bool:
         """Tell SigLIP 2, which is called with patches `(N, n, values)` that its processor has cut out, from SigLIP."""
-        return isinstance(tower.module.embeddings.patch_embedding, nn.Linear)  # type: ignore[union-attr]
+        return is_linear(tower.module.embeddings.patch_embedding)  # type: ignore[union-attr]
 
     def patch_embedding(self, tower: Tower) -> nn.Module | None:
         return tower.module.embeddings.patch_embedding  # type: ignore[union-attr, return-value]
@@ -255,8 +255,7 @@ class TransformersSiglip(TransformersClip):
         head = getattr(tower.module, "head", None)
         if head is None:
             return through_norm(text, tower.final_norm)
-        weight = gathered(head.attention.in_proj_weight)
-        output = gathered(head.attention.out_proj.weight)
+        weight, output = (gathered(held(head.attention, name)) for name in ("in_proj_weight", "out_proj.weight"))
         return through_norm(text.to(weight.dtype) @ output @ weight.chunk(3)[2], tower.final_norm)
 
     def project(self, tower: Tower, patches: Tensor) -> Tensor:

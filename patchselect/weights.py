@@ -7,15 +7,22 @@ from typing import Any, Callable
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from .compat import is_compiling, partial_average
+
+UNIT = 256.0
+"""How long the unit vectors are that a layer is read off with: its bias, which is taken away again, counts little."""
+_QKV = ("query", "key", "value")
 
 
 @dataclass
 class Projections:
     """The weights of one self-attention, `(D, D)` as in `nn.Linear`: views of the host's own parameters.
 
-    Where a wrapper (LoRA) stands around one of them, `affine` computes it from that wrapper.
+    Where a layer does not show its weight (LoRA, quantisation), `affine` asks the layer for it.
     """
 
     query: Tensor
@@ -44,26 +51,193 @@ class Projections:
         return cls(query=query, query_bias=query_bias, key=key, key_bias=key_bias, value=value, **rest)
 
     @classmethod
+    def packed(cls, qkv: Any, output: Any, **rest: Any) -> Projections:
+        """Read a linear layer to `(3D,)`, in the order q, k, v, and that of the output; `rest` are the other fields."""
+        if shows_weight(qkv) and shows_weight(output):
+            return cls.fused(*affine(qkv), output=affine(output)[0], **rest)
+        return _Hidden({"qkv": qkv, "output": output}, rest)
+
+    @classmethod
     def separate(cls, query: Any, key: Any, value: Any, output: Any, **rest: Any) -> Projections:
         """Read four linear layers; `rest` are the other fields."""
+        linears = {"query": query, "key": key, "value": value, "output": output}
+        if not all(map(shows_weight, linears.values())):
+            return _Hidden(linears, rest)
         (query, query_bias), (key, key_bias) = affine(query), affine(key)
-        (value, _), (output, _) = affine(value), affine(output)
-        return cls(query, query_bias, key, key_bias, value, output, **rest)
+        return cls(query, query_bias, key, key_bias, affine(value)[0], affine(output)[0], **rest)
+
+
+class _Hidden(Projections):
+    """The same of layers that do not show their weights: what nobody asks for is not computed."""
+
+    def __init__(self, linears: dict[str, Any], rest: dict[str, Any]) -> None:
+        self._linears = linears
+        self.__dict__.update(rest)
+
+    def __getattr__(self, name: str) -> Any:
+        linears = self.__dict__.get("_linears", {})
+        part = name[: -len("_bias")] if name.endswith("_bias") else name
+        if part in linears:
+            found = dict(zip((part, f"{part}_bias"), affine(linears[part])))
+        elif "qkv" in linears and part in _QKV:
+            pieces = [[None] * 3 if whole is None else whole.chunk(3) for whole in affine(linears["qkv"])]
+            found = dict(zip((*_QKV, *(f"{each}_bias" for each in _QKV)), (*pieces[0], *pieces[1])))
+        else:
+            raise AttributeError(name)
+        self.__dict__.update(found)
+        return found[name]
+
+
+def is_linear(module: Any) -> bool:
+    """Tell a linear layer, whatever stands around it or became of its weight, by its widths."""
+    widths = (getattr(module, name, None) for name in ("in_features", "out_features"))
+    return isinstance(module, nn.Module) and all(isinstance(width, int) for width in widths)
+
+
+def matrix(linear: Any) -> Tensor:
+    """Return the matrix `(out, in)` that a linear layer applies, of a module that need not be running."""
+    return gathered(affine(linear)[0])
 
 
 def affine(linear: Any) -> tuple[Tensor, Tensor | None]:
-    """Return weight `(out, in)` and bias `(out,)` of a linear layer, with what a wrapper around it (LoRA) adds.
+    """Return weight `(out, in)` and bias `(out,)` that a linear layer applies, whatever its attributes say.
 
-    What a wrapper does is read off from the unit vectors, which costs a product of the size of its weight with itself.
+    What a wrapper (LoRA), a quantised layer or one with a `forward` of its own applies is read off from the unit
+    vectors, which costs a product of the size of its weight with itself. Dropout is off meanwhile. Nothing is kept:
+    what such a layer computes may depend on more than its tensors.
+
+    Raises:
+        TypeError: the layer cannot be asked; says why, and what to do.
     """
-    if all(name == "parametrizations" for name, _ in linear.named_children()):
-        return linear.weight, linear.bias
-    weight = linear.weight
-    device = "cpu" if weight.is_meta else weight.device.type
-    units = torch.eye(linear.in_features, device=weight.device, dtype=weight.dtype)
-    with torch.autocast(device, enabled=False):
+    if shows_weight(linear):
+        return held(linear, "weight"), None if linear.bias is None else held(linear, "bias")
+    if is_compiling():
+        if any(isinstance(part, nn.Dropout) and part.p > 0 and part.training for part in linear.modules()):
+            raise TypeError(
+                f"the dropout inside of {type(linear).__name__} hides the matrix that it applies from a compiled "
+                "graph: set that dropout to 0 (lora_dropout=0), or train without torch.compile"
+            )
+        return _read_off(linear)
+    try:
+        return _read_off(evaluating(linear))
+    except Exception as error:
+        raise TypeError(
+            f"{type(linear).__module__}.{type(linear).__qualname__} does not show the matrix that it applies, which "
+            f"the relevance is computed from (asked with unit vectors, it said: {error}): merge or dequantise this "
+            "layer, or leave the attention and the projections of the vision tower as they are"
+        ) from error
+
+
+def output_of(attention: Any) -> Tensor:
+    """Return the matrix of the output layer `out_proj` of an attention.
+
+    `nn.MultiheadAttention` never calls that layer but takes its weight, whatever stands around it.
+    """
+    if isinstance(attention, nn.MultiheadAttention):
+        return held(attention, "out_proj.weight")
+    return affine(attention.out_proj)[0]
+
+
+def shows_weight(linear: Any) -> bool:
+    """Tell whether `held(linear, "weight")` is what a linear layer applies."""
+    if type(linear).forward is not nn.Linear.forward or not _runs_own_class(linear):
+        return False
+    weight = linear._parameters.get("weight")
+    if weight is None:  # made of other parameters: by a property each time it is read, or by a hook that we know
+        return hasattr(type(linear), "weight") or _remade(linear, "weight") is not None
+    whole = hasattr(weight, "full_tensor") or not hasattr(type(weight), "__tensor_flatten__")  # sharded, or quantised
+    return whole and weight.dim() == 2
+
+
+def _runs_own_class(module: nn.Module) -> bool:
+    """Tell whether no `forward` stands in front of that of its class, but such as bring its weights."""
+    if "forward" not in module.__dict__:
+        return True
+    own = getattr(module.__dict__.get("_old_forward"), "__func__", None)
+    return own is type(module).forward and all(hasattr(hook, "weights_map") for hook in _accelerate_hooks(module))
+
+
+def held(module: nn.Module, path: str) -> Tensor:
+    """Return a parameter of `module`, or of a part of it, as it computes with it: `held(attention, "out_proj.weight")`.
+
+    Hooks of torch (`prune`, `weight_norm`, `spectral_norm`) make it anew before each forward, and accelerate brings it
+    from where it is offloaded to; between two calls the attribute is of the last one, or empty.
+    """
+    way, _, name = path.rpartition(".")
+    owner = module.get_submodule(way) if way else module
+    remade = _remade(owner, name)
+    if remade is not None:
+        return remade
+    found: Tensor = getattr(owner, name)
+    return _fetched(module, path, found) if found.is_meta else found
+
+
+def _remade(module: nn.Module, name: str) -> Tensor | None:
+    for hook in module._forward_pre_hooks.values():
+        if isinstance(hook, BasePruningMethod) and hook._tensor_name == name:
+            return hook.apply_mask(module)
+        if isinstance(hook, WeightNorm) and hook.name == name:
+            return hook.compute_weight(module)
+        if isinstance(hook, SpectralNorm) and hook.name == name:
+            made_of, u, v = (getattr(module, f"{name}_{part}") for part in ("orig", "u", "v"))
+            flat = hook.reshape_weight_to_matrix(made_of)
+            return made_of / torch.dot(u.clone(), torch.mv(flat, v.clone()))  # the next forward writes into u and v
+    return None
+
+
+def _accelerate_hooks(module: nn.Module) -> tuple[Any, ...]:
+    hook = module.__dict__.get("_hf_hook")
+    return () if hook is None else tuple(getattr(hook, "hooks", (hook,)))
+
+
+def _fetched(module: nn.Module, path: str, empty: Tensor) -> Tensor:
+    """Bring a tensor from where accelerate has put it, if it has; `path` may lead through parts of `module`."""
+    steps = path.split(".")
+    for depth in range(len(steps)):
+        owner, rest = module.get_submodule(".".join(steps[:depth])), ".".join(steps[depth:])
+        for hook in _accelerate_hooks(owner):
+            if getattr(hook, "weights_map", None) is not None and rest in hook.weights_map:
+                return hook.weights_map[rest].to(hook.execution_device)  # type: ignore[no-any-return]
+    return empty
+
+
+def plain_tensors(tensor: Tensor) -> list[Tensor]:
+    """Return what a tensor holds: itself, or the parts of a quantised one."""
+    if hasattr(tensor, "full_tensor") or not hasattr(type(tensor), "__tensor_flatten__"):
+        return [tensor]
+    whole: Any = tensor
+    return [plain for name in whole.__tensor_flatten__()[0] for plain in plain_tensors(getattr(tensor, name))]
+
+
+def place_of(module: nn.Module) -> dict[str, Any]:
+    """Return device and dtype that a module computes with, as keyword arguments, wherever its weights are now."""
+    tensors = [*module.parameters(), *module.buffers()]
+    wide = (tensor.dtype for tensor in tensors if tensor.is_floating_point() and tensor.element_size() > 1)
+    device = next((tensor.device for tensor in tensors), torch.device("cpu"))
+    if device.type == "meta":
+        hooks = (hook for part in module.modules() for hook in _accelerate_hooks(part))
+        device = next((hook.execution_device for hook in hooks if hasattr(hook, "weights_map")), device)
+    return {"device": device, "dtype": next(wide, torch.get_default_dtype())}
+
+
+def evaluating(module: Any) -> Any:
+    """Return a module that computes as this one does in evaluation, of the same parameters; `module` is not touched."""
+    if not any(part.training for part in module.modules()):
+        return module
+    twin = module.__new__(type(module))
+    twin.__dict__.update(vars(module))
+    parts = {name: None if part is None else evaluating(part) for name, part in module._modules.items()}
+    twin.__dict__.update(training=False, _modules=type(module._modules)(parts))
+    return twin
+
+
+def _read_off(linear: Any) -> tuple[Tensor, Tensor]:
+    place = place_of(linear)
+    device = torch.device(place["device"]).type
+    units = torch.eye(linear.in_features, **place) * UNIT
+    with torch.autocast("cpu" if device == "meta" else device, enabled=False):
         bias = linear(torch.zeros_like(units[:1]))
-        return (linear(units) - bias).T, bias[0]
+        return ((linear(units) - bias) / UNIT).T, bias[0]
 
 
 def gathered(weight: Tensor) -> Tensor:
@@ -83,6 +257,11 @@ def present(module: nn.Module | None) -> bool:
     return module is not None and not isinstance(module, nn.Identity)
 
 
+def norm_scale(norm: nn.Module) -> Tensor | None:
+    """Return the scale `(D,)` of a norm that need not be running; `None` where it has none."""
+    return None if getattr(norm, "weight", None) is None else gathered(held(norm, "weight"))
+
+
 def norm_eps(norm: nn.Module) -> float:
     """Return the epsilon of a norm; 1e-5 where it names none."""
     return float(getattr(norm, "eps", 1e-5) or 1e-5)
@@ -92,8 +271,8 @@ def through_norm(direction: Tensor, norm: nn.Module | None) -> Tensor:
     """Pull a direction `(..., D)` back through a LayerNorm: times the norm's scale, minus its mean."""
     if norm is None or not present(norm):
         return direction
-    weight = getattr(norm, "weight", None)
-    scaled = direction if weight is None else direction * gathered(weight)
+    weight = norm_scale(norm)
+    scaled = direction if weight is None else direction * weight
     return scaled - scaled.mean(dim=-1, keepdim=True)
 
 

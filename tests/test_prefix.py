@@ -10,7 +10,7 @@ import torch
 from checkpointing import switch_on
 from hosts import HOSTS, Case, build, ids, take, texts
 from since import needs
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import patchselect
@@ -56,7 +56,8 @@ def test_blocks_before_the_selection_do_not_run_again_and_later_ones_not_for_the
     blocks = patchselect.wiring.towers.find_towers(case.model)[0].blocks
     ran: list[int] = []
     for index, block in enumerate(blocks):
-        block.mlp.register_forward_hook(lambda *_, index=index: ran.append(index))
+        # Of the two images; what tells whether a prefix still fits are a few tokens in one row.
+        block.mlp.register_forward_hook(lambda _, x, y, index=index: ran.append(index) if 2 in x[0].shape[:2] else None)
     prefix = patchselect.encode_prefix(case.model, pixels, **options)
     assert ran == [0, 1]
     ran.clear()
@@ -65,6 +66,25 @@ def test_blocks_before_the_selection_do_not_run_again_and_later_ones_not_for_the
     ran.clear()
     from_pixels(case, images, texts(case, 2))
     assert ran == [0, 1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("name", ["clip", "siglip2", "open_clip", "albef", "mplug", "timm_registers"])
+def test_a_hook_that_comes_or_goes_is_noticed(name):
+    case = build(name)
+    images = case.images(2)
+    pixels, options = split(images)
+    patchselect.apply(case.model, 0.5, layers=[2, 4])
+    prefix = patchselect.encode_prefix(case.model, pixels, **options)
+    block = patchselect.wiring.towers.find_towers(case.model)[0].blocks[1]
+    embedding = next(part for part in case.tower(case.model).modules() if isinstance(part, (nn.Conv2d, nn.Linear)))
+    from_prefix(case, images, prefix, texts(case, 2))
+    for part in (block.mlp, embedding):
+        hook = part.register_forward_hook(lambda module, given, found: 1.01 * found)
+        with pytest.raises(ValueError, match="do not compute what they did"):
+            from_prefix(case, images, prefix, texts(case, 2))
+        hook.remove()
+        from_prefix(case.model.train() and case, images, prefix, texts(case, 2))  # dropout is none of its business
+        case.model.eval()
 
 
 def test_each_image_may_have_its_own_texts():

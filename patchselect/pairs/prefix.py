@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 from ..adapter import Attended, Tower
 from ..compat import allow_in_files
+from ..weights import held, plain_tensors
 from ..wiring.guidance import Guidance, current, scope
 from ..wiring.state import STATE, Layer, Wiring
+from .answers import Answer, answer_of_embedding, run_few_tokens
 from .checksums import checksums
 
 _patching = threading.Lock()
@@ -28,6 +30,8 @@ class Origin:
     layers: tuple[int, ...]
     weights: tuple[str, ...]
     """One checksum per parameter and buffer up to the first selection layer."""
+    answer: Answer | None = None
+    """What its layers make of a few tokens: adapters that are switched, and hooks, change no parameter."""
 
     @classmethod
     def of(cls, wiring: Wiring) -> Origin:
@@ -35,7 +39,7 @@ class Origin:
         tower = wiring.towers[0]
         kind = f"{type(tower.module).__module__}.{type(tower.module).__qualname__}"
         layers = wiring.plan.layers
-        return cls(kind, tower.width, layers, checksums(_until(tower, layers[0])))
+        return cls(kind, tower.width, layers, checksums(_until(tower, layers[0])), _answer(wiring))
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,7 +79,6 @@ class Prefix:
 
     def to(self, device: torch.device | str) -> Prefix:
         """Return the same prefix on another device."""
-        """Return the same prefix on another device."""
         return replace(self, tokens=self.tokens.to(device), normed=self.normed.to(device))
 
     def check(self, wiring: Wiring) -> None:
@@ -101,6 +104,11 @@ class Prefix:
         if now.weights != self.origin.weights:
             raise ValueError(
                 f"the weights before the first selection are not those that this prefix was made with: {again}"
+            )
+        if self.origin.answer is not None and now.answer is not None and not now.answer.fits(self.origin.answer):
+            raise ValueError(
+                "the blocks before the first selection do not compute what they did when this prefix was made, though "
+                f"their weights are the same (an adapter was switched on or off, or a hook came or went): {again}"
             )
         prepare(wiring)
 
@@ -139,7 +147,7 @@ class Prefix:
             )
 
 
-allow_in_files(Prefix, Origin)
+allow_in_files(Prefix, Origin, Answer)
 
 
 class _Taking:
@@ -199,8 +207,21 @@ def pass_block(block: nn.Module, name: str, original: Callable[..., Any], *args:
     return layer.tower.adapter.as_output(layer.tower, args[0] if args else next(iter(kwargs.values())))
 
 
+def _answer(wiring: Wiring) -> Answer:
+    tower = wiring.towers[0]
+    prepare(wiring)
+    taking = _Taking()
+    embedding = tower.adapter.patch_embedding(tower)
+    with scope(wiring, torch.zeros(0), "prefix", prefix=taking):
+        embedded = () if embedding is None else answer_of_embedding(tower.module, embedding)
+        run_few_tokens(tower, tower.blocks[: wiring.plan.layers[0] + 1])
+    tokens, normed, *_ = taking.attended or (torch.zeros(0),) * 2
+    return Answer.of(tower, *embedded, tokens, normed)
+
+
 def _until(tower: Tower, first: int) -> list[Tensor]:
     """Return what the prefix depends on: all of the tower but its later blocks."""
     later = {id(tensor) for block in tower.blocks[first + 1 :] for tensor in (*block.parameters(), *block.buffers())}
-    tensors = (*tower.module.parameters(), *tower.module.buffers())
-    return [tensor for tensor in tensors if id(tensor) not in later]
+    tensors = (*tower.module.named_parameters(), *tower.module.named_buffers())
+    found = (held(tower.module, name) for name, tensor in tensors if id(tensor) not in later)
+    return [plain for tensor in found for plain in plain_tensors(tensor)]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..adapter import Tower
 from ..compat import FlopCounterMode
-from ..weights import Projections
+from ..weights import Projections, place_of
 from .kernels import combine_attention, standardise
 
 
@@ -143,15 +143,15 @@ class Relevance:
 
     @torch.no_grad()
     def _scored(self, tower: Tower, index: int, patches: int, guidance: str) -> Tensor:
-        weight = next(tower.blocks[index].parameters())
-        place = dict(device=weight.device, dtype=weight.dtype)
+        place = place_of(tower.blocks[index])
         tokens = torch.linspace(-1, 1, (tower.num_prefix_tokens + patches) * tower.width, **place)
         tokens = tokens.view(1, -1, tower.width)
         seen = Candidates(
             tower, index, tower.blocks[index], tokens, tokens, tower.num_prefix_tokens,
             guiding_place(tower, guidance), (index,),
         )  # fmt: skip
-        with torch.autocast("cpu" if weight.is_meta else weight.device.type, enabled=False):
+        kind = torch.device(place["device"]).type
+        with torch.autocast("cpu" if kind == "meta" else kind, enabled=False):
             if guidance != "text" or tower.single_stream:
                 return self.scores_by_image(seen)
             return self.scores(seen, torch.ones(1, 1, tower.adapter.text_width(tower), **place))
@@ -174,15 +174,13 @@ def guiding_place(tower: Tower, guidance: str, num_prefix_tokens: int | None = N
 
 def probe(tower: Tower) -> Tensor:
     """Return a text of zeros `(1, D_text)` on the device and in the dtype of the tower."""
-    weight = next(tower.blocks[0].parameters())
-    return torch.zeros(1, tower.adapter.text_width(tower), device=weight.device, dtype=weight.dtype)
+    return torch.zeros(1, tower.adapter.text_width(tower), **place_of(tower.blocks[0]))
 
 
 @torch.no_grad()
 def check_projects(tower: Tower, name: str, guidance: str) -> None:
     """Raise a ValueError if a token of this tower does not reach the joint space."""
-    weight = next(tower.blocks[0].parameters())
-    token = torch.zeros(1, 1, tower.width, device=weight.device, dtype=weight.dtype)
+    token = torch.zeros(1, 1, tower.width, **place_of(tower.blocks[0]))
     try:
         tower.adapter.project(tower, token)
     except ValueError as error:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Sequence
 
+import torch
 from torch import Tensor
 
 from ..adapter import Tower
+from ..weights import place_of
 from .base import Candidates, Relevance, check_projects, multiply_adds
 from .kernels import combine_scores, joint_scores
 
@@ -33,8 +35,7 @@ class Joint(Relevance):
 
 def projection_cost(tower: Tower) -> int:
     """Count the multiply-adds that take one token into the joint space; 0 where there is none."""
-    weight = next(tower.blocks[0].parameters())
-    token = weight.new_zeros(1, 1, tower.width)
+    token = torch.zeros(1, 1, tower.width, **place_of(tower.blocks[0]))
     try:
         return multiply_adds(lambda: tower.adapter.project(tower, token))
     except ValueError:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..adapter import Tower
 from ..compat import is_compiling
-from ..weights import gathered, norm_eps
+from ..weights import gathered, norm_eps, norm_scale
 from .base import Candidates, Relevance, check_projects, lift_cost, probe
 from .kernels import combine_scores, linear_scores, normalised_scores, value_direction
 
@@ -111,8 +111,8 @@ def _directions(tower: Tower, first: int, later: Sequence[int], goal: Tensor) ->
         output = gathered(weights.output)
         scaled = goal if weights.output_scale is None else goal * gathered(weights.output_scale)
         own, beyond = value_direction(scaled.to(output.dtype), gathered(weights.value), output), folded
-        gamma = getattr(weights.norm, "weight", None)
-        term = own if gamma is None else own * gathered(gamma)
+        gamma = norm_scale(weights.norm)
+        term = own if gamma is None else own * gamma
         folded = term if folded is None else folded + term
         if index in later:
             left.append(Directions(index, own, beyond))
@@ -133,10 +133,11 @@ def _through_values(tower: Tower, first: int, normed: Tensor, patches: Tensor) -
     plain = F.layer_norm(patches.to(wide), patches.shape[-1:], eps=eps)
     for index in range(first, len(tower.blocks)):
         weights = tower.adapter.projections(tower.blocks[index])
-        gamma = getattr(weights.norm, "weight", None)
-        read = normed if index == first else plain if gamma is None else plain * gathered(gamma)
-        read = (read - read.mean(dim=1, keepdim=True)).to(weights.value.dtype)
-        added = F.linear(F.linear(read, gathered(weights.value)), gathered(weights.output)).to(wide)
+        gamma = norm_scale(weights.norm)
+        value, output = gathered(weights.value), gathered(weights.output)
+        read = normed if index == first else plain if gamma is None else plain * gamma
+        read = (read - read.mean(dim=1, keepdim=True)).to(value.dtype)
+        added = F.linear(F.linear(read, value), output).to(wide)
         added = added if weights.output_scale is None else added * gathered(weights.output_scale)
         total = added if total is None else total + added
     assert total is not None

@@ -40,6 +40,10 @@ def unwrapped(model: nn.Module) -> nn.Module:
         return unwrapped(model.module)
     if CHECKPOINTED in model._modules:
         return unwrapped(model.get_submodule(CHECKPOINTED))
+    if hasattr(type(model), "get_base_model"):  # PeftModel
+        return unwrapped(model.get_base_model())  # type: ignore[operator]
+    if type(model).__module__.startswith("peft.") and isinstance(getattr(model, "model", None), nn.Module):
+        return unwrapped(model.model)  # type: ignore[arg-type] # LoraModel and its like, in a PeftModel
     scripted = [name for name, part in model.named_modules() if isinstance(part, torch.jit.ScriptModule)]
     if scripted:
         raise TypeError(f"{scripted[0]!r} of this model is TorchScript, which cannot be patched")
