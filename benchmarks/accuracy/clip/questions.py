@@ -18,10 +18,10 @@ from patchselect.metrics import retrieval_recall
 
 from .model import SIZE, tokenize
 
-VALIDATION, TEST = "validation", "test"
-SEEDS = {VALIDATION: 7001, TEST: 9001}
-"""Scenes on which choices are made, on new crops of the training's photographs, and scenes on which none is, on
-photographs that training never sees."""
+VALIDATION, TEST, LEARNING = "validation", "test", "learning"
+SEEDS = {VALIDATION: 7001, TEST: 9001, LEARNING: 11001}
+"""Scenes on which choices are made, on new crops of the training's photographs; scenes on which none is, on photographs
+that training never sees; and more of these, from which classifiers that look for leaks learn."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def make_questions(count: int, split: str, named: int = 2, kind: str = GRID) -> 
         named: most objects that a caption names.
         kind: one of `KINDS`.
     """
-    scenes = make_scenes(count, SEEDS[split], test=split == TEST, layout=Layout(size=SIZE))
+    scenes = make_scenes(count, SEEDS[split], test=split != VALIDATION, layout=Layout(size=SIZE))
     random = np.random.default_rng([SEEDS[split], count])
     asked = (KINDS[kind](name_some(objects, random, named), objects, random) for objects in scenes.objects)
     return Questions(scenes, tuple(asked), kind)

@@ -25,7 +25,7 @@ from benchmarks.common.machine import commit
 from . import training
 from .arms import ARMS, NONE, RIVALS, SHARED, Arm, answers, flops, lengths
 from .model import digest, load
-from .questions import SEEDS, TEST, Questions, make_questions, right
+from .questions import TEST, VALIDATION, Questions, make_questions, right
 from .report import document, draw
 
 RATES = (0.7, 0.5, 0.3, 0.15)
@@ -127,7 +127,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "wrong captions: all combinations of right and absent objects, which no text alone answers; leaky: the right "
     )
     add("--questions", choices=tuple(KINDS), default=GRID, help=f"{about}one with one object swapped, for comparison")
-    add("--split", choices=tuple(SEEDS), default=TEST, help="choices are made on validation")
+    add("--split", choices=(VALIDATION, TEST), default=TEST, help="choices are made on validation")
     add("--keep-rate", type=float, nargs="+", default=list(RATES))
     add("--arms", nargs="+", default=[], help="those whose names contain one of these; default: all")
     add("--fusion", choices=("mean", "sum", "none"), default="mean")

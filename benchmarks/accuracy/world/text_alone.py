@@ -9,16 +9,19 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from .candidates import CHOICES, KINDS, Caption
-from .captions import EMOJI, name_some
+from .captions import EMOJI, name_some, swap_one
 from .scenes import PLAIN
 
 TRAINED, COUNTING = "trained", "counting"
+PAIR = "pair"
+"""Of questions: which of two captions fits, the other being the right one with one object swapped (matching)."""
 TRAINING = 4000
 """Questions that the classifier is trained on; their scenes need not be drawn."""
 
@@ -30,9 +33,13 @@ def objects_drawn(count: int, seed: int) -> list[list[int]]:
 
 
 def asked(count: int, seed: int, kind: str, named: int = 2) -> list[tuple[Caption, ...]]:
-    """The candidates of so many questions of one of `KINDS`, the right one in front."""
-    random = np.random.default_rng([seed, count])
-    return [KINDS[kind](name_some(o, random, named), o, random) for o in objects_drawn(count, seed)]
+    """The candidates of so many questions of one of `KINDS`, or of `PAIR`, the right one in front."""
+    random, made = np.random.default_rng([seed, count]), []
+    for objects in objects_drawn(count, seed):
+        right = name_some(objects, random, named)
+        pair = kind == PAIR
+        made.append((right, swap_one(right, objects, random)) if pair else KINDS[kind](right, objects, random))
+    return made
 
 
 def overlaps(candidates: Sequence[Caption]) -> np.ndarray:
@@ -52,7 +59,7 @@ def described(candidates: Sequence[Caption]) -> np.ndarray:
     for row, caption in enumerate(candidates):
         words[row, list(caption)] = 1
         often = [count[name] for name in caption]
-        others = sorted(shared[row][:row] + shared[row][row + 1 :])
+        others = sorted(shared[row][:row] + shared[row][row + 1 :]) or [0]
         told.append(
             [
                 len(caption),
@@ -74,15 +81,24 @@ def chance_of(scores: np.ndarray) -> float:
 
 
 @lru_cache(maxsize=None)
-def reader(kind: str, named: int = 2, seed: int = 40001) -> object:
-    """A logistic regression on `described`, trained on the texts of `TRAINING` questions of one of `KINDS`."""
+def reader(kind: str, named: int = 2, seed: int = 40001, alone: bool = False) -> Any:
+    """A logistic regression that was trained on the texts of `TRAINING` questions of one kind: does a caption fit?
+
+    It reads each caption among the candidates of its question (`described`), or, with `alone`, by itself.
+    """
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    features = np.concatenate([described(candidates) for candidates in asked(TRAINING, seed, kind, named)])
-    right = np.tile(np.arange(CHOICES) == 0, TRAINING)
+    questions = asked(TRAINING, seed, kind, named)
+    features = np.concatenate([seen(candidates, alone) for candidates in questions])
+    right = np.concatenate([np.arange(len(candidates)) == 0 for candidates in questions])
     return make_pipeline(StandardScaler(), LogisticRegression(max_iter=500)).fit(features, right)
+
+
+def seen(candidates: Sequence[Caption], alone: bool = False) -> np.ndarray:
+    """`(n, features)` of the candidates of one question: `described`, or each as if there were no other."""
+    return np.concatenate([described([one]) for one in candidates]) if alone else described(candidates)
 
 
 def answered(candidates: Sequence[tuple[Caption, ...]], how: str, kind: str, named: int = 2) -> Tensor:
@@ -92,10 +108,16 @@ def answered(candidates: Sequence[tuple[Caption, ...]], how: str, kind: str, nam
         candidates: of each question, the right one in front.
         how: `TRAINED`, a classifier that learned from other questions of this kind, or `COUNTING`: the candidate that
             shares the most words with the others.
-        kind: of the questions, one of `KINDS`.
+        kind: of the questions, one of `KINDS` or `PAIR`.
         named: most objects that a caption names.
     """
     if how == COUNTING:
         return torch.tensor([chance_of(overlaps(one)) for one in candidates], dtype=torch.float64)
-    found = reader(kind, named).decision_function(np.concatenate([described(one) for one in candidates]))  # type: ignore[attr-defined]
-    return torch.tensor([chance_of(scores) for scores in found.reshape(len(candidates), -1)], dtype=torch.float64)
+    model = reader(kind, named)
+    return torch.tensor([chance_of(model.decision_function(seen(one))) for one in candidates], dtype=torch.float64)
+
+
+def fits(captions: Sequence[Caption], kind: str = PAIR, named: int = 2) -> np.ndarray:
+    """`(n,)`: how much each caption looks as if it fitted a picture that nobody has seen; above 0 it does."""
+    found: np.ndarray = reader(kind, named, alone=True).decision_function(seen(captions, alone=True))
+    return found
