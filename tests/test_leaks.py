@@ -19,7 +19,7 @@ from benchmarks.accuracy.clip.questions import TEST, VALIDATION, make_questions,
 from benchmarks.accuracy.leaks import places, study
 from benchmarks.accuracy.world import text_alone
 from benchmarks.accuracy.world.candidates import CHOICES, GRID, KINDS, LEAKY, grid
-from benchmarks.accuracy.world.captions import unique_captions
+from benchmarks.accuracy.world.captions import concepts_of, unique_captions
 from benchmarks.accuracy.world.text_alone import COUNTING, PAIR, TRAINED
 from patchselect.metrics import retrieval_recall
 
@@ -82,7 +82,7 @@ def test_a_classifier_is_not_told_which_candidate_comes_first():
 
 
 def test_matching_questions_are_not_answered_by_their_texts(matching):
-    fitting, other = study.captions_of(matching.fitting), study.captions_of(matching.other)
+    fitting, other = concepts_of(matching.fitting), concepts_of(matching.other)
     hits = np.concatenate([text_alone.fits(fitting) > 0, text_alone.fits(other) < 0])
     assert abs(above(hits, 0.5)) <= 2
     for how in HOW:
@@ -91,7 +91,7 @@ def test_matching_questions_are_not_answered_by_their_texts(matching):
 
 def test_retrieval_needs_the_pictures(matching):
     """Scores of texts alone are the same for every picture of the pool: one of them is answered right."""
-    captions = study.captions_of(matching.pool_captions)
+    captions = concepts_of(matching.pool_captions)
     scores = torch.from_numpy(text_alone.fits(captions)).expand(len(captions), -1)
     recall = retrieval_recall(scores, torch.arange(len(captions)), ks=(1, 10))
     for way in recall.values():

@@ -92,10 +92,11 @@ def downsampled(side: tuple[int, int]) -> Lengths:
 def flops(lengths: Lengths) -> float:
     """Multiplications of the blocks' matrix products, those of the whole image being 1."""
     whole = [(1 + GRID * GRID,) * 2] * DEPTH
-    return _products(lengths) / _products(whole)
+    return products(lengths) / products(whole)
 
 
-def _products(lengths: Lengths) -> int:
+def products(lengths: Lengths) -> int:
+    """Multiplications of the matrix products of all blocks, over the width."""
     return sum(4 * before * WIDTH + 2 * before * before + 8 * after * WIDTH for before, after in lengths)
 
 

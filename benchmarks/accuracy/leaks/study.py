@@ -22,26 +22,21 @@ from benchmarks.accuracy import CHECKPOINTS
 from benchmarks.accuracy.albef.base import RESULTS, base
 from benchmarks.accuracy.albef.curves import TEST_SEED
 from benchmarks.accuracy.albef.evaluate import Questions as Matching
+from benchmarks.accuracy.albef.evaluate import without_picture
 from benchmarks.accuracy.clip.model import load
 from benchmarks.accuracy.clip.questions import LEARNING, TEST, make_questions
 from benchmarks.accuracy.world import text_alone
 from benchmarks.accuracy.world.candidates import CHOICES, GRID, LEAKY
-from benchmarks.accuracy.world.captions import AND
+from benchmarks.accuracy.world.captions import concepts_of
 from benchmarks.common import command
 from benchmarks.common.machine import commit
 from benchmarks.common.show import aligned
-from patchselect.metrics import retrieval_recall
 
 from .places import classifiers, of_albef, of_clip, told, told_beside
 
 RATES = (0.7, 0.5, 0.3, 0.15)
 TRAIN_SEED = 177
 """Of the scenes whose matching questions the classifiers of places learn from; far from `TEST_SEED`."""
-
-
-def captions_of(ids: Tensor) -> list[tuple[int, ...]]:
-    """The concepts that captions name, from their token ids `(N, L)`."""
-    return [tuple(token - AND - 1 for token in row if token > AND) for row in ids.tolist()]
 
 
 def mean(values: Tensor) -> tuple[float, float]:
@@ -61,9 +56,9 @@ def of_words(matching: Matching, count: int) -> list[dict[str, Any]]:
         for how in (text_alone.TRAINED, text_alone.COUNTING):
             name = f"CLIP, 1 of {CHOICES}, {kind}"
             add(name, how, 100 / CHOICES, text_alone.answered(candidates, how, kind))
-    fitting, other = captions_of(matching.fitting), captions_of(matching.other)
-    alone = [torch.from_numpy(sign * text_alone.fits(some) > 0) for sign, some in ((1, fitting), (-1, other))]
-    add("matching, each caption by itself", text_alone.TRAINED, 50.0, torch.cat(alone))
+    fitting, other = concepts_of(matching.fitting), concepts_of(matching.other)
+    hits, recall = without_picture(matching)
+    add("matching, each caption by itself", text_alone.TRAINED, 50.0, hits)
     for how in (text_alone.TRAINED, text_alone.COUNTING):
         add(
             "matching, which of both captions fits",
@@ -71,11 +66,9 @@ def of_words(matching: Matching, count: int) -> list[dict[str, Any]]:
             50.0,
             text_alone.answered(list(zip(fitting, other)), how, text_alone.PAIR),
         )
-    pool = torch.from_numpy(text_alone.fits(captions_of(matching.pool_captions)))
-    # No picture is seen, so all pictures get the same scores.
-    found = retrieval_recall(pool.expand(len(pool), -1), torch.arange(len(pool)), ks=(1,))["image_to_text"][1]
-    hits = torch.arange(len(pool)) < round(found * len(pool) / 100)
-    add(f"retrieval, R@1 image to text of {len(pool)}", text_alone.TRAINED, 100 / len(pool), hits)
+    pool = len(matching.pool_images)
+    first = torch.arange(pool) < round(recall["image_to_text"][1] * pool / 100)
+    add(f"retrieval, R@1 image to text of {pool}", text_alone.TRAINED, 100 / pool, first)
     return records
 
 
@@ -85,7 +78,7 @@ def of_matching(model: Any, seen: Matching, asked: Matching, method: str, rate: 
     for questions in (seen, asked):
         images, ids = questions.images.repeat(2, 1, 1, 1), torch.cat([questions.fitting, questions.other])
         kept = of_albef(model, method, rate, images, ids)
-        words = text_alone.seen(captions_of(ids), alone=True)
+        words = text_alone.seen(concepts_of(ids), alone=True)
         data.append((told(kept), words, np.arange(len(ids)) < len(ids) // 2))
     for what in ("places", "places and caption"):
         (train, right), (test, wanted) = (
