@@ -1,9 +1,7 @@
-"""The small CLIP, its study and the alignment recipe."""
+"""The small CLIP and its study."""
 
 import json
 import re
-from dataclasses import replace
-from unittest import mock
 
 import pytest
 import torch
@@ -12,16 +10,12 @@ from since import BENCHMARKS, needs
 
 needs(*BENCHMARKS, module=True)
 
-import patchselect
 from benchmarks.accuracy import CHECKPOINTS
-from benchmarks.accuracy import align as command
-from benchmarks.accuracy.clip import arms, questions, study, training
-from benchmarks.accuracy.clip import host as small
+from benchmarks.accuracy.clip import arms, questions, report, study, training
 from benchmarks.accuracy.clip import model as clip
-from benchmarks.accuracy.yours import alignment as align
-from benchmarks.accuracy.yours import resume
+from benchmarks.accuracy.world.candidates import CHOICES, LEAKY
+from benchmarks.common.cost import count_flops
 from benchmarks.common.tome import token_merging
-from benchmarks.models.host import OpenClipHost
 
 SEEDS = (0, 1)
 
@@ -49,7 +43,7 @@ def test_checkpoint_reproduces_its_score(seed):
     assert abs(scores["accuracy"] - recorded["accuracy"]) <= recorded["standard_error"]
     assert abs(scores["image_to_text_r1"] - recorded["image_to_text_r1"]) <= 1.0
     assert f"--seed {seed}" in about["command"] and re.fullmatch("[0-9a-f]{12,40}", about["commit"])
-    assert recorded["accuracy"] > 5 / questions.CHOICES  # far above chance
+    assert recorded["accuracy"] > 5 / CHOICES  # far above chance
 
 
 def test_checkpoints_are_small():
@@ -78,9 +72,17 @@ def test_training_lowers_the_loss_and_is_saved(tmp_path):
 def test_one_caption_fits(asked):
     for objects, captions in zip(asked.scenes.objects, asked.candidates):
         fits = [set(caption) <= set(objects) for caption in captions]
-        assert fits == [True] + [False] * (questions.CHOICES - 1)
-        assert len({frozenset(caption) for caption in captions}) == questions.CHOICES
-        # Swapped, not added: a wrong caption names as many, all but one of them right.
+        assert fits == [True] + [False] * (CHOICES - 1)
+        assert len({frozenset(caption) for caption in captions}) == CHOICES
+        assert {len(caption) for caption in captions} == {len(captions[0])}
+
+
+def test_leaky_questions_are_there_for_comparison(asked):
+    """Swapped, not added: a wrong caption names as many, all but one of them right."""
+    leaky = questions.make_questions(24, questions.VALIDATION, kind=LEAKY)
+    assert leaky.scenes.objects == asked.scenes.objects
+    for objects, captions in zip(leaky.scenes.objects, leaky.candidates):
+        assert set(captions[0]) <= set(objects)
         assert {len(set(caption) - set(objects)) for caption in captions[1:]} == {1}
 
 
@@ -89,10 +91,10 @@ def test_splits_do_not_share_scenes(asked):
 
 
 def test_right_counts_no_ties():
-    texts = F.normalize(torch.eye(questions.CHOICES), dim=-1).expand(3, -1, -1)
-    image = torch.stack([texts[0, 0], texts[0, 5], torch.ones(questions.CHOICES)])
+    texts = F.normalize(torch.eye(CHOICES), dim=-1).expand(3, -1, -1)
+    image = torch.stack([texts[0, 0], texts[0, 5], torch.ones(CHOICES)])
     assert questions.right(image, texts).tolist() == [True, False, False]
-    each = image.unsqueeze(1).expand(-1, questions.CHOICES, -1)
+    each = image.unsqueeze(1).expand(-1, CHOICES, -1)
     assert questions.right(each, texts).tolist() == [True, False, False]
 
 
@@ -108,35 +110,45 @@ def test_caption_is_read_where_it_ends(model):
 
 
 @pytest.mark.parametrize("rate", study.RATES)
-def test_equal_tokens(model, rate):
-    """What the table calls equal is what really passes through the MLPs."""
-    seen = []
-    hooks = [
-        b.mlp.register_forward_hook(lambda m, i, o: seen.append(o.shape[1])) for b in model.visual.transformer.resblocks
-    ]
-    image, wanted = torch.randn(1, 3, clip.SIZE, clip.SIZE), arms.tokens_with(rate)
+@pytest.mark.parametrize("guidance", ["image", "tome", "tome front", "grid"])
+def test_equal_flops(model, guidance, rate):
+    """The tokens that FLOPs are counted from are those that really pass, and what is called equal is, nearly."""
+    seen, arm = [], arms.Arm("", guidance)
+
+    def watch(module, tokens, out):
+        seen.append(tokens[0].shape[1])
+
+    blocks = model.visual.transformer.resblocks
+    hooks = [part.register_forward_hook(watch) for block in blocks for part in (block.ln_1, block.ln_2)]
+    image = torch.randn(1, 3, clip.SIZE, clip.SIZE)
     try:
-        patchselect.apply(model, rate, clip.LAYERS, "image")
-        model.encode_image(image)
-        patchselect.remove(model)
-        assert sum(seen) == wanted
-        seen.clear()
-        with token_merging(model, arms.merged_like(wanted)):
-            model.encode_image(image)
-        assert sum(seen) == arms.spent(arms.Arm("", "tome"), rate)
-        seen.clear()
-        arms.encode_smaller(model, image, arms.grid_like(wanted))
-        assert sum(seen) == arms.spent(arms.Arm("", "grid"), rate)
+        arms.answers(model, arm, rate, image, torch.zeros(1, 16, clip.WIDTH))
     finally:
         for hook in hooks:
             hook.remove()
-        patchselect.remove(model)
+    assert list(zip(seen[::2], seen[1::2])) == arms.lengths(arm, rate)
+    # Whole patches; the even merging cannot merge enough at the lowest rate.
+    target = arms.flops(arms.selected(rate))
+    assert arms.flops(arms.lengths(arm, rate)) == pytest.approx(target, rel=0.08 if guidance == "grid" else 0.04)
+
+
+def test_flops_are_those_that_are_counted(model, flops):
+    """Stem, projection and norms apart: what a second image costs that is all blocks."""
+    image = torch.randn(1, 3, clip.SIZE, clip.SIZE)
+    whole = count_flops(lambda: model.encode_image(image))
+    with token_merging(model, 40, first=2):
+        merged = count_flops(lambda: model.encode_image(image))
+    blocks = 2 * clip.WIDTH * arms.products([(65, 65)] * clip.DEPTH)
+    saved = (1 - arms.flops(arms.merged(40, 2))) * blocks
+    assert whole - merged == pytest.approx(saved, rel=0.02)  # matching itself costs a little
 
 
 def test_every_arm_is_the_model_itself_without_reduction(model, asked):
     images, texts = asked.images(slice(0, 3)), asked.texts(model)[:3]
     plain = questions.encode(model, images)
     for arm in arms.ARMS:
+        if arm.guidance == "words":
+            continue  # sees no image
         if arm.guidance == "grid":
             features = arms.encode_smaller(model, images, (arms.GRID, arms.GRID))
         else:
@@ -147,11 +159,12 @@ def test_every_arm_is_the_model_itself_without_reduction(model, asked):
 
 def test_shared_selection_is_one_and_own_selections_differ(model, asked):
     images, texts = asked.images(slice(0, 2)), asked.texts(model)[:2]
-    shared = arms.answers(model, arms.ARMS[1], 0.3, images, texts)
-    own = arms.answers(model, arms.ARMS[3], 0.3, images, texts)
-    assert shared.shape == (2, clip.WIDTH) and own.shape == (2, questions.CHOICES, clip.WIDTH)
+    together, each = (next(arm for arm in arms.ARMS if arm.name == n) for n in (arms.SHARED, "values, per caption"))
+    shared = arms.answers(model, together, 0.3, images, texts)
+    own = arms.answers(model, each, 0.3, images, texts)
+    assert shared.shape == (2, clip.WIDTH) and own.shape == (2, CHOICES, clip.WIDTH)
     assert not torch.allclose(own[:, 0], own[:, 1])
-    alone = arms.answers(model, arms.ARMS[1], 0.3, images[1:], texts[1:])
+    alone = arms.answers(model, together, 0.3, images[1:], texts[1:])
     torch.testing.assert_close(alone[0], shared[1])
 
 
@@ -166,140 +179,52 @@ def test_summary_pairs_the_questions():
     assert records["random"]["against_none"] == pytest.approx((-0.25, 0.25))
     assert records[arms.SHARED]["against_none"] == (0.0, 0.0)
     assert records["random"]["by_model"] == [0.25, 0.25]
-    assert [bar["met"] for bar in study.bars(list(records.values()))] == [True]
+    assert records["random"]["shared_values_ahead"] == pytest.approx((0.25, 0.25))
+    named = torch.tensor([1, 1, 2, 2])
+    (record, *_) = study.summarise([found], arms.ARMS, named)
+    assert {n: value for n, (value, _) in record["by_objects"].items()} == {1: 1.0, 2: 0.0}
 
 
 def test_command_line(tmp_path, capsys):
-    wanted = [arms.SHARED, "random"]
+    wanted = [arms.SHARED, "random", "text alone, counting words"]
     arguments = f"--seeds 0 --count 64 --keep-rate 0.3 --threads 1 --output {tmp_path}".split()
     report = study.main(study.parse([*arguments, "--arms", *wanted]))
     found = {record["arm"]: record["accuracy"] for record in report["results"]}
     assert set(found) == {arms.NONE, *wanted}
-    assert found[arms.NONE] > 5 / questions.CHOICES
+    assert found[arms.NONE] > 5 / CHOICES
     assert found[arms.SHARED] > found["random"] + 0.1
     assert f"| {arms.SHARED}" in capsys.readouterr().out
     assert {path.name for path in tmp_path.iterdir()} == {"clip-test.json", "clip-test.md", "clip-test.png"}
 
 
-# The alignment.
+def test_leaky_questions_carry_their_warning(tmp_path, capsys):
+    arguments = f"--seeds 0 --count 32 --keep-rate 0.3 --threads 1 --questions leaky --output {tmp_path}".split()
+    study.main(study.parse([*arguments, "--arms", arms.SHARED, "ToMe-front"]))
+    told = capsys.readouterr().out
+    assert report.WARNING in told and f"{arms.SHARED}, minus" not in told
+    assert (tmp_path / "clip-test-leaky.json").is_file()
 
 
-def small_copy(seed=0):
-    torch.manual_seed(seed)
-    return OpenClipHost(clip.build(), "random", "open_clip", clip.SIZE, "", True, None, None)
+def test_a_run_that_was_broken_off_goes_on(tmp_path, monkeypatch):
+    """What was answered is not asked again; answers of other questions are not taken over."""
+    arguments = f"--seeds 0 --count 16 --keep-rate 0.3 --threads 1 --output {tmp_path} --arms random values".split()
+    asked, real = [], study.answers
 
+    def some(model, arm, *args):
+        asked.append(arm.name)
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        return real(model, arm, *args)
 
-@pytest.mark.parametrize("pairing, alignment", [("shared", 0.0), ("paired", 1.0)])
-def test_resumed_run_ends_with_the_same_weights(tmp_path, pairing, alignment):
-    plan = align.Plan("keys", (0.5, 0.3), clip.LAYERS, pairing, alignment, steps=6, batch=4, rate=1e-3)
-    data, whole, first, rest = small.scene_pairs(10, 0), small_copy(), small_copy(), small_copy(1)
-    start = {name: value.clone() for name, value in whole.model.state_dict().items()}
-    losses = align.align(whole, data, plan, progress=False)
-    before = align.align(first, data, plan, tmp_path, stop=2, progress=False)
-    torch.rand(3)  # whatever else draws
-    after = align.align(rest, data, plan, tmp_path, progress=False)
-    assert before + after == losses and len(before) == 2
-    state = rest.model.state_dict()
-    assert all(torch.equal(value, state[name]) for name, value in whole.model.state_dict().items())
-    assert any(not torch.equal(value, state[name]) for name, value in start.items())
-    assert not any("_patchselect" in vars(module) for module in rest.model.modules())
-
-
-def test_a_checkpoint_of_another_run_is_refused(tmp_path):
-    plan, data = align.Plan("keys", (0.5,), clip.LAYERS, steps=2, batch=4), small.scene_pairs(10, 0)
-    align.align(small_copy(), data, plan, tmp_path, stop=1, progress=False)
-    others = {
-        "plan": (small_copy(), data, replace(plan, rate=1e-5)),
-        "model": (replace(small_copy(), name="other"), data, plan),
-        "weights": (replace(small_copy(), weights="weights: other"), data, plan),
-        "data": (small_copy(), replace(data, name="other"), plan),
-        "pairs": (small_copy(), replace(data, size=9), plan),
-    }
-    for what, (host, given, planned) in others.items():
-        before = {name: value.clone() for name, value in host.model.state_dict().items()}
-        with pytest.raises(ValueError, match=f"last.pt is of another run: {what} .* there, .* here. Give another"):
-            align.align(host, given, planned, tmp_path, progress=False)
-        assert all(torch.equal(value, before[name]) for name, value in host.model.state_dict().items())
-    with pytest.raises(ValueError, match="processes 1 there, 2 here"):
-        resume.resume(tmp_path, {"processes": "2"}, {})
-    assert len(align.align(small_copy(1), data, plan, tmp_path, progress=False)) == 1
-
-
-def test_half_precision_is_trained_in_float32():
-    host, wanted, data = small_copy(), small_copy(), small.scene_pairs(10, 0)
-    plan = align.Plan("keys", (0.5,), clip.LAYERS, steps=2, batch=4)
-    wanted.model.half().float()
-    host.model.half()
-    assert align.align(host, data, plan, progress=False) == align.align(wanted, data, plan, progress=False)
-    assert {value.dtype for value in host.model.parameters()} == {torch.float32}
-
-
-def test_a_loss_that_is_not_finite_stops(tmp_path):
-    host, data = small_copy(), small.scene_pairs(10, 0)
-    plan = align.Plan("keys", (0.5,), clip.LAYERS, steps=4, batch=4)
-    align.align(host, data, plan, tmp_path, stop=1, progress=False)
-    before = (tmp_path / "last.pt").read_bytes()
-    broken = replace(data, read=lambda place, epoch: (data[place, epoch][0] * float("nan"), data[place, epoch][1]))
-    with pytest.raises(FloatingPointError, match="step 2: loss nan"):
-        align.align(host, broken, plan, tmp_path, progress=False)
-    assert (tmp_path / "last.pt").read_bytes() == before
-    assert all(value.isfinite().all() for value in host.model.state_dict().values())
-    assert not any("_patchselect" in vars(module) for module in host.model.modules())
-
-
-PAIRINGS = {"shared": ("shared", 0.0), "paired": ("paired", 0.0), "paired, aligned": ("paired", 1.0)}
-
-
-def one_step(rank: int, world: int, folder: str) -> None:
-    """One step of the small CLIP per pairing, of plain descent: what the weights change by is the gradient."""
-    torch.set_num_threads(1)
-    if world > 1:
-        torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
-    found, data = {}, small.scene_pairs(32, 0)
-    for name, (pairing, alignment) in PAIRINGS.items():
-        host = small.small_host(0)
-        plan = align.Plan("values", (0.3,), clip.LAYERS, pairing, alignment, steps=1, batch=16 // world, rate=25.0)
-        plain = mock.patch.object(torch.optim, "AdamW", lambda weights, rate, **_: torch.optim.SGD(weights, rate, 0.9))
-        with plain, mock.patch.object(torch.nn.utils, "clip_grad_norm_", lambda *_: torch.zeros(())):
-            (loss,) = align.align(host, data, plan, progress=False)
-        found[name] = loss, host.model.state_dict()
-    torch.save(found, f"{folder}/{world}-{rank}.pt")
-    if world > 1:
-        torch.distributed.destroy_process_group()
-
-
-@pytest.fixture(scope="module")
-def stepped(tmp_path_factory):
-    """What one process made of 16 pairs, and each of two of 8 of them."""
-    folder = tmp_path_factory.mktemp("processes")
-    one_step(0, 1, str(folder))
-    torch.multiprocessing.spawn(one_step, args=(2, str(folder)), nprocs=2)
-    return [torch.load(folder / f"{name}.pt") for name in ("1-0", "2-0", "2-1")]
-
-
-@pytest.mark.parametrize("name", PAIRINGS)
-def test_two_processes_are_one_with_the_whole_batch(stepped, name):
-    (loss, weights), *parts = (found[name] for found in stepped)
-    assert sum(part[0] for part in parts) / 2 == pytest.approx(loss, abs=1e-5)
-    start = clip.load(0).state_dict()
-    for key, value in weights.items():
-        for _, found in parts:
-            torch.testing.assert_close(found[key] - start[key], value - start[key], atol=2e-6, rtol=1e-3)
-    assert all(not torch.equal(weights[key], start[key]) for key in ("text_projection", "visual.proj"))
-
-
-def test_processes_share_the_batch_out():
-    plan = align.Plan(steps=5, batch=4)
-    whole = list(align.Batches(30, align.Plan(steps=5, batch=8), 0))
-    parts = [list(align.Batches(30, plan, 0, rank, 2)) for rank in range(2)]
-    assert [a + b for a, b in zip(*parts)] == whole
-    assert list(align.Batches(30, plan, 3, 1, 2)) == parts[1][3:]
-    with pytest.raises(ValueError, match="lower --batch"):
-        align.Batches(7, plan, 0, 0, 2)
-
-
-def test_alignment_refuses_what_cannot_be(tmp_path):
-    with pytest.raises(ValueError, match="pairing='paired'"):
-        align.Plan(alignment=1.0).check()
-    with pytest.raises(ValueError, match="--data is for other models"):
-        command.main(command.parse(["--model", "ViT-B-16", "--output", str(tmp_path), "--threads", "1"]))
+    monkeypatch.setattr(study, "answers", some)
+    with pytest.raises(KeyboardInterrupt):
+        study.main(study.parse(arguments))
+    report = study.main(study.parse(arguments))
+    assert len(asked) == len(set(asked)) + 1 and asked[2] == asked[3]
+    assert not list(tmp_path.glob("*.partial"))
+    monkeypatch.setattr(study, "answers", real)
+    again = study.main(study.parse(arguments))
+    assert again["results"] == report["results"]
+    first = {"asked": [1], "weights": []}
+    study.Partial(tmp_path / "one", first).save()
+    assert study.Partial(tmp_path / "one", {**first, "asked": [2]}).found == {}

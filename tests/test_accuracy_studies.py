@@ -81,7 +81,7 @@ def test_a_study_ends_in_a_table_and_a_plot(name, small, capsys):
     facts = json.loads((small / f"{name}.json").read_text())
     assert facts["command"] == f"python -m benchmarks.accuracy study {name} --seed 0 1"
     assert {record["seed"] for record in facts["records"]} == {0, 1}
-    assert "±" in told
+    assert "±" in told and "text alone, no image |" in told
     assert "±" in (small / f"{name}.md").read_text()
     assert (small / f"{name}.png").stat().st_size > 5000
 
@@ -95,5 +95,5 @@ def test_curves_end_in_tables_a_plot_and_the_figure_of_speed(small, monkeypatch,
     assert (small / "full.png").stat().st_size > 5000
     studies.speed(small, (0,))
     told = capsys.readouterr().out
-    assert "| text (TRIPS), as it is |" in told
+    assert "| text (TRIPS), as it is |" in told and told.count("| text alone, no image |") > 6
     assert "| no reduction |" in (small / "speed.md").read_text()

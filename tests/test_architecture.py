@@ -104,6 +104,7 @@ LEVELS = (
     ("benchmarks.models", "benchmarks.accuracy.world"),
     ("benchmarks.speed", "benchmarks.accuracy.albef", "benchmarks.accuracy.yours"),
     ("benchmarks.accuracy.clip",),
+    ("benchmarks.accuracy.leaks",),
 )
 """Folders of benchmarks/, each of which may import those of the levels before its own."""
 

@@ -11,7 +11,7 @@ import transformers
 
 from benchmarks.common.cost import peak_memory
 from benchmarks.common.photographs import SOURCES, batch_of, load_photos
-from benchmarks.common.tome import attend, match, matching_flops, merge, schedule, token_merging
+from benchmarks.common.tome import attend, front, match, matching_flops, merge, schedule, token_merging
 from benchmarks.models.loading import load
 from benchmarks.speed.__main__ import main
 from benchmarks.speed.cases import Case, Inputs, Selection
@@ -189,6 +189,9 @@ def test_schedule_is_even_and_complete():
     for total in (0, 5, 12, 141):
         steps = schedule(total, 12)
         assert sum(steps) == total and max(steps) - min(steps) <= 1
+        early = schedule(total, 12, front(12))
+        assert sum(early) == total and len(early) == 12 and early[4:] == [0] * 8
+        assert max(early[:4]) - min(early[:4]) <= 1
 
 
 @pytest.mark.parametrize("library", ["open_clip", "transformers"])
@@ -220,6 +223,10 @@ def test_tome_in_a_model(tiny, library, fused):
         with token_merging(host.model, 12, fused):
             host.encode_image(images)
         assert seen == list(zip(lengths, lengths[1:]))
+        seen.clear()
+        with token_merging(host.model, 8, fused, first=1):
+            host.encode_image(images)
+        assert seen == [(17, 9)] + [(9, 9)] * 3
         assert torch.equal(host.encode_image(images), before)
     for hook in hooks:
         hook.remove()

@@ -2,7 +2,8 @@
 
 - `__main__` and `align` are the command lines.
 - `albef/` and `clip/` train and ask two small models on scenes whose contents are known: the studies.
-- `world/` draws those scenes and writes their captions.
+- `leaks/` asks the same questions without the picture: what do texts, or the places of kept patches, give away?
+- `world/` draws those scenes, writes their captions and the wrong candidates, and answers from texts alone.
 - `yours/` is for your own weights and data: zero-shot accuracy and a short alignment under selection.
 """
 

@@ -16,6 +16,7 @@ from .albef.studies import QUERIES, STUDIES
 from .albef.throughput import throughput
 from .albef.train import Arm
 from .clip import study as clip
+from .leaks import study as leaks
 from .yours import zeroshot
 
 
@@ -48,6 +49,7 @@ def main() -> None:
         command.add_argument("--output", type=Path, default=RESULTS)
     others = {
         "clip": (clip, "frozen small CLIP: relevances and rivals at equal tokens"),
+        "leaks": (leaks, "what texts alone, or the places of kept patches alone, answer of the questions"),
         "align": (align, "a short alignment under selection, of the small CLIP or of your model and data"),
         "zeroshot": (zeroshot, "any CLIP on a folder of classes, with and without selection"),
     }

@@ -74,9 +74,19 @@ def merge(tokens: Tensor, sizes: Tensor, keys: Tensor, removed: int, prefix: int
     return summed(tokens * sizes) / total, total
 
 
-def schedule(total: int, depth: int) -> list[int]:
-    """`total` removals spread evenly over `depth` layers: the paper's constant `r`, also where it is no integer."""
-    return [(layer + 1) * total // depth - layer * total // depth for layer in range(depth)]
+def schedule(total: int, depth: int, first: int | None = None) -> list[int]:
+    """`total` removals spread evenly over `depth` layers: the paper's constant `r`, also where it is no integer.
+
+    With `first`, over the first so many layers alone.
+    """
+    over = depth if first is None else first
+    steps = [(layer + 1) * total // over - layer * total // over for layer in range(over)]
+    return steps + [0] * (depth - over)
+
+
+def front(depth: int) -> int:
+    """The first third of `depth` layers: merging there saves the most FLOPs a removal, and did best at equal FLOPs."""
+    return max(1, round(depth / 3))
 
 
 def projected(attention: Any, normed: Tensor) -> tuple[Sequence[Tensor], nn.Module]:
@@ -126,14 +136,15 @@ def run_block(
 
 
 @contextmanager
-def token_merging(model: nn.Module, removed: int, fused: bool = True) -> Iterator[None]:
+def token_merging(model: nn.Module, removed: int, fused: bool = True, first: int | None = None) -> Iterator[None]:
     """Let the vision tower of `model` merge `removed` patches in all, spread over its blocks, while this lasts.
 
-    `fused` chooses between the attention map in plain torch and torch's fused attention.
+    `fused` chooses between the attention map in plain torch and torch's fused attention; `first` merges in the first
+    so many blocks alone.
     """
     (tower,) = find_towers(model)
     state: dict[str, Tensor | None] = {}
-    steps = schedule(removed, len(tower.blocks))
+    steps = schedule(removed, len(tower.blocks), first)
     try:
         for index, (block, step) in enumerate(zip(tower.blocks, steps)):
             block.forward = partial(run_block, tower, block, step, index == 0, fused, state)  # type: ignore[method-assign]

@@ -24,6 +24,7 @@ METHODS = ("text", "image", "random", "downsampled", "tome")
 RELEVANCE = {"text": "keys", "values": "values"}
 """Of the methods that are guided by text."""
 LABELS = {
+    "words": "text alone, no image",
     "none": "no reduction",
     "text": "text (TRIPS)",
     "values": 'text, "values"',
@@ -74,7 +75,7 @@ def reduced(
         finally:
             handle.remove()
     else:
-        raise ValueError(f"method must be one of {', '.join(LABELS)}; got {method!r}")
+        raise ValueError(f"method must be one of none, {', '.join(METHODS)} or values; got {method!r}")
 
 
 def lifted(model: MiniAlbef, method: str, text: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Callable, Sequence, Tuple
 
 from benchmarks.common.show import canvas, markdown
 
+from .arms import LABELS
 from .contrast import POOL, Objective, Run
 from .contrast import train as contrast
 from .jobs import run_all
@@ -51,6 +52,9 @@ def contrast_study(name: str, question: Sequence[Objective], scenes: Sequence[st
                 bars.append((label, statistics.fmean(firsts), error(firsts)))
                 if objective.loss == "srcl" and place == places[0]:
                     weighed.append((label, *(statistics.fmean(r[kind] for r in found) for kind in KINDS)))
+        # Texts alone rank the captions alike for every picture: one of the pool's is right.
+        blind = " / ".join(f"{100 * k / POOL:.1f}" for k in (1, 5, 10))
+        rows += [[LABELS["words"], place, blind, blind, "–", "–"] for place in places]
         draw(bars, weighed, folder / f"{name}.png")
         head = [
             "objective",

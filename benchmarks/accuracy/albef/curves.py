@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .arms import METHODS, reduced
 from .base import BATCH, base, train_base, train_sampler
-from .evaluate import Questions, matching_hits, patch_recall, retrieval
+from .evaluate import Questions, matching_hits, patch_recall, retrieval, without_picture
 from .jobs import call, run_all
 from .report import FREE
 from .train import KEEP_RATES, Arm, tune
@@ -58,20 +59,34 @@ def measure(curve: Curve) -> list[dict[str, Any]]:
                 hits = matching_hits(model, encode, questions).float()
                 recall = retrieval(model, encode, questions)
             watched = method in ("text", "values", "image", "random")
-            records.append(
-                {
-                    "seed": curve.seed,
-                    "trained": FREE if curve.arm is None else str(curve.arm),
-                    "steps": curve.steps,
-                    "method": method,
-                    "keep_rate": keep_rate,
-                    "accuracy": 100 * float(hits.mean()),
-                    "error": 100 * float(hits.std() / len(hits) ** 0.5),
-                    "recall": recall,
-                    "patches": 100 * patch_recall(model, method, keep_rate, questions) if watched else None,
-                }
-            )
+            patches = 100 * patch_recall(model, method, keep_rate, questions) if watched else None
+            records.append(record(curve, method, keep_rate, hits, recall, patches))
+    if curve.arm is None:
+        hits, recall = without_picture(questions)
+        records.append(record(curve, "words", 1.0, hits.float(), recall, None))
     return records
+
+
+def record(
+    curve: Curve,
+    method: str,
+    keep_rate: float,
+    hits: Tensor,
+    recall: dict[str, dict[int, float]],
+    patches: float | None,
+) -> dict[str, Any]:
+    """What one method came to, as the tables and plots read it."""
+    return {
+        "seed": curve.seed,
+        "trained": FREE if curve.arm is None else str(curve.arm),
+        "steps": curve.steps,
+        "method": method,
+        "keep_rate": keep_rate,
+        "accuracy": 100 * float(hits.mean()),
+        "error": 100 * float(hits.std() / len(hits) ** 0.5),
+        "recall": recall,
+        "patches": patches,
+    }
 
 
 def methods_of(arm: Arm) -> tuple[str, ...]:

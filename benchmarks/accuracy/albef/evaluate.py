@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 import patchselect
-from benchmarks.accuracy.world.captions import captions, unique_captions
+from benchmarks.accuracy.world import text_alone
+from benchmarks.accuracy.world.captions import captions, concepts_of, unique_captions
 from benchmarks.accuracy.world.sampling import Sampler
 from benchmarks.accuracy.world.scenes import PLAIN, Layout, make_scenes
 from patchselect.metrics import retrieval_recall
@@ -69,6 +70,16 @@ def retrieval(model: MiniAlbef, encode: Encode, questions: Questions) -> dict[st
         for image in questions.pool_images
     ]
     return retrieval_recall(torch.stack(scores), torch.arange(count))
+
+
+def without_picture(questions: Questions) -> tuple[Tensor, dict[str, dict[int, float]]]:
+    """`matching_hits` and `retrieval` of a classifier that was trained on the captions of other questions alone."""
+    fitting, other, pool = (
+        torch.from_numpy(text_alone.fits(concepts_of(ids)))
+        for ids in (questions.fitting, questions.other, questions.pool_captions)
+    )
+    scores = pool.expand(len(questions.pool_images), -1)  # it sees no picture: all have the same scores
+    return torch.cat([fitting > 0, other < 0]), retrieval_recall(scores, torch.arange(len(pool)))
 
 
 @torch.inference_mode()

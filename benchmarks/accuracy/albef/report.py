@@ -56,8 +56,9 @@ def at(recall: dict[Any, float], k: int) -> float:
 
 
 def lines_of(records: Sequence[Record]) -> list[tuple[str, str]]:
-    """What was trained and the method, in the order of the records, without repeats and without `none`."""
-    return list(dict.fromkeys((r["trained"], r["method"]) for r in records if r["method"] != "none"))
+    """What was trained and the method, in the order of the records, without repeats and without `none` and `words`,
+    which no keep rate changes."""
+    return list(dict.fromkeys((r["trained"], r["method"]) for r in records if r["method"] not in ("none", "words")))
 
 
 def cell(records: Sequence[Record], value: str, **where: Any) -> str:
@@ -73,6 +74,9 @@ def cell(records: Sequence[Record], value: str, **where: Any) -> str:
 def curve_table(records: Sequence[Record], value: str) -> str:
     """One line per method and training, one column per keep rate."""
     rows = []
+    blind = [record for record in records if record["method"] == "words"][:1]  # of no base: all have the same
+    if blind and value != "patches":
+        rows.append([LABELS["words"], *[cell(blind, value)] * len(KEEP_RATES)])
     for trained in dict.fromkeys(record["trained"] for record in records):
         plain = pick(records, value, trained=trained, method="none")
         if plain and value != "patches" and (trained == FREE or not any(t == trained for t, _ in lines_of(records))):

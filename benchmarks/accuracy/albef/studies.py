@@ -6,11 +6,12 @@ import json
 import statistics
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 
 import torch
 
-from benchmarks.accuracy.world.scenes import Layout
+from benchmarks.accuracy.world.scenes import PLAIN, Layout
 from benchmarks.common.show import canvas, markdown
 from patchselect import keep_rate_for_budget
 
@@ -20,7 +21,7 @@ from .contrast import Objective
 from .contrast_studies import COSINE, DELTAS, ITC, SIMILARITIES, Seeds, Study, contrast_study
 from .curves import TEST_SEED, Curve, methods_of
 from .curves import measure as measure_curve
-from .evaluate import Questions, matching_hits
+from .evaluate import Questions, matching_hits, without_picture
 from .jobs import call, run_all
 from .model import LAYERS, MiniAlbef
 from .report import FREE, Record, asked, cell, curve_table, draw_curves, error, pick, spread, write
@@ -53,6 +54,8 @@ def speed(folder: Path, seeds: Seeds) -> None:
             cells = [f"{one['pairs_per_second']:.0f}", speed_up, f"{one['flop_ratio']:.2f}"]
             rows.append([LABELS[method], f"{rate:g}", *cells, accuracy(records, FREE, method, rate), after])
     rows[0].append("")
+    blind = [record for record in records if record["method"] == "words"][:1]
+    rows += [[LABELS["words"], "", "", "", "", cell([record], "accuracy"), ""] for record in blind]
     head = ["method", "keep", "pairs/s", "speed-up [quartiles]", "FLOP ratio, image encoder", "as it is", "trained"]
     draw_curves(records, speeds, folder / "speed.png")
     write(folder, "speed", asked("study speed", seeds), markdown([head, *rows]), speeds=speeds)
@@ -60,6 +63,14 @@ def speed(folder: Path, seeds: Seeds) -> None:
 
 def accuracy(records: Sequence[Record], trained: str, method: str, keep_rate: float) -> str:
     return spread(pick(records, trained=trained, method=method, keep_rate=keep_rate))
+
+
+@lru_cache(maxsize=None)
+def words(layout: Layout = PLAIN) -> str:
+    """Matching accuracy of the captions alone, on the questions of the studies: the floor of their tables."""
+    hits, _ = without_picture(Questions.make(QUERIES // 2, 8, TEST_SEED, layout))
+    hits = 100 * hits.float()
+    return f"{float(hits.mean()):.1f} ± {float(hits.std() / len(hits) ** 0.5):.1f}"
 
 
 WHERE = ((0,), (2,), (4,), (1, 3), (2, 4), (3, 5))
@@ -108,6 +119,7 @@ def layers(folder: Path, seeds: Seeds) -> None:
     axis.legend(fontsize=8)
     axis.grid(alpha=0.25)
     figure.savefig(folder / "layers.png", dpi=150)
+    rows.append([LABELS["words"], *[words()] * len(KEEP_RATES)])
     head = ["selection inside block", *(f"keep {rate:g}" for rate in KEEP_RATES)]
     write(folder, "layers", asked("study layers", seeds), markdown([head, *rows]), records=records)
 
@@ -157,6 +169,7 @@ def resolution(folder: Path, seeds: Seeds) -> None:
     axis.set_ylim(50, 100)
     axis.set_ylabel("matching accuracy, %")
     figure.savefig(folder / "resolution.png", dpi=150)
+    rows += [[f"{s} px", LABELS["words"], "", "", words(Layout(size=s, glyph=SMALL))] for s in (80, 88, 96)]
     head = ["image", "guidance", "keep rate", "cost (FLOPs of 80 px = 1)", "accuracy"]
     write(folder, "resolution", asked("study resolution", seeds), markdown([head, *rows]), records=records)
 
@@ -204,6 +217,7 @@ def scratch(folder: Path, seeds: Seeds) -> None:
     axis.set_ylim(50, 100)
     axis.set_ylabel("matching accuracy, %")
     figure.savefig(folder / "scratch.png", dpi=150)
+    rows.append([LABELS["words"], "", words()])
     head = ["training", "keep", "accuracy"]
     write(folder, "scratch", asked("study scratch", seeds), markdown([head, *rows]), records=records)
 

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from benchmarks.accuracy.world import text_alone
+from benchmarks.accuracy.world.candidates import GRID
 from benchmarks.accuracy.yours.alignment import Plan, align
 from benchmarks.common import command
 from benchmarks.common.show import aligned
@@ -77,13 +79,17 @@ def summarise(found: list[Found]) -> list[dict[str, Any]]:
     return records
 
 
-def table(records: list[dict[str, Any]], relevance: str) -> str:
-    """Accuracy of the plans that have to do with one relevance, and what each gains over the control."""
+def table(records: list[dict[str, Any]], relevance: str, blind: tuple[float, float]) -> str:
+    """Accuracy of the plans that have to do with one relevance, and what each gains over the control.
+
+    `blind` is the accuracy of the texts alone and its standard error.
+    """
     columns = [("", "", 1.0)] + [(relevance, texts, rate) for texts in ("candidates", "paired") for rate in RATES]
     words = {"candidates": "shared", "paired": "per caption"}
     head = ["no selection", *(f"{words[texts]}, keep {rate:g}" for _, texts, rate in columns[1:])]
     found = {(r["plan"], r["relevance"], r["texts"], r["keep_rate"]): r for r in records}
     rows = [[f"{relevance}: fine-tuned with", *head]]
+    rows.append(["(text alone, no image)", *[f"{blind[0]:.3f} ± {blind[1]:.3f}"] * len(columns)])
     for name in PLANS:
         if (name, *columns[1]) in found:
             cells = [found[(name, *column)] for column in columns]
@@ -105,12 +111,14 @@ def study(options: argparse.Namespace) -> dict[str, Any]:
         found = [run(seed, options, bar) for seed in seeds]
     records = summarise(found)
     report["results"] = records
+    candidates = make_questions(options.count, TEST).candidates
+    blind = report["text_alone"] = mean(text_alone.answered(candidates, text_alone.TRAINED, GRID))
     parts = [
         "# A short alignment of the small CLIP",
         f"{options.steps} steps of {options.batch} pairs, both models, {options.count} test questions (chance 0.0625). "
         f"In brackets: the gain over {CONTROL} for as many steps, on the same questions, ± one standard error.",
-        table(records, "values"),
-        table(records, "keys"),
+        table(records, "values", blind),
+        table(records, "keys", blind),
     ]
     command.write(options.output / "align-study.json", report, "\n\n".join(parts))
     return report

@@ -1,38 +1,42 @@
-"""The ways to spend fewer tokens on the small CLIP, and how many each of them spends."""
+"""The ways to spend less on the small CLIP, and how much each of them spends."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from functools import lru_cache
+from typing import Any, List, Tuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import patchselect
+from benchmarks.accuracy.world.candidates import CHOICES
 from benchmarks.accuracy.world.captions import EMOJI
-from benchmarks.common.tome import schedule, token_merging
+from benchmarks.common.tome import front, schedule, token_merging
 from patchselect.functional import as_ratio, num_kept
 
-from .model import DEPTH, LAYERS, PATCH, SIZE, tokenize
-from .questions import CHOICES, encode
+from .model import DEPTH, LAYERS, PATCH, SIZE, WIDTH, tokenize
+from .questions import encode
 
 GRID = SIZE // PATCH
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to spend fewer tokens."""
+    """One way to spend less."""
 
     name: str
     guidance: str = "text"
-    """`text`, `image`, `random`, `grid`, `tome` or `none`."""
+    """`text`, `image`, `random`, `grid`, `tome`, `tome front`, `words` (no image at all) or `none`."""
     relevance: str | None = None
     texts: str = ""
     """`paired`: each caption guides its own pass; `candidates`: the 16 of a scene share one; `nouns`: all concepts."""
 
 
 ARMS = (
+    Arm("text alone, trained", "words", texts="trained"),
+    Arm("text alone, counting words", "words", texts="counting"),
     Arm("no selection", "none"),
     Arm("values, shared by the candidates", "text", "values", "candidates"),
     Arm("values, shared by all nouns", "text", "values", "nouns"),
@@ -45,53 +49,81 @@ ARMS = (
     Arm("features, shared by all nouns", "text", "features", "nouns"),
     Arm("image [CLS] (EViT)", "image"),
     Arm("random", "random"),
-    Arm("smaller grid, equal tokens", "grid"),
-    Arm("ToMe, equal tokens", "tome"),
+    Arm("smaller grid, equal FLOPs", "grid"),
+    Arm("ToMe, equal FLOPs", "tome"),
+    Arm("ToMe-front, equal FLOPs", "tome front"),
 )
-NONE, SHARED = ARMS[0].name, ARMS[1].name
-RIVALS = ("image [CLS] (EViT)", "keys, per caption (TRIPS)", "keys, shared by the candidates", "ToMe, equal tokens")
+NONE, SHARED = "no selection", "values, shared by the candidates"
+RIVALS = tuple(arm.name for arm in ARMS if arm.guidance not in ("words", "none") and arm.name != SHARED)
+FRONT = {"tome": None, "tome front": front(DEPTH)}
+"""In how many blocks each of the two mergings merges: all, or the first third."""
 
 
-def tokens_with(rate: float) -> int:
-    """Tokens that all MLPs of the tower see, [CLS] and fused token included: what "equal tokens" compares."""
-    total, patches = 0, GRID * GRID
+Lengths = List[Tuple[int, int]]
+"""Tokens that the attention and the MLP of each block see, [CLS] and fused token included."""
+
+
+def selected(rate: float) -> Lengths:
+    """What selection at this rate leaves of the tokens."""
+    seen, patches = [], GRID * GRID
     for index in range(DEPTH):
+        before = patches
         if index in LAYERS and rate < 1:
             patches = min(patches, num_kept(patches, as_ratio(rate)) + 1)
-        total += 1 + patches
-    return total
+        seen.append((1 + before, 1 + patches))
+    return seen
 
 
-def tokens_merged(removed: int) -> int:
-    """The same for token merging, where a layer can merge no more than half of its patches."""
-    total, patches = 0, GRID * GRID
-    for step in schedule(removed, DEPTH):
+def merged(removed: int, first: int | None = None) -> Lengths:
+    """What token merging leaves, where a layer can merge no more than half of its patches."""
+    seen, patches = [], GRID * GRID
+    for step in schedule(removed, DEPTH, first):
+        before = patches
         patches -= min(step, patches // 2)
-        total += 1 + patches
-    return total
+        seen.append((1 + before, 1 + patches))
+    return seen
 
 
-def merged_like(tokens: int) -> int:
-    """How many patches ToMe removes in all to spend `tokens`, or as close as it gets."""
-    return min(range(GRID * GRID), key=lambda removed: (abs(tokens_merged(removed) - tokens), removed))
+def downsampled(side: tuple[int, int]) -> Lengths:
+    """What a grid of these sides has."""
+    return [(1 + side[0] * side[1],) * 2] * DEPTH
 
 
-def grid_like(tokens: int) -> tuple[int, int]:
-    """The grid, square or one longer, that spends about as many."""
+def flops(lengths: Lengths) -> float:
+    """Multiplications of the blocks' matrix products, those of the whole image being 1."""
+    whole = [(1 + GRID * GRID,) * 2] * DEPTH
+    return products(lengths) / products(whole)
+
+
+def products(lengths: Lengths) -> int:
+    """Multiplications of the matrix products of all blocks, over the width."""
+    return sum(4 * before * WIDTH + 2 * before * before + 8 * after * WIDTH for before, after in lengths)
+
+
+@lru_cache(maxsize=None)
+def merged_like(rate: float, first: int | None = None) -> int:
+    """How many patches ToMe removes in all to cost what selection at this rate does, or as close as it gets."""
+    target = flops(selected(rate))
+    return min(range(GRID * GRID), key=lambda removed: (abs(flops(merged(removed, first)) - target), removed))
+
+
+@lru_cache(maxsize=None)
+def grid_like(rate: float) -> tuple[int, int]:
+    """The grid, square or one longer, that costs about as much."""
     sides = [(side, side + longer) for side in range(1, GRID) for longer in (0, 1)]
-    return min(sides, key=lambda side: abs(DEPTH * (1 + side[0] * side[1]) - tokens))
+    return min([*sides, (GRID, GRID)], key=lambda side: abs(flops(downsampled(side)) - flops(selected(rate))))
 
 
-def spent(arm: Arm, rate: float) -> int:
-    """Tokens of this arm over all blocks."""
-    if arm.guidance == "none":
-        return tokens_with(1.0)
-    if arm.guidance == "tome":
-        return tokens_merged(merged_like(tokens_with(rate)))
+def lengths(arm: Arm, rate: float) -> Lengths:
+    """Tokens that this arm leaves; none at all where it sees no image."""
+    if arm.guidance == "words":
+        return []
+    if arm.guidance in FRONT:
+        first = FRONT[arm.guidance]
+        return merged(merged_like(rate, first), first)
     if arm.guidance == "grid":
-        height, width = grid_like(tokens_with(rate))
-        return DEPTH * (1 + height * width)
-    return tokens_with(rate)
+        return downsampled(grid_like(rate))
+    return selected(1.0 if arm.guidance == "none" else rate)
 
 
 @torch.no_grad()
@@ -111,7 +143,7 @@ def answers(model: Any, arm: Arm, rate: float, images: Tensor, texts: Tensor, fu
 
     Args:
         model: in evaluation mode, without selection; it is left so.
-        arm: what to do.
+        arm: what to do; any but those that see no image.
         rate: keep rate of both layers.
         images: `(N, 3, S, S)`.
         texts: `(N, CHOICES, E)`.
@@ -120,9 +152,10 @@ def answers(model: Any, arm: Arm, rate: float, images: Tensor, texts: Tensor, fu
     if arm.guidance == "none":
         return encode(model, images)
     if arm.guidance == "grid":
-        return encode_smaller(model, images, grid_like(tokens_with(rate)))
-    if arm.guidance == "tome":
-        with token_merging(model, merged_like(tokens_with(rate))):
+        return encode_smaller(model, images, grid_like(rate))
+    if arm.guidance in FRONT:
+        first = FRONT[arm.guidance]
+        with token_merging(model, merged_like(rate, first), first=first):
             return encode(model, images)
     handle = patchselect.apply(model, rate, LAYERS, arm.guidance, arm.relevance, fusion)
     try:

@@ -11,26 +11,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.accuracy.world.captions import name_some, swap_one
+from benchmarks.accuracy.world.candidates import GRID, KINDS
+from benchmarks.accuracy.world.captions import name_some
 from benchmarks.accuracy.world.scenes import Layout, Scenes, make_scenes
 from patchselect.metrics import retrieval_recall
 
 from .model import SIZE, tokenize
 
-CHOICES = 16
-VALIDATION, TEST = "validation", "test"
-SEEDS = {VALIDATION: 7001, TEST: 9001}
-"""Scenes on which choices are made, on new crops of the training's photographs, and scenes on which none is, on
-photographs that training never sees."""
+VALIDATION, TEST, LEARNING = "validation", "test", "learning"
+SEEDS = {VALIDATION: 7001, TEST: 9001, LEARNING: 11001}
+"""Scenes on which choices are made, on new crops of the training's photographs; scenes on which none is, on photographs
+that training never sees; and more of these, from which classifiers that look for leaks learn."""
 
 
 @dataclass(frozen=True)
 class Questions:
-    """Scenes, each with the one caption that fits (in front) and others with one object swapped for an absent one."""
+    """Scenes, each with the one caption that fits (in front) and others that name something absent."""
 
     scenes: Scenes
     candidates: tuple[tuple[tuple[int, ...], ...], ...]
     """`CHOICES` captions for each scene, as concepts."""
+    kind: str = GRID
+    """Of the wrong ones, one of `KINDS`."""
 
     def images(self, rows: slice = slice(None)) -> Tensor:
         """`(N, 3, S, S)`"""
@@ -46,25 +48,19 @@ class Questions:
 
 
 @lru_cache(maxsize=None)
-def make_questions(count: int, split: str, named: int = 2) -> Questions:
-    """Questions on scenes that training never sees.
+def make_questions(count: int, split: str, named: int = 2, kind: str = GRID) -> Questions:
+    """Make questions on scenes that training never sees.
 
     Args:
         count: how many.
         split: one of `SEEDS`.
         named: most objects that a caption names.
+        kind: one of `KINDS`.
     """
-    scenes = make_scenes(count, SEEDS[split], test=split == TEST, layout=Layout(size=SIZE))
+    scenes = make_scenes(count, SEEDS[split], test=split != VALIDATION, layout=Layout(size=SIZE))
     random = np.random.default_rng([SEEDS[split], count])
-    asked = []
-    for objects in scenes.objects:
-        right = name_some(objects, random, named)
-        captions = {frozenset(right): right}
-        while len(captions) < CHOICES:
-            wrong = swap_one(right, objects, random)
-            captions.setdefault(frozenset(wrong), wrong)
-        asked.append(tuple(captions.values()))
-    return Questions(scenes, tuple(asked))
+    asked = (KINDS[kind](name_some(objects, random, named), objects, random) for objects in scenes.objects)
+    return Questions(scenes, tuple(asked), kind)
 
 
 def right(image: Tensor, texts: Tensor) -> Tensor:

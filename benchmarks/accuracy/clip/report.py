@@ -5,7 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from benchmarks.accuracy.world.candidates import LEAKY
 from benchmarks.common.show import aligned, canvas
+
+from .arms import SHARED
 
 
 def _lookup(report: dict[str, Any]) -> tuple[list[str], list[float], dict[tuple[str, float], dict[str, Any]]]:
@@ -40,20 +43,48 @@ def differences(report: dict[str, Any]) -> str:
 
 
 def each_model(report: dict[str, Any]) -> str:
-    """Accuracies of the models one by one, and the tokens spent over all blocks."""
+    """Accuracies of the models one by one, and the FLOPs of all blocks."""
     names, rates, found = _lookup(report)
-    rows = [["by model (tokens over all blocks)", *(f"keep {rate:g}" for rate in rates)]]
+    rows = [["by model (FLOPs of the blocks)", *(f"keep {rate:g}" for rate in rates)]]
     for name in names:
         cells = (found[name, rate] for rate in rates)
         rows.append(
-            [name, *(" / ".join(f"{one:.3f}" for one in cell["by_model"]) + f" ({cell['tokens']})" for cell in cells)]
+            [
+                name,
+                *(" / ".join(f"{one:.3f}" for one in cell["by_model"]) + f" ({cell['flops']:.3f})" for cell in cells),
+            ]
         )
     return aligned(rows)
 
 
-def verdict(bar: dict[str, Any]) -> str:
-    """A difference, its standard error, and whether that is enough."""
-    return f"{bar['gap']:+.3f} ± {bar['error']:.3f}: {'met' if bar['met'] else 'NOT met'}"
+def ahead(report: dict[str, Any]) -> str:
+    """Accuracy of `SHARED` minus that of each rival on the same questions, ± its standard error."""
+    names, rates, found = _lookup(report)
+    rows = [[f"{SHARED}, minus", *(f"keep {rate:g}" for rate in rates)]]
+    for name in names:
+        cells = [found[name, rate].get("shared_values_ahead") for rate in rates]
+        if all(cells):
+            rows.append([name, *(f"{gap:+.3f} ± {error:.3f}" for gap, error in cells)])  # type: ignore[misc]
+    return aligned(rows) if len(rows) > 1 else ""
+
+
+def by_objects(report: dict[str, Any]) -> str:
+    """Accuracies where the right caption names one object, and where it names two."""
+    names, rates, found = _lookup(report)
+    kinds = report["questions"]
+    rows = [[f"{' / '.join(map(str, kinds))} named ({' / '.join(map(str, kinds.values()))} questions)"]]
+    rows[0] += [f"keep {rate:g}" for rate in rates]
+    for name in names:
+        cells = (found[name, rate]["by_objects"].values() for rate in rates)
+        rows.append([name, *(" / ".join(f"{value:.3f}" for value, _ in cell) for cell in cells)])
+    return aligned(rows)
+
+
+WARNING = (
+    "**These questions give the answer away:** the wrong captions are the right one with one object swapped, and text "
+    'alone answers what the rows "text alone" say. What all candidates choose together can use that; read no row '
+    '"shared by the candidates" against another.'
+)
 
 
 def document(report: dict[str, Any]) -> str:
@@ -61,34 +92,38 @@ def document(report: dict[str, Any]) -> str:
     settings, about = report["settings"], report["machine"]
     parts = [
         "# Frozen CLIP: which relevance needs no training",
-        f"{settings['count']} questions of the {settings['split']} scenes, one right caption of 16 (chance 0.0625), "
-        f"models of seeds {settings['seeds']}, selection in blocks 2 and 4 of 6, fusion {settings['fusion']!r}. "
+        f"{settings['count']} questions of the {settings['split']} scenes, one right caption of 16 (chance 0.0625; "
+        f"{settings['questions']}), models of seeds {settings['seeds']}, selection in blocks 2 and 4 of 6, "
+        f"fusion {settings['fusion']!r}. "
         "± is one standard error over the questions, each the mean of the models.",
         f"{about['processor']}, {about['threads']} threads, torch {report['versions']['torch']}.",
+        WARNING if settings["questions"] == LEAKY else "",
         accuracies(report),
         differences(report),
+        # On leaky questions that row is no measure of anything, and what it is ahead of none of its merit.
+        ahead(report) if settings["questions"] != LEAKY else "",
+        by_objects(report),
         each_model(report),
     ]
-    if report["bars"]:
-        each = report["bars_by_model"]
-        head = ["values shared by the candidates, keep 0.3", "mean of the models", *(f"seed {seed}" for seed in each)]
-        rows = zip(report["bars"], *each.values())
-        checked = ([f"{row[0]['what']} standard error(s)", *map(verdict, row)] for row in rows)
-        parts.append(aligned([head, *checked]))
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def draw(report: dict[str, Any], path: Path) -> None:
     """Accuracy against keep rate, error bars of two standard errors."""
     names, rates, found = _lookup(report)
     figure, (axis,) = canvas(9.5, 5)
-    colours = [f"tab:{c}" for c in ("red", "purple", "blue", "brown", "orange", "gray", "olive", "green", "cyan")]
-    kinds = list(dict.fromkeys(name.split(",")[0] for name in names if name != "no selection"))
+    colours = [
+        f"tab:{c}" for c in ("red", "purple", "blue", "brown", "orange", "gray", "olive", "green", "cyan", "pink")
+    ]
+    kinds = list(dict.fromkeys(name.split(",")[0] for name in names if (name, 1.0) not in found))
     for position, name in enumerate(names):
         cells = [found[name, rate] for rate in rates]
         values, errors = [c["accuracy"] for c in cells], [2 * c["standard_error"] for c in cells]
-        if name == "no selection":
-            axis.axhline(values[0], color="black", linewidth=1, label=name)
+        if (name, 1.0) in found:  # the same whatever the rate
+            plain = name == "no selection"
+            axis.axhline(
+                values[0], color="black" if plain else "0.4", linewidth=1, linestyle="-" if plain else "-.", label=name
+            )
             axis.axhspan(values[0] - errors[0], values[0] + errors[0], color="black", alpha=0.08)
             continue
         colour = colours[kinds.index(name.split(",")[0]) % len(colours)]

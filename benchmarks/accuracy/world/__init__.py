@@ -1,2 +1,3 @@
 """A world whose contents are known: scenes of emoji on photographs (`scenes`), captions that name some of them
-(`captions`), and batches of both (`sampling`)."""
+(`captions`), wrong ones beside the right one (`candidates`), batches (`sampling`), and what can be answered without the
+pictures (`text_alone`)."""

@@ -44,6 +44,11 @@ def captions(named: Sequence[Sequence[int]]) -> Tensor:
     return torch.tensor([caption_ids(one) for one in named])
 
 
+def concepts_of(ids: Tensor) -> list[tuple[int, ...]]:
+    """The concepts that captions `(B, L)` name: what `captions` was given."""
+    return [tuple(token - AND - 1 for token in row if token > AND) for row in ids.tolist()]
+
+
 def caption_text(named: Sequence[int]) -> str:
     """The caption in words."""
     words = [concepts()[concept] for concept in named]
