@@ -51,8 +51,8 @@ def advice(model: nn.Module, path: str, reads_text: bool) -> str:
     name, part, code = type(model).__name__, model.get_submodule(path), as_code(model, path)
     if reads_text:
         return (
-            f"{name} holds a {type(part).__name__}, which is supported: call patchselect.apply({code}). It is changed "
-            f"in place, so {name} goes on calling it; text is given with `with patchselect.guide({code}, text_features):`"
+            f"{name} holds a {type(part).__name__}, which is supported: call patchselect.apply({code}). It is changed in "
+            f"place, so {name} goes on calling it; give text with `with patchselect.guide({code}, text_features):`"
         )
     return instead_of_whole(model, path)
 
