@@ -29,7 +29,9 @@ class Quarters(patchselect.Reduction):
         out, kept = keep_and_fuse(tokens, relevance, num_keep, num_prefix_tokens, "none")
         images, patches = tokens.shape[0], tokens.shape[1] - num_prefix_tokens
         rows = kept.shape[0]
-        quarter = self.quarter(places).repeat_interleave(rows // places.indices.shape[0], dim=0)  # (R, n)
+        quarter = self.quarter(places)  # (B, n)
+        if rows != images:  # every image with every text
+            quarter = quarter.repeat_interleave(rows // images, dim=0)
 
         rest = relevance.reshape(rows, patches).scatter(1, kept, 0.0)
         inside = quarter.unsqueeze(1) == torch.arange(4, device=quarter.device).view(4, 1)  # (R, 4, n)

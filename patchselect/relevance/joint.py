@@ -26,6 +26,7 @@ class Joint(Relevance):
         return combine_scores(scores)
 
     def check(self, tower: Tower, layers: Sequence[int], guidance: str) -> None:
+        tower.adapter.text_width(tower)  # a host that shares one sequence says so here
         check_projects(tower, self.name, guidance)
 
     def cost(self, tower: Tower, index: int, first: bool, guidance: str) -> tuple[int, int]:

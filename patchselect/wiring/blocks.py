@@ -105,7 +105,7 @@ def _weigh(layer: Layer, seen: Candidates, text: Tensor | None, spread: bool) ->
         if text is None:
             scores = relevance.scores_by_image(seen)
         else:
-            scores = relevance.scores(seen, text if relevance.takes_tiles else in_tiles(text, len(tokens)))
+            scores = relevance.scores(seen, text if relevance.takes_tiles else in_tiles(text, tokens.shape[0]))
         return relevance.weights(scores) if spread else relevance.combine(scores)
 
 
