@@ -52,7 +52,8 @@ def advice(model: nn.Module, path: str, reads_text: bool) -> str:
     if reads_text:
         return (
             f"{name} holds a {type(part).__name__}, which is supported: call patchselect.apply({code}). It is changed "
-            f"in place, so {name} goes on calling it; text is given with `with patchselect.guide({code}, text_features):`"
+            f"in place, so {name} goes on calling it, under `with patchselect.guide({code}, text_features):` where its "
+            "calls bring no text"
         )
     return instead_of_whole(model, path)
 
