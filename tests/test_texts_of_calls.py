@@ -74,6 +74,7 @@ def test_several_images_per_text_without_an_order_are_an_error(case):
 
 
 def test_frames_of_a_prefix_and_of_checkpointed_blocks_keep_their_order(case):
+    needs("checkpoints of CLIP")
     images, text = case.images(4), texts(case, 2)
     expected = guided(case, images, text, repeat="each")
     prefix = patchselect.encode_prefix(case.model, images)
