@@ -115,7 +115,8 @@ class Albef(Heads):
         return ()
 
     def attend(self, tower: Tower, block: Any, x: Tensor, *register_hook: Any, **kwargs: Any) -> Attended:
-        refuse_masks(tower, {name: value for name, value in kwargs.items() if name != "register_hook"})
+        if block._patchselect.plan.selects:
+            refuse_masks(tower, {name: value for name, value in kwargs.items() if name != "register_hook"})
         normed = block.norm1(x)
         if register_hook:
             kwargs["register_hook"] = register_hook[0]

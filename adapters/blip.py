@@ -212,6 +212,11 @@ class TransformersBlip(BlipMatching):
         run_of_host = TextRun(encoder, "forward", (), run, result)
         return TextCall(features, (run_of_host,), compares_all=method != "get_multimodal_features")
 
+    def fuses(self, model: Any, tower: Tower, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        if method == "forward" and hasattr(model, "text_model"):
+            return False
+        return bool(bound(tower.parts["calls"][method], args, kwargs).get("use_itm_head", True))
+
     def _prompt(self, model: Any, ids: Any, mask: Tensor | None, labels: Tensor | None) -> TextCall:
         if ids is None or labels is not None:
             why = "got labels (its input_ids are the caption to learn)" if labels is not None else "got no prompt"

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from patchselect.adapter import TextCall, TextRun, Tower, Wrapper, bound
 from patchselect.wiring.guidance import current
-from patchselect.wiring.text_calls import call_with_text, recall_text, remembered
+from patchselect.wiring.text_calls import call_with_text, recall_text, refusal_of_all, remembered
 
 from .albef import Albef, is_tower, joint_of
 from .blip import own_random_stream
@@ -82,6 +82,9 @@ def call_captioner(model: nn.Module, name: str, original: Any, *args: Any, **kwa
             "model must learn, so it guides nothing): give the features of a text with `with patchselect.guide(model, "
             'text_features):`, or choose patchselect.apply(model, guidance="image")'
         )
+    guidance = current(wiring)
+    if guidance is not None and guidance.pairing == "all" and guidance.text.shape[-2] > 1:
+        raise ValueError(refusal_of_all(f"{type(model).__name__}.{name}"))
     return original(*args, **kwargs)
 
 

@@ -1,7 +1,6 @@
 """Everything that the core asks of a host, on one page: where its parts are, what its blocks do, how its text arrives.
 
-Subclass `Adapter` to teach patchselect a new family of models (CONTRIBUTING.md has a worked example). An adapter holds
-no state and no selection logic.
+Subclass `Adapter`, without state or selection logic, for a new family of models (CONTRIBUTING.md has an example).
 """
 
 from __future__ import annotations
@@ -134,9 +133,8 @@ def _padded(state: Tensor, length: int) -> Tensor:
 class Adapter:
     """One family of hosts: the questions that it must answer, and those that have a default.
 
-    An adapter must answer `towers`, `attend`, `finish`, `projections` and `grid`; everything else has a default that is
-    right for a bare pre-norm ViT. Adapters hold no state, so that models stay picklable: two instances of one class are
-    the same adapter.
+    It must answer `towers`, `attend`, `finish`, `projections` and `grid`; all else has a default that is right for a
+    bare pre-norm ViT. Adapters hold no state, so that models stay picklable: instances of one class are the same.
     """
 
     name: str = ""
@@ -247,6 +245,10 @@ class Adapter:
     ) -> TextCall | None:
         """Return the text that came with this call of `model.method`, encoded by the model's own text encoder."""
         return None
+
+    def fuses(self, model: nn.Module, tower: Tower, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Return whether this call reads each image beside the text of its row: it takes as many of both."""
+        return False
 
     # Pairs: images and texts apart, and the score of two of them. The defaults are those of a dual encoder.
 

@@ -359,3 +359,21 @@ def test_a_block_of_vilt_alone_is_an_error():
     selecting(model, 0.5)
     with pytest.raises(ValueError, match="call the model as a whole"):
         model.encoder.layer[1](torch.randn(1, 20, 64))
+
+
+@pytest.mark.parametrize("name", BLIP[1:])
+def test_every_image_with_every_text_is_refused_where_a_row_reads_its_own_text(name):
+    model, given = build(name), inputs(name)
+    selecting(model, 0.5)
+    calls = [lambda: model(**given)]
+    if name != "BlipForImageTextRetrieval":
+        prompt = {key: given[key] for key in ("pixel_values", "input_ids", "attention_mask")}
+        calls += [lambda: model.generate(**prompt, max_new_tokens=2)]
+    with torch.no_grad(), patchselect.guide(model, torch.randn(2, 64), pairing="all"):
+        for attempt in calls:
+            with pytest.raises(ValueError, match=r'pairing="all" gives a row per image and text.*repeat_interleave'):
+                attempt()
+        assert model.vision_model(given["pixel_values"]).last_hidden_state.shape[0] == 6
+    repeated = {key: value.repeat_interleave(2, dim=0) for key, value in given.items()}
+    with torch.no_grad(), patchselect.guide(model, torch.randn(2, 64).repeat(3, 1)):
+        call(model, repeated)

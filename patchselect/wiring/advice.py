@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import Any, Callable
 
 from torch import nn
 
@@ -51,8 +50,9 @@ def advice(model: nn.Module, path: str, reads_text: bool) -> str:
     name, part, code = type(model).__name__, model.get_submodule(path), as_code(model, path)
     if reads_text:
         return (
-            f"{name} holds a {type(part).__name__}, which is supported: call patchselect.apply({code}). It is changed in "
-            f"place, so {name} goes on calling it; give text with `with patchselect.guide({code}, text_features):`"
+            f"{name} holds a {type(part).__name__}, which is supported: call patchselect.apply({code}). It is changed "
+            f"in place, so {name} goes on calling it, under `with patchselect.guide({code}, text_features):` where its "
+            "calls bring no text"
         )
     return instead_of_whole(model, path)
 

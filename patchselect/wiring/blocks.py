@@ -30,7 +30,7 @@ from .recomputation import (
 )
 from .recorder import Selected, active_recorder, pool, without_graph
 from .state import Layer
-from .text_calls import reads_text
+from .text_calls import where_text_may_come_from
 from .texts import texts_for
 from .wording import refuse_symbols
 
@@ -202,10 +202,9 @@ def _guidance(layer: Layer, hidden: Tensor, carried: Guidance | None) -> Guidanc
         if found is not None:
             note_text(hidden, layer, found)
     if found is None:
-        together = "call the whole model with image and text together, " if reads_text(layer.wiring) else ""
         raise ValueError(
             f"no text guides this call of {type(layer.tower.module).__name__}: give it with `with "
-            f"patchselect.guide(model, text_features):`, {together}or "
+            f"patchselect.guide(model, text_features):`, {where_text_may_come_from(layer.wiring)}or "
             'choose a guidance that needs no text: patchselect.apply(model, guidance="image")'
         )
     if baked_in(found.text):

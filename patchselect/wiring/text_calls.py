@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from contextvars import ContextVar
 from typing import Any, Callable
 
 from torch import nn
 
 from ..adapter import TextCall, TextRun
+from ..compat import is_dynamo_compiling
 from .guidance import check_text, current, scope
 from .state import Wiring
 
@@ -20,16 +22,53 @@ def call_with_text(model: nn.Module, name: str, original: Original, *args: Any, 
     answers from memory. A text given by `guide` wins over the one of the call.
     """
     wiring: Wiring = model._patchselect  # type: ignore[assignment]
-    if wiring.plan.guidance != "text" or current(wiring) is not None:
+    tower, guidance = wiring.towers[0], current(wiring)
+    fanned_out = guidance is not None and guidance.pairing == "all" and guidance.text.shape[-2] > 1
+    if fanned_out and tower.adapter.fuses(model, tower, name, args, kwargs):
+        raise ValueError(refusal_of_all(f"{type(model).__name__}.{name}"))
+    if wiring.plan.guidance != "text" or guidance is not None:
         return original(*args, **kwargs)
-    call = wiring.towers[0].adapter.text_of_call(model, wiring.towers[0], name, args, kwargs)
+    call = tower.adapter.text_of_call(model, tower, name, args, kwargs)
     if call is None:
-        return original(*args, **kwargs)
+        return _without_text(f"{type(model).__name__}.{name}", original, *args, **kwargs)
     check_text(wiring, call.features)
     pairing = _pairing(wiring, call, f"{type(model).__name__}.{name}")
     exact = call.images_per_text if pairing == "paired" else 0
     with scope(wiring, call.features, pairing, exact=exact, memo=call.remembered, repeat="tile"):
         return original(*args, **kwargs)
+
+
+def refusal_of_all(name: str) -> str:
+    """Say why a call cannot have a row per image and text, and what can."""
+    return (
+        f'{name} reads each image beside the text of its own row, and pairing="all" gives a row per image and text: '
+        "repeat the images, images.repeat_interleave(len(texts), dim=0), and give text i for image i, "
+        "text_features.repeat(len(images), 1), or use patchselect.score_pairs(model, images, texts)"
+    )
+
+
+_textless: ContextVar[str | None] = ContextVar("patchselect_textless", default=None)
+
+
+def _without_text(name: str, original: Original, *args: Any, **kwargs: Any) -> Any:
+    """Run a call that brings no text, and remember its name for the error that may follow."""
+    if is_dynamo_compiling():
+        return original(*args, **kwargs)
+    token = _textless.set(name)
+    try:
+        return original(*args, **kwargs)
+    finally:
+        _textless.reset(token)
+
+
+def where_text_may_come_from(wiring: Wiring) -> str:
+    """Return the part of an error that says how a call may bring its text; nothing for a model that takes none."""
+    if not reads_text(wiring):
+        return ""
+    name = _textless.get()
+    if name is None:
+        return "call the whole model with image and text together, "
+    return f"bring it with the call of {name} (no text was found among its arguments), "
 
 
 def _pairing(wiring: Wiring, call: TextCall, name: str) -> str:
