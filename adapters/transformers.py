@@ -85,6 +85,12 @@ class TransformersClip(Adapter):
         if getattr(core, "vision_rotary_embedding", None) is not None or hasattr(core, "rotary_pos_emb"):
             raise TypeError(f"{type(core).__name__} uses rotary positions per patch, which are not supported")
         block = core.encoder.layers[0]
+        takes = inspect.signature(type(block.self_attn).forward).parameters
+        packed = [part for part in ("cu_seqlens", "position_embeddings") if part in takes]
+        if packed or not hasattr(block.self_attn, "scale"):
+            why = f"is called with {' and '.join(packed)} (images packed into one sequence, or rotary positions)"
+            why = why if packed else "is not that of CLIP or SigLIP: it has no scale"
+            raise TypeError(f"{type(core).__name__} cannot be patched: its {type(block.self_attn).__name__} {why}")
         signature = inspect.signature(getattr(type(block), "_patchselect_base", type(block)).forward)
         parts = {
             "block_call": tuple(signature.parameters)[1:],
