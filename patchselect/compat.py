@@ -11,6 +11,7 @@ import torch.utils.checkpoint
 from torch import Tensor
 
 KEEPS_STORAGES = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 4)
+TRACES = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (1, 13)
 _compiler: Any = getattr(torch, "compiler", None)
 
 if hasattr(_compiler, "is_compiling"):  # torch 2.3
@@ -87,6 +88,12 @@ def in_functorch() -> bool:
     functorch = getattr(torch._C, "_functorch", None)
     peek = getattr(functorch, "peek_interpreter_stack", None)
     return peek is not None and peek() is not None
+
+
+def refuse_old_trace() -> None:
+    """Raise where `torch.jit.trace` gives other numbers than the model: a fused token under torch 1.10 (seen)."""
+    if not TRACES and torch.jit.is_tracing():
+        raise ValueError(f"torch.jit.trace of a selection needs torch 1.13 or newer, this is {torch.__version__}")
 
 
 def baked_in(tensor: Tensor) -> bool:
