@@ -34,6 +34,7 @@ from .switches import advice_of_transformers
 
 BLOCK_PARTS = {"layer_norm1", "self_attn", "layer_norm2", "mlp"}
 ATTENTION_PARTS = ("q_proj", "k_proj", "v_proj", "out_proj")
+TOWER_PARTS = {"embeddings", "pre_layrnorm", "pre_layernorm", "encoder", "post_layernorm", "head"}
 WHOLE_MODEL_PARTS = {"vision_model", "text_model", "visual_projection", "text_projection", "classifier"}
 DENSE_READERS = {"CLIPSeg": "its segmentation decoder", "OwlViT": "its box heads", "Owlv2": "its box heads"}
 TEXT_ARGUMENTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
@@ -85,7 +86,17 @@ class TransformersClip(Adapter):
             )
         if getattr(core, "vision_rotary_embedding", None) is not None or hasattr(core, "rotary_pos_emb"):
             raise TypeError(f"{type(core).__name__} uses rotary positions per patch, which are not supported")
+        readers = {part for part, _ in core.named_children()} - TOWER_PARTS
+        if readers:
+            reader = ", ".join(sorted(readers))
+            raise TypeError(f"{type(core).__name__} cannot be patched: its {reader} may read a fixed number of patches")
         block = core.encoder.layers[0]
+        takes = inspect.signature(type(block.self_attn).forward).parameters
+        packed = [part for part in ("cu_seqlens", "position_embeddings") if part in takes]
+        if packed or not hasattr(block.self_attn, "scale"):
+            why = f"is called with {' and '.join(packed)} (images packed into one sequence, or rotary positions)"
+            why = why if packed else "is not that of CLIP or SigLIP: it has no scale"
+            raise TypeError(f"{type(core).__name__} cannot be patched: its {type(block.self_attn).__name__} {why}")
         signature = inspect.signature(getattr(type(block), "_patchselect_base", type(block)).forward)
         parts = {
             "block_call": tuple(signature.parameters)[1:],

@@ -12,6 +12,7 @@ from torch import Tensor
 
 RELEASE = tuple(int(part) for part in torch.__version__.split(".")[:2])
 KEEPS_STORAGES = RELEASE >= (2, 4)
+TRACES = RELEASE >= (1, 13)
 _compiler: Any = getattr(torch, "compiler", None)
 
 if hasattr(_compiler, "is_compiling"):  # torch 2.3
@@ -87,6 +88,12 @@ def in_functorch() -> bool:
     functorch = getattr(torch._C, "_functorch", None)
     peek = getattr(functorch, "peek_interpreter_stack", None)
     return peek is not None and peek() is not None
+
+
+def refuse_old_trace() -> None:
+    """Raise where `torch.jit.trace` gives other numbers than the model: a fused token under torch 1.10 (seen)."""
+    if not TRACES and torch.jit.is_tracing():
+        raise ValueError(f"torch.jit.trace of a selection needs torch 1.13 or newer, this is {torch.__version__}")
 
 
 def baked_in(tensor: Tensor) -> bool:

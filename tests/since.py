@@ -35,6 +35,9 @@ TORCH = {
     "fused attention": Feature(
         "torch", "2.0", "there is no fused attention", "torch.nn.functional:scaled_dot_product_attention"
     ),
+    "checkpoints that say their kind": Feature("torch", "1.11", "checkpoint() takes no use_reentrant"),
+    "tracing": Feature("torch", "1.13", "torch.jit.trace loses a fused token, and is refused"),
+    "operators on meta": Feature("torch", "2.0", "few operators run on the meta device"),
     "device context": Feature("torch", "2.0", "torch.device is no context in which a model is made"),
     "counting": Feature(
         "torch", "2.3", "FLOPs cannot be counted: attention hides them", "torch.nn.attention:sdpa_kernel"

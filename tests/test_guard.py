@@ -174,6 +174,7 @@ def test_weights_in_half_precision_beside_norms_in_full():
 
 
 def test_on_the_meta_device_shapes_are_compared():
+    needs("operators on meta")
     patchselect.apply(build("clip").model.to("meta"), 0.5)
     refused(tower_of(ShowsAttention).to("meta"), "ran where they raised")
     patchselect.apply(tower_of(ScaledByParameters).to("meta"), 0.5, guidance="image")

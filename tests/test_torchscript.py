@@ -7,10 +7,11 @@ import copy
 import pytest
 import torch
 from hosts import build, ids, texts
-from since import missing
+from since import missing, needs
 from torch import nn
 
 import patchselect
+from patchselect import compat
 
 pytestmark = pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::FutureWarning")
 NAMES = ["clip", "timm_class_token", "openai_clip", "albef"]
@@ -58,6 +59,7 @@ def test_scripting_is_as_before_without_a_selection():
 @pytest.mark.parametrize("pairing", ["paired", "shared"])
 @pytest.mark.parametrize("name", NAMES)
 def test_a_traced_text_is_an_input(name, pairing):
+    needs("tracing")
     case = build(name)
     patchselect.apply(case.model, 0.5)
     program, images = Guided(case, pairing), case.images(2)
@@ -72,6 +74,7 @@ def test_a_traced_text_is_an_input(name, pairing):
 @pytest.mark.parametrize("change", [lambda text: text, lambda text: nn.functional.normalize(text, dim=-1)])
 @pytest.mark.parametrize("name", NAMES)
 def test_a_text_from_outside_of_a_trace_is_refused(name, change):
+    needs("tracing")
     case = build(name)
     case.model.requires_grad_(False)
     patchselect.apply(case.model, 0.5)
@@ -90,6 +93,7 @@ def test_a_text_from_outside_of_a_trace_is_refused(name, change):
 
 
 def test_a_whole_model_is_traced_with_its_own_text():
+    needs("tracing")
     case = build("openai_clip")
     patchselect.apply(case.model, 0.5)
     with torch.no_grad():
@@ -100,9 +104,20 @@ def test_a_whole_model_is_traced_with_its_own_text():
 
 
 def test_guidance_by_the_image_needs_no_text_in_a_trace():
+    needs("tracing")
     case = build("timm_class_token" if missing("timm") is None else "albef_tower")
     patchselect.apply(case.model, 0.5, guidance="image")
     with torch.no_grad():
         traced = torch.jit.trace(case.model, (case.images(2),), check_trace=False)
         images = torch.randn_like(case.images(2))
         torch.testing.assert_close(traced(images), case.model(images), rtol=1e-4, atol=1e-5)
+
+
+def test_a_release_that_traces_wrongly_is_refused(monkeypatch):
+    case = build("openai_clip")
+    case.model.requires_grad_(False)
+    patchselect.apply(case.model, 0.5, guidance="image")
+    monkeypatch.setattr(compat, "TRACES", False)
+    case.model.visual(case.images(2))
+    with pytest.raises(ValueError, match=r"needs torch 1\.13 or newer"):
+        torch.jit.trace(case.model.visual, (case.images(2),), check_trace=False)

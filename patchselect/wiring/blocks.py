@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter import Attended
-from ..compat import baked_in
+from ..compat import baked_in, refuse_old_trace
 from ..functional import num_kept
 from ..reduction import Places, Reduced
 from ..relevance import Candidates
@@ -43,6 +43,7 @@ def run_block(block: nn.Module, name: str, original: Original, *args: Any, **kwa
     tower, adapter = layer.tower, layer.tower.adapter
     if not layer.wiring.patched:  # a copy of a block, which outlived the selection
         return original(*args, **kwargs)
+    refuse_old_trace()
     args, kwargs, carried = _arguments(layer, block, args, kwargs)
     hidden: Tensor = args[0] if args else next(iter(kwargs.values()))
     refuse_symbols(tower, hidden)

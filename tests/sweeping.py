@@ -1,0 +1,93 @@
+"""Every model class of the installed transformers that takes pixels, built small on the meta device."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import inspect
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from since import installed
+from torch import nn
+
+PIXELS = re.compile(r"^(pixel|images?$|flattened_patches$)")
+DEPTHS = re.compile(r"^(num|n|encoder|decoder|vision|text)?_?(hidden_|encoder_|decoder_)?(layers?|depth)$")
+DEEPEST = 4
+VISION = re.compile("Vision|Visual|Image|ViT|Vit")
+
+
+def modules() -> list[str]:
+    """The modules of transformers whose code speaks of pixels, by name; nothing is imported."""
+    if installed("transformers") is None:
+        return []
+    root = Path(importlib.import_module("transformers").__file__).parent / "models"
+    paths = sorted(root.glob("*/modeling_*.py"))
+    return [f"{path.parent.name}.{path.stem}" for path in paths if "pixel" in path.read_text(encoding="utf-8")]
+
+
+def classes_of(module: str) -> list[Any]:
+    """The model classes of a module that take pixels, or that are a vision part of one."""
+    base = importlib.import_module("transformers").PreTrainedModel
+    found = importlib.import_module(f"transformers.models.{module}")
+    return [kind for kind in vars(found).values() if _is_model(kind, base, found.__name__)]
+
+
+def _is_model(kind: Any, base: type, module: str) -> bool:
+    if not inspect.isclass(kind) or not issubclass(kind, base) or kind.__module__ != module:
+        return False
+    takes = any(PIXELS.match(name) for name in inspect.signature(kind.forward).parameters)
+    return not kind.__name__.endswith("PreTrainedModel") and (takes or bool(VISION.search(kind.__name__)))
+
+
+def shallow(config: Any) -> Any:
+    """The same configuration with few layers, in all of its parts."""
+    for name, value in list(vars(config).items()):
+        if hasattr(value, "to_dict") and hasattr(value, "model_type"):
+            shallow(value)
+        elif DEPTHS.match(name) and isinstance(value, int) and value > DEEPEST:
+            setattr(config, name, DEEPEST)
+        elif name == "layer_types" and isinstance(value, list):
+            config.layer_types = value[:DEEPEST]
+    return config
+
+
+def on_meta(kind: Any) -> nn.Module:
+    """Build a model with the defaults of its configuration, shallow if that can be built."""
+    config = kind.config_class()
+    first: Exception | None = None
+    for made in (lambda: shallow(copy.deepcopy(config)), lambda: config):
+        try:
+            with torch.device("meta"):
+                return kind(made()).eval()
+        except Exception as error:
+            first = first or error
+    assert first is not None
+    raise first
+
+
+def parts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The model and every vision part of it that could be called alone, one of each class."""
+    seen = set()
+    base = importlib.import_module("transformers").PreTrainedModel
+    for path, part in model.named_modules():
+        named = VISION.search(type(part).__name__) or "pixel_values" in inspect.signature(part.forward).parameters
+        if (part is model or isinstance(part, base) or named) and type(part) not in seen:
+            seen.add(type(part))
+            yield path, part
+
+
+def small(name: str) -> tuple[nn.Module, int]:
+    """Build a vision model small and for real, and tell the size of its images."""
+    module, _, kind = name.partition(":")
+    found = getattr(importlib.import_module(f"transformers.models.{module}"), kind)
+    config = found.config_class()
+    sizes = dict(hidden_size=48, intermediate_size=96, num_hidden_layers=6, num_attention_heads=4)
+    for part in (config, getattr(config, "vision_config", None), getattr(config, "text_config", None)):
+        for key, value in {**sizes, "image_size": 64, "patch_size": 16, "vocab_size": 99}.items():
+            if hasattr(part, key):
+                setattr(part, key, value)
+    return found(config), 64

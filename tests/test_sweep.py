@@ -1,0 +1,119 @@
+"""Every class of transformers that takes pixels is accepted or refused by a sentence, and accepted means right.
+
+Takes about ten minutes, one test a module: `PATCHSELECT_SLOW=1 python -m pytest tests/test_sweep.py -v`.
+"""
+
+from __future__ import annotations
+
+import os
+import traceback
+from pathlib import Path
+
+import pytest
+import sweeping
+import torch
+
+import patchselect
+
+SLOW = "PATCHSELECT_SLOW" in os.environ
+MODULES = sweeping.modules() if SLOW else ["all modules of transformers"]
+CODE = {str(Path(patchselect.__file__).resolve().parent), str(Path(patchselect.adapters.__file__).resolve().parent)}
+pytestmark = pytest.mark.skipif(not SLOW, reason="takes about ten minutes: set PATCHSELECT_SLOW=1")
+
+
+def classes(model):
+    return {path: type(part) for path, part in model.named_modules()}
+
+
+def is_ours(error):
+    """A TypeError or ValueError that patchselect itself raises, in words."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    raised = (last.line or "").lstrip().startswith("raise")
+    inside = any(str(Path(last.filename).resolve()).startswith(folder) for folder in CODE)
+    return isinstance(error, (TypeError, ValueError)) and inside and raised and len(str(error)) > 40
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_accepted_or_refused_in_words(module):
+    try:
+        kinds = sweeping.classes_of(module)
+    except ModuleNotFoundError as error:
+        pytest.skip(f"transformers.models.{module} needs {error.name}")
+    unbuilt, raw, seen = [], [], set()
+    for kind in kinds:
+        try:
+            model = sweeping.on_meta(kind)
+        except Exception as error:
+            unbuilt.append(f"{kind.__name__}: {type(error).__name__}: {' '.join(str(error).split())[:80]}")
+            continue
+        for path, part in sweeping.parts(model):
+            if path and type(part) in seen:
+                continue
+            seen.add(type(part))
+            before = classes(part)
+            try:
+                patchselect.apply(part, 0.5).remove()
+            except Exception as error:
+                if not is_ours(error):
+                    raw.append(f"{kind.__name__}.{path} ({type(part).__name__}): {error!r}")
+            assert classes(part) == before, (kind.__name__, path)
+    assert not raw, "\n".join(raw)
+    if unbuilt and len(unbuilt) == len(kinds):
+        pytest.skip("none can be built from the defaults of its configuration: " + "; ".join(unbuilt))
+
+
+ACCEPTED = (
+    "altclip.modeling_altclip:AltCLIPVisionModel",
+    "blip.modeling_blip:BlipVisionModel",
+    "blip_2.modeling_blip_2:Blip2VisionModel",
+    "chinese_clip.modeling_chinese_clip:ChineseCLIPVisionModel",
+    "clip.modeling_clip:CLIPVisionModel",
+    "clip.modeling_clip:CLIPVisionModelWithProjection",
+    "clip.modeling_clip:CLIPForImageClassification",
+    "git.modeling_git:GitVisionModel",
+    "idefics2.modeling_idefics2:Idefics2VisionTransformer",
+    "idefics3.modeling_idefics3:Idefics3VisionTransformer",
+    "instructblip.modeling_instructblip:InstructBlipVisionModel",
+    "instructblipvideo.modeling_instructblipvideo:InstructBlipVideoVisionModel",
+    "metaclip_2.modeling_metaclip_2:MetaClip2VisionModel",
+    "metaclip_2.modeling_metaclip_2:MetaClip2VisionModelWithProjection",
+    "metaclip_2.modeling_metaclip_2:MetaClip2ForImageClassification",
+    "siglip.modeling_siglip:SiglipVisionModel",
+    "siglip.modeling_siglip:SiglipForImageClassification",
+    "smolvlm.modeling_smolvlm:SmolVLMVisionTransformer",
+)
+"""Towers and heads without text that `apply` accepts, called with pixels alone; tests/hosts has those with text."""
+
+
+@pytest.mark.parametrize("name", ACCEPTED if SLOW else ["all that are accepted"])
+def test_accepted_means_right(name):
+    torch.manual_seed(0)
+    model, size = sweeping.small(name)
+    model.eval()
+    for parameter in model.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    images = torch.randn(3, 3, size, size)
+
+    def run(pixels):
+        found = model(pixel_values=pixels, return_dict=True)
+        return found.logits if hasattr(found, "logits") else getattr(found, "image_embeds", found[0])
+
+    with torch.no_grad():
+        plain = run(images)
+        before = classes(model)
+        handle = patchselect.apply(model, 1.0)
+        text = torch.randn(3, handle.towers[0].adapter.text_width(handle.towers[0]))
+        with patchselect.guide(model, text):
+            assert torch.equal(run(images), plain), "keep_rate=1.0"
+        patchselect.apply(model, 0.5)
+        with patchselect.guide(model, text):
+            guided = run(images)
+        order = torch.tensor([2, 0, 1])
+        with patchselect.guide(model, text[order]):
+            torch.testing.assert_close(run(images[order]), guided[order], rtol=1e-4, atol=1e-4)
+        with patchselect.guide(model, text[:1]):
+            torch.testing.assert_close(run(images[:1]), guided[:1], rtol=1e-4, atol=1e-4)
+        with patchselect.guide(model, text[order]):
+            assert not torch.allclose(run(images), guided, rtol=1e-4, atol=1e-4), "the text matters"
+        patchselect.remove(model)
+        assert classes(model) == before and torch.equal(run(images), plain)
