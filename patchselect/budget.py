@@ -13,6 +13,7 @@ from .functional import as_ratio, num_kept
 from .reduction import Reduction, reduction_of
 from .relevance import Relevance, relevance_of
 from .relevance.joint import projection_cost
+from .weights import products_of
 from .wiring.plan import Plan, check_layers
 from .wiring.state import wirings_in
 from .wiring.towers import find_towers, unwrapped
@@ -49,7 +50,7 @@ class Cost:
         kind, block = tower.adapter, tower.blocks[0]
         weights = kind.projections(block)
         attention = sum(part.numel() for part in (weights.query, weights.key, weights.value, weights.output))
-        whole = sum(part.numel() for part in block.parameters() if part.dim() == 2)
+        whole = products_of(block)
         embedding = kind.patch_embedding(tower)
         if embedding is None:
             raise ValueError(

@@ -148,6 +148,22 @@ def test_the_projections_of_a_head_are_read_with_their_adapters(name, order):
     check_alike(look(case, case.model), expected, plain)
 
 
+@pytest.mark.parametrize("order", ["before", "after"])
+def test_a_tuned_norm_whose_scale_is_hidden_is_refused_by_name(order):
+    peft, case = tool("peft"), build("clip")
+
+    def tune():
+        peft.get_peft_model(case.model, peft.LNTuningConfig(target_modules=["post_layernorm", "layer_norm1"]))
+
+    if order == "after":
+        patchselect.apply(case.model, 0.5, relevance="values")
+    tune()
+    with pytest.raises((TypeError, ValueError), match="LNTuningLayer"):
+        if order == "before":
+            patchselect.apply(case.model, 0.5, relevance="values")
+        look(case, case.model)
+
+
 def test_a_prefix_made_with_an_adapter_is_refused_without_it():
     case = build("clip")
     patchselect.apply(case.model, 0.5)
@@ -334,6 +350,17 @@ def test_quantised_layers_are_read_as_what_they_stand_for(kind, order, name):
             setattr(parent, child_name, plain.eval())
         expected, _ = look(case, case.model, guidance)
         torch.testing.assert_close(found, expected, rtol=0.05, atol=2e-3)
+
+
+@pytest.mark.parametrize("kind", [*QUANTISED, "LoRA"])
+def test_a_budget_counts_layers_in_whatever_form_they_are_kept(kind):
+    case = build("clip")
+    expected = patchselect.keep_rate_for_budget(case.model, 0.7)
+    model = tuned(case.model, "LoRA") if kind == "LoRA" else case.model
+    if kind in QUANTISED:
+        QUANTISED[kind](model)
+    # Reading a matrix from its layer is counted too, once an image; the towers here are so narrow that it shows.
+    assert abs(patchselect.keep_rate_for_budget(model, 0.7) - expected) < 0.05
 
 
 class Odd(nn.Linear):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter import Tower
-from ..weights import evaluating, place_of
+from ..reading import evaluating, place_of
 
 PATCHES = 4
 """Patches of the tokens that are tried."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..adapter import Attended, Tower
 from ..compat import allow_in_files
-from ..weights import held, plain_tensors
+from ..reading import held, plain_tensors
 from ..wiring.guidance import Guidance, current, scope
 from ..wiring.state import STATE, Layer, Wiring
 from .answers import Answer, answer_of_embedding, run_few_tokens
