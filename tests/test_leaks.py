@@ -117,7 +117,7 @@ def test_the_order_of_the_candidates_does_not_matter():
 # Kept places.
 
 
-def test_maps_are_what_was_kept(any_size):
+def test_maps_are_what_was_kept():
     model, questions = clip.load(0), make_questions(3, VALIDATION)
     images, texts = questions.images(), questions.texts(model)
     shared = places.of_clip(model, "values", 0.3, images, texts, "shared")
@@ -148,7 +148,7 @@ def test_a_label_written_into_the_places_is_found():
         assert above(torch.from_numpy(scores.argmax(1) == 0), 0.25) > 5
 
 
-def test_command_line(tmp_path, capsys):
+def test_command_line(any_size, tmp_path, capsys):
     small = "--seeds 0 --keep-rate 0.3 --count 64 --queries 32 --scenes 24 --train 16 --asked 16 --threads 1"
     report = study.main(study.parse([*small.split(), "--output", str(tmp_path)]))
     assert {record["questions"] for record in report["words"]} >= {f"CLIP, 1 of {CHOICES}, {kind}" for kind in KINDS}

@@ -19,6 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks.accuracy import CHECKPOINTS
+from benchmarks.accuracy.albef.arms import RELEVANCE
 from benchmarks.accuracy.albef.base import RESULTS, base
 from benchmarks.accuracy.albef.curves import TEST_SEED
 from benchmarks.accuracy.albef.evaluate import Questions as Matching
@@ -87,7 +88,7 @@ def of_matching(model: Any, seen: Matching, asked: Matching, method: str, rate: 
         for name, classifier in classifiers().items():
             hits = classifier.fit(train, right).predict(test) == wanted  # type: ignore[attr-defined]
             records.append({"sees": what, "classifier": name, "accuracy": mean(torch.from_numpy(hits).double())})
-    return [{"method": method, "keep_rate": rate, **record} for record in records]
+    return [{"relevance": RELEVANCE[method], "keep_rate": rate, **record} for record in records]
 
 
 @lru_cache(maxsize=None)
@@ -140,7 +141,7 @@ def document(report: dict[str, Any]) -> str:
             "# What can be answered without the picture",
             aligned(lines),
             f"Where patches are kept, matching, {2 * settings['scenes']} questions learned from (chance 50), %:",
-            table(report["matching"], "every pair with its own caption", ("method", "sees", "classifier")),
+            table(report["matching"], "every pair with its own caption", ("relevance", "sees", "classifier")),
             f"Where patches are kept and the texts, 1 of {CHOICES}, {settings['train']} questions learned from, "
             f"{settings['asked']} asked (chance {100 / CHOICES:.2f}), %:",
             table(report["candidates"], "small CLIP", ("relevance", "pairing", "seed", "classifier")),
