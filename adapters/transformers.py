@@ -25,7 +25,7 @@ from patchselect.adapter import (
     pooled,
 )
 from patchselect.compat import is_compiling
-from patchselect.weights import Projections, gathered, pool_cost, through_norm
+from patchselect.weights import Projections, gathered, pool_cost, rate, through_norm
 from patchselect.wiring.journey import call_tower
 from patchselect.wiring.text_calls import Original, call_with_text, recall_text
 
@@ -127,8 +127,7 @@ class TransformersClip(Adapter):
 
     def attend(self, tower: Tower, block: Any, *args: Any, **kwargs: Any) -> Attended:
         given = bound(tower.parts["block_call"], args, kwargs)
-        keeps_all = not block._patchselect.plan.selects
-        if given.get("attention_mask") is not None and not keeps_all:
+        if given.get("attention_mask") is not None and block._patchselect.plan.selects:
             raise ValueError(
                 f"{type(tower.module).__name__} got padded patches (an attention mask over the image), which selection "
                 "does not support: batch images of one size, so that no patch is padding"
@@ -166,6 +165,7 @@ class TransformersClip(Adapter):
             num_heads=attention.num_heads,
             scale=attention.scale,
             norm=block.layer_norm1,
+            dropout=rate(attention.dropout),
         )
 
     def text_width(self, tower: Tower) -> int:

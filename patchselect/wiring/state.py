@@ -45,7 +45,7 @@ class Wiring:
 
 @dataclass(eq=False)
 class Layer:
-    """One block of one tower: a selection layer, or a block that a prefix may skip."""
+    """One block of one tower: a selection layer, one that merges or counts sizes, or one that a prefix may skip."""
 
     wiring: Wiring
     tower: Tower
@@ -58,6 +58,11 @@ class Layer:
     @property
     def plan(self) -> Plan:
         return self.wiring.plan
+
+    @property
+    def begins(self) -> bool:
+        """Whether it is the first block of its tower that shortens the sequence."""
+        return self.index == (0 if self.plan.merge else self.plan.layers[0])
 
     def instead_of_reentry(self) -> str:
         """Return what to do in place of reentrant checkpointing, on this host."""
