@@ -23,7 +23,8 @@ class Counted(NamedTuple):
 
     def or_ones(self, tokens: Tensor) -> Tensor:
         """Return the sizes of tokens `(B, N, D)`."""
-        return torch.ones(tokens.shape[:2], device=tokens.device) if self.sizes is None else self.sizes
+        wide = torch.promote_types(tokens.dtype, torch.float32)
+        return torch.ones(tokens.shape[:2], device=tokens.device, dtype=wide) if self.sizes is None else self.sizes
 
 
 def counted_for(layer: Layer, hidden: Tensor) -> Counted:
