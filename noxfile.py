@@ -188,7 +188,7 @@ def _real(name: str, checkout: Checkout) -> None:
 
     @nox.session(name=f"real-{name}", python=checkout.python, default=False)
     def run(session: nox.Session) -> None:
-        if not session.env.get(checkout.variable):
+        if not os.environ.get(checkout.variable):
             session.skip(f"set {checkout.variable} to a checkout")
         session.install("-q", "--prefer-binary", *checkout.packages, "einops", "pytest", "setuptools>=64", "wheel")
         session.run("python", "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--editable", ".")

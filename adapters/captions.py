@@ -163,7 +163,8 @@ class Captions(CaptionMatching, Albef):
         spoken = names_in(functions)
         constants = {constant for function in functions for code in codes_of(function) for constant in code.co_consts}
         # A decoder's BERT stands inside of what predicts words; a text encoder is a part of the head.
-        encoder = half or trained([part for part in head.children() if is_bert(part)])
+        encoder: Any = half or trained([part for part in head.children() if is_bert(part)])
+        first = getattr(getattr(head, "tokenizer", None), "enc_token_id", None)
         return {
             "head": head,
             "text_encoder": encoder,
@@ -173,7 +174,7 @@ class Captions(CaptionMatching, Albef):
             "joint": joint_of(head),
             "calls": calls,
             "tokenizing": tokenizing(head, functions),
-            "first_token": head.tokenizer.enc_token_id if "enc_token_id" in spoken else None,
+            "first_token": first if "enc_token_id" in spoken else None,
             "repeats": "text" in constants or "forward_text" in spoken,
             "image_pairs": "split" in spoken,
         }
@@ -196,11 +197,11 @@ class Captions(CaptionMatching, Albef):
         given = bound(names, args, kwargs)
         if "multimodal" not in given.get("mode", "multimodal"):  # features of the image, or of the text, alone
             return None
-        text = self.text_given(given, names)
-        if text is None:
-            return None
         head, encoder = parts["head"], parts["text_encoder"]
+        text = self.text_given(given, names)
         tokens = tokens_of(text)
+        if text is None or (tokens is None and not callable(getattr(head, "tokenizer", None))):
+            return None
         if tokens is None:
             texts = [text] if isinstance(text, str) else list(text)
             made = head.tokenizer(texts, **parts["tokenizing"], return_tensors="pt")

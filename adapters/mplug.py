@@ -16,6 +16,7 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from patchselect.adapter import Tower, Wrapper
+from patchselect.compat import KEEPS_GRAPH
 from patchselect.weights import gathered
 from patchselect.wiring.guidance import current, scope
 from patchselect.wiring.recorder import active_recorder
@@ -36,7 +37,7 @@ def run_transformer(
     guidance, recorder = current(module._patchselect), active_recorder(module._patchselect)
     if not use_checkpoint or (guidance is None and recorder is None):
         return original(x, text_mask, use_checkpoint)
-    how: dict[str, Any] = {} if recorder is None else {"use_reentrant": False}
+    how: dict[str, Any] = {} if recorder is None or KEEPS_GRAPH is None else {"use_reentrant": False}
     for block in module.resblocks:
         run: Any = block
         text: tuple[Tensor, ...] = ()

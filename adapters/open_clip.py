@@ -140,7 +140,8 @@ class OpenClip(_Paired):
         visual: Any = tower.module
         if pool_of(visual) is not None:
             return "an attention pools over all patches"
-        if getattr(visual, "output_tokens", False) or getattr(visual, "pool_type", "tok") != "tok":
+        average = getattr(visual, "global_average_pool", False)  # before 2.21
+        if getattr(visual, "output_tokens", False) or getattr(visual, "pool_type", "tok") != "tok" or average:
             return "this model pools or returns all tokens"
         return None
 

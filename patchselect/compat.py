@@ -11,20 +11,19 @@ import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import Tensor
 
-torch_release = tuple(int(part) for part in torch.__version__.split(".")[:2])
-KEEPS_STORAGES = torch_release >= (2, 4)
+RELEASE = tuple(int(part) for part in torch.__version__.split(".")[:2])
+KEEPS_STORAGES = RELEASE >= (2, 4)
 _compiler: Any = getattr(torch, "compiler", None)
 
 if hasattr(_compiler, "is_compiling"):  # torch 2.3
     is_compiling = _compiler.is_compiling
     is_dynamo_compiling = _compiler.is_dynamo_compiling
-else:
-    try:
-        from torch._dynamo import is_compiling  # type: ignore[attr-defined] # torch 2.1
-    except (ImportError, AttributeError):  # torch 2.0: dynamo says it in no way; torch 1: there is none
+elif hasattr(torch._utils, "is_compiling"):  # torch 2.1; dynamo's own would bring transformers along
+    is_compiling = is_dynamo_compiling = torch._utils.is_compiling
+else:  # torch 2.0: dynamo says it in no way; torch 1: there is none
 
-        def is_compiling() -> bool:
-            return False
+    def is_compiling() -> bool:
+        return False
 
     is_dynamo_compiling = is_compiling
 
@@ -106,7 +105,7 @@ def fork_rng(devices: Any, device_type: str) -> Any:
 
 
 if hasattr(F, "scaled_dot_product_attention"):  # torch 2.0
-    SCALES = torch_release >= (2, 1)
+    SCALES = RELEASE >= (2, 1)
 
     def fused_attention(query: Tensor, key: Tensor, value: Tensor, mask: Any, scale: float, dropout: float) -> Tensor:
         """Return `softmax(q k^T * scale + mask) v` of `(B, H, N, E)`."""
@@ -168,7 +167,7 @@ except ImportError:
             def __init__(self, display: bool = False) -> None:
                 self.seen: Any = torch.autograd.profiler.profile(record_shapes=True)
 
-            def __enter__(self) -> FlopCounterMode:
+            def __enter__(self) -> Any:
                 self.seen.__enter__()
                 return self
 

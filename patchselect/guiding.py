@@ -5,9 +5,9 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from .pairs.prefix import Prefix
-from .patching import handle_of
 from .wiring.guidance import check_text, scope
 from .wiring.plan import PAIRINGS, check_choice
+from .wiring.state import wiring_of
 
 
 class guide(scope):
@@ -42,7 +42,7 @@ class guide(scope):
     def __init__(
         self, model: nn.Module, text_features: Tensor, pairing: str = "paired", prefix: Prefix | None = None
     ) -> None:
-        owner = handle_of(model).wiring
+        owner = wiring_of(model)
         check_choice("pairing", pairing, PAIRINGS)
         check_text(owner, text_features, per_image=pairing != "paired")
         if prefix is not None:

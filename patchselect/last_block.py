@@ -9,12 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .pairs.prefix import pass_block
-from .patching import handle_of
 from .weights import gathered
 from .wiring.blocks import Original
 from .wiring.merging import run_counting
 from .wiring.sizes import counted_for
-from .wiring.state import STATE, Layer
+from .wiring.state import STATE, Layer, wiring_of
 from .wiring.swapping import unswap
 
 
@@ -35,7 +34,7 @@ def skip_unread_outputs(model: nn.Module) -> None:
     Raises:
         ValueError: the model is not patched; its patch tokens are read, or may be; its last block selects.
     """
-    wiring = handle_of(model).wiring
+    wiring = wiring_of(model)
     for tower in wiring.towers:
         reason = tower.adapter.reads_patches(wiring.model, tower)
         if reason is not None:

@@ -43,13 +43,13 @@ def retrieval_recall(
         raise ValueError("similarity has NaN in it, which cannot be ranked")
     found = torch.empty_like(owner)
     for rows in torch.arange(len(owner), device=owner.device).split(4096):
-        ranked = similarity.T[rows].argsort(dim=1, descending=True, stable=True)
+        ranked = similarity.T[rows].sort(dim=1, descending=True, stable=True).indices
         found[rows] = (ranked == owner[rows, None]).int().argmax(dim=1)
     best = torch.full((images,), similarity.shape[1], device=owner.device)
     asked = torch.zeros(images, dtype=torch.bool, device=owner.device)
     asked[owner] = True
     for rows in torch.arange(images, device=owner.device).split(4096):
-        ranked = similarity[rows].argsort(dim=1, descending=True, stable=True)
+        ranked = similarity[rows].sort(dim=1, descending=True, stable=True).indices
         best[rows] = (owner[ranked] == rows[:, None]).int().argmax(dim=1)
     return {
         "image_to_text": {k: 100.0 * float((best[asked] < k).double().mean()) for k in ks},

@@ -17,7 +17,7 @@ from .wiring.journey import call_tower
 from .wiring.merging import run_counting
 from .wiring.plan import Plan
 from .wiring.recorder import Trace, recording
-from .wiring.state import STATE, Layer, Wiring, wirings_in
+from .wiring.state import STATE, Layer, Wiring, wiring_of, wirings_in
 from .wiring.towers import find_towers, unwrapped
 
 
@@ -191,15 +191,4 @@ def handle_of(model: nn.Module) -> Handle:
     Raises:
         ValueError: there is none, or there are several.
     """
-    state = getattr(model, STATE, None)
-    if isinstance(state, Wiring):
-        return Handle(state)
-    found = wirings_in(model)
-    if len(found) != 1:
-        name = type(model).__name__
-        raise ValueError(
-            f"{name} holds {len(found)} separate selections: name the part that is meant"
-            if found
-            else f"{name} is not patched: call patchselect.apply(model) first"
-        )
-    return Handle(found[0])
+    return Handle(wiring_of(model))

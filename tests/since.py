@@ -92,12 +92,13 @@ OTHERS = {
     "normalised keys": Feature("open_clip_torch", "3.0", "its towers have no normalised keys"),
     "open_clip intermediates": Feature("open_clip_torch", "2.32", "its towers have no forward_intermediates"),
     "open_clip checkpoints": Feature("open_clip_torch", "2.32", "checkpointing is reentrant and takes no options"),
+    "text towers": Feature("open_clip_torch", "2.24", "text towers of transformers are made in another way"),
     "towers on meta": Feature(
         "open_clip_torch", "2.32", "some of these configurations do not exist, the others need memory and weights"
     ),
     "56 configurations": Feature("open_clip_torch", "3.3", "there are fewer configurations"),
     "scaled cosine": Feature("open_clip_torch", "3.0", "its towers have no attention by scaled cosine"),
-    "CoCa": Feature("open_clip_torch", "2.8", "there is no CoCa", "open_clip.coca_model:CoCa"),
+    "CoCa": Feature("open_clip_torch", "2.24", "CoCa counts its tokens and queries in another way"),
     "timm": Feature("timm", "0.4.9", "there is no timm", "timm.models.vision_transformer:VisionTransformer"),
     "average pooling": Feature("timm", "0.6", "a ViT of timm pools by its class token alone"),
     "images of other sizes": Feature("timm", "0.9.7", "a ViT of timm takes images of one size"),

@@ -124,7 +124,7 @@ def test_folded_key_relevance_is_attention(seed, batch, texts, patches):
     expected = torch.zeros(batch, texts, patches, dtype=torch.float64)
     for head in range(heads):
         part = slice(4 * head, 4 * head + 4)
-        expected += (query[..., part] @ keys[..., part].mT / 2.0).softmax(dim=-1) / heads
+        expected += (query[..., part] @ keys[..., part].transpose(-2, -1) / 2.0).softmax(dim=-1) / heads
     torch.testing.assert_close(op.key_relevance(query, x, weight, heads), expected)
     real = op.real_key_relevance(query.unflatten(-1, (heads, 4)), keys.unflatten(-1, (heads, 4)), 0.5)
     torch.testing.assert_close(real, expected)
@@ -136,7 +136,7 @@ def test_normalised_scores_are_those_of_a_layer_norm(seed):
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(2, 7, 16, generator=generator, dtype=torch.float64) * 3 + 1
     v = torch.randn(2, 3, 16, generator=generator, dtype=torch.float64)
-    expected = v @ torch.nn.functional.layer_norm(x, (16,), eps=1e-5).mT
+    expected = v @ torch.nn.functional.layer_norm(x, (16,), eps=1e-5).transpose(-2, -1)
     torch.testing.assert_close(op.normalised_scores(v, x, 1e-5), expected)
 
 

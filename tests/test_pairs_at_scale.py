@@ -147,6 +147,7 @@ def test_two_processes_share_the_images_and_both_get_the_matrix(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    build("clip")
     mp.spawn(_one_process, (port, str(tmp_path)), nprocs=2)
     case = build("clip")
     patchselect.apply(case.model, 0.5, layers=[1, 3])

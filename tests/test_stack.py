@@ -258,6 +258,7 @@ def _distributed(rank: int, world: int, path: str, kind: str, relevance: str, me
 @pytest.mark.parametrize(("relevance", "merge"), [("keys", 0.0), ("values", 0.0), ("values", 0.5)])
 @pytest.mark.parametrize("kind", ["ddp", pytest.param("fsdp2", marks=since("FSDP2"))])
 def test_two_processes_have_the_gradients_of_one(tmp_path, kind, relevance, merge):
+    build("clip")
     mp.spawn(_distributed, args=(2, str(tmp_path / "store"), kind, relevance, merge), nprocs=2)
 
 
@@ -283,6 +284,7 @@ def _sharded_pool(rank: int, path: str) -> None:
 
 @since("FSDP2")
 def test_text_is_read_back_through_a_pool_in_shards(tmp_path):
+    build("open_clip_siglip")
     mp.spawn(_sharded_pool, args=(str(tmp_path / "store"),), nprocs=1)
 
 

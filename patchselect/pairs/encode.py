@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..patching import handle_of
+from ..wiring.state import wiring_of
 from .batches import batches
 from .prefix import Origin, Prefix, take_prefix
 
@@ -35,7 +35,7 @@ def encode_prefix(model: nn.Module, images: Any, **kwargs: Any) -> Prefix:
             of a wrong shape, of several sizes, or none.
         TypeError: images of a kind that cannot be read.
     """
-    wiring = handle_of(model).wiring
+    wiring = wiring_of(model)
     guidance = wiring.plan.guidance
     if guidance != "text":
         raise ValueError(

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter import Texts
-from ..patching import handle_of
 from ..wiring.guidance import check_text, scope
-from ..wiring.state import Wiring
+from ..wiring.state import Wiring, wiring_of
 from .batches import Batch, batches, count, stacked
 from .chunks import Chunks, plan_chunks, texts_at_once
 from .evaluation import without_dropout
@@ -68,7 +67,7 @@ def score_pairs(
             (it says how much that takes); a folder with chunks of other weights, texts or images.
         TypeError: images or texts of a kind that cannot be read.
     """
-    wiring = without_dropout(handle_of(model).wiring)
+    wiring = without_dropout(wiring_of(model))
     tower = wiring.towers[0]
     if tower.single_stream:
         raise ValueError(

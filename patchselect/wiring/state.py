@@ -74,3 +74,23 @@ def wirings_in(model: nn.Module) -> list[Wiring]:
     states = (vars(module).get(STATE) for module in model.modules())
     found = (state.wiring if isinstance(state, Layer) else state for state in states if state is not None)
     return list(dict.fromkeys(found))
+
+
+def wiring_of(model: nn.Module) -> Wiring:
+    """Return the one selection in `model`, a part of it, or a wrapper around it.
+
+    Raises:
+        ValueError: there is none, or there are several.
+    """
+    state = getattr(model, STATE, None)
+    if isinstance(state, Wiring):
+        return state
+    found = wirings_in(model)
+    if len(found) == 1:
+        return found[0]
+    name = type(model).__name__
+    raise ValueError(
+        f"{name} holds {len(found)} separate selections: name the part that is meant"
+        if found
+        else f"{name} is not patched: call patchselect.apply(model) first"
+    )

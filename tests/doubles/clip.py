@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 from collections import OrderedDict
 
 import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import Tensor, nn
+
+KINDS = inspect.signature(torch.utils.checkpoint.checkpoint).parameters
+REENTRANT = {"use_reentrant": True} if "use_reentrant" in KINDS else {}
 
 
 class Block(nn.Module):
@@ -45,7 +49,7 @@ class CheckpointedTransformer(nn.Module):
     def forward(self, x: Tensor, text_mask: Tensor | None = None, use_checkpoint: bool = True) -> Tensor:
         for block in self.resblocks:
             if use_checkpoint:
-                x = torch.utils.checkpoint.checkpoint(block, x, text_mask, use_reentrant=True)
+                x = torch.utils.checkpoint.checkpoint(block, x, text_mask, **REENTRANT)
             else:
                 x = block(x, text_mask=text_mask)
         return x

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from typing import Any
 
@@ -33,6 +34,21 @@ def _open_clip(name: str, **vision: Any) -> Case:
     )
 
 
+def vision_fields() -> set[str]:
+    """Return the switches that this release's towers have."""
+    from open_clip import CLIPVisionCfg
+
+    return {field.name for field in dataclasses.fields(CLIPVisionCfg)}
+
+
+def pooler() -> dict[str, int]:
+    """Return the sizes of an attentional pooler by the names of this release."""
+    return {
+        "attn_pooler_queries" if "attn_pooler_queries" in vision_fields() else "n_queries": 8,
+        "attn_pooler_heads": 2,
+    }
+
+
 def open_clip() -> Case:
     needs("open_clip")
     return _open_clip("clip")
@@ -40,12 +56,14 @@ def open_clip() -> Case:
 
 def open_clip_custom_average() -> Case:
     needs("open_clip")
-    return _open_clip("custom", pool_type="avg", final_ln_after_pool=True, ls_init_value=0.5, no_ln_pre=True)
+    if "pool_type" in vision_fields():
+        return _open_clip("custom", pool_type="avg", final_ln_after_pool=True, ls_init_value=0.5, no_ln_pre=True)
+    return _open_clip("custom", global_average_pool=True, ls_init_value=0.5)
 
 
 def open_clip_pooler() -> Case:
     needs("open_clip")
-    case = _open_clip("clip", attentional_pool=True, attn_pooler_queries=8, attn_pooler_heads=2)
+    case = _open_clip("clip", attentional_pool=True, **pooler())
     case.relevances = ("keys", "features", "values")
     return case
 

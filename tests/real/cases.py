@@ -26,6 +26,8 @@ class Case(Head):
     evaluations: dict[str, Evaluation] = field(default_factory=dict)
     pairs: Callable[[list[int], list[int]], Any] | None = None
     """A call with these images and these texts of `batch(0)`, if a matching head scores its pairs."""
+    cosine: Callable[[int, int], Any] | None = None
+    """The cosine of image i and text j of `batch(0)` in a call with both, in a dual encoder."""
     tokens: Callable[[Any], Any] = texts_in
     """What `score_pairs` gets of the texts of a batch."""
     trains: bool = True

@@ -318,7 +318,18 @@ def clip(folder: Path) -> Case:
 
     features = Evaluation(lambda head: dict(head.extract_features(samples(5))))
     alone = Evaluation(lambda head: head({"image": standins.pictures(3, 5)}), "image")
-    return Case(model, batch, evaluations={"extract_features": features, "an image alone": alone})
+
+    def cosine(image: int, text: int) -> Tensor:
+        given = samples(0)
+        pair = dict(image=given["image"][image : image + 1], text_input=given["text_input"][text : text + 1])
+        found = model.extract_features(pair)
+        return (found.image_embeds_proj * found.text_embeds_proj).sum()
+
+    evaluations = {"extract_features": features, "an image alone": alone}
+    return Case(
+        model, batch, evaluations=evaluations, cosine=cosine,
+        tokens=lambda given: model.tokenizer(given[0][0]["text_input"]),
+    )  # fmt: skip
 
 
 CASES = {

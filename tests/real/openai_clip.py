@@ -33,7 +33,12 @@ def clip(folder: Path) -> Case:
         features = head.encode_image(standins.pictures(3, 5))
         return 100.0 * F.normalize(features, dim=-1) @ F.normalize(classes, dim=-1).T
 
-    return Case(model, batch, evaluations={"README, zero-shot prediction": Evaluation(zero_shot, "image")})
+    def cosine(image: int, text: int) -> Tensor:
+        (pixels, ids), _ = batch(0)
+        return model(pixels[image : image + 1], ids[text : text + 1])[0] / model.logit_scale.exp()
+
+    evaluations = {"README, zero-shot prediction": Evaluation(zero_shot, "image")}
+    return Case(model, batch, evaluations=evaluations, cosine=cosine)
 
 
 CASES = {"clip": clip}
