@@ -90,6 +90,13 @@ def in_functorch() -> bool:
     return peek is not None and peek() is not None
 
 
+def load_tensors(path: Any) -> Any:
+    """Load a file of tensors, without running code of the file where torch can (1.13)."""
+    if "weights_only" in inspect.signature(torch.load).parameters:
+        return torch.load(path, weights_only=True)
+    return torch.load(path)
+
+
 def allow_in_files(*classes: type) -> None:
     """Classes that `torch.load(weights_only=True)` may make."""
     allow = getattr(torch.serialization, "add_safe_globals", None)  # torch 2.4

@@ -7,10 +7,12 @@ A feature that a release should have by this table and has not is no skip, it is
 from __future__ import annotations
 
 import importlib.metadata
+import inspect
 import sys
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 from packaging.version import Version
 
 
@@ -41,6 +43,8 @@ TORCH = {
     "benchmark interfaces": Feature("torch", "2.3", "what the benchmarks count and choose with is missing"),
     "FSDP2": Feature("torch", "2.6", "FSDP2 is not public", "torch.distributed.fsdp:fully_shard"),
     "half on CPU": Feature("torch", "2.4", "autocast on CPU knows bfloat16 alone"),
+    "dispatch modes": Feature("torch", "1.13", "memory and products are watched in another way"),
+    "checkpoints without reentry": Feature("torch", "1.11", "checkpointing is reentrant and knows no other way"),
     "weights_only": Feature(
         "torch", "2.4", "classes cannot be allowed in files", "torch.serialization:add_safe_globals"
     ),
@@ -139,6 +143,12 @@ def missing(*names: str) -> str | None:
         if found < Version(feature.first):
             return f"{feature.what} before {feature.package} {feature.first} (here: {found})"
     return None
+
+
+def loaded(file: Any) -> Any:
+    """Return what is in a file that may hold any class; releases before 1.13 know no other way."""
+    options = {"weights_only": False} if "weights_only" in inspect.signature(torch.load).parameters else {}
+    return torch.load(file, **options)
 
 
 def needs(*names: str, module: bool = False) -> None:

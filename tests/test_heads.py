@@ -19,6 +19,7 @@ from heads import (
     skip_what_autocast_cannot_run,
     texts_in,
 )
+from since import loaded as load_file
 
 import patchselect
 from patchselect.functional import num_kept
@@ -136,7 +137,7 @@ def test_copies_and_pickles_select_on_their_own(name):
         stored = io.BytesIO()
         torch.save(head.model, stored)
         stored.seek(0)
-        loaded = torch.load(stored, weights_only=False)
+        loaded = load_file(stored)
         handle.remove()
         assert equal(head.call(model=duplicate), expected)
         assert equal(head.call(model=loaded), expected)

@@ -13,6 +13,7 @@ from doubles import mplug
 from doubles.clip import CheckpointedTower, Clip
 from doubles.text import pictures, sentences
 from heads import build, loss_of
+from since import since
 
 import patchselect
 
@@ -45,6 +46,7 @@ def test_two_forwards_and_one_backward_have_the_gradients_without_checkpointing(
         )
 
 
+@since("checkpoints without reentry")
 @pytest.mark.parametrize("guidance", ["text", "image"])
 def test_pooled_patches_train_in_blocks_that_are_checkpointed_by_default(guidance):
     found = {}
@@ -63,6 +65,7 @@ def test_pooled_patches_train_in_blocks_that_are_checkpointed_by_default(guidanc
         )
 
 
+@since("checkpoints without reentry")
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_the_gradient_of_the_text_itself(use_reentrant, monkeypatch):
     """The text reaches the loss through the selection alone here."""

@@ -12,6 +12,7 @@ import pytest
 import torch
 from hosts import build, texts
 from hosts.case import Case
+from since import since
 from torch import nn
 
 import patchselect
@@ -149,6 +150,7 @@ def test_a_budget_is_kept_and_counts_what_the_object_costs(name, kind):
     assert (once, each_patch) == (0, projection + case.text_width) or "trim" not in handle.relevance
 
 
+@since("checkpoints without reentry")
 @each
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_checkpointing_gives_the_same_gradients(kind, reentrant):
@@ -197,7 +199,8 @@ class Guided(nn.Module):
             return self.image_side(self.model, images)
 
 
-@each
+@since("fullgraph")
+@pytest.mark.parametrize("kind", ["both"])
 @pytest.mark.parametrize("name", ["plain_vit", "open_clip"])
 def test_compile_without_graph_breaks_or_recompiles(name, kind):
     from torch._dynamo.utils import counters
@@ -214,7 +217,8 @@ def test_compile_without_graph_breaks_or_recompiles(name, kind):
     assert counters["stats"]["unique_graphs"] == 1
 
 
-@each
+@since("export")
+@pytest.mark.parametrize("kind", ["both"])
 @pytest.mark.parametrize("name", ["plain_vit", "open_clip"])
 def test_export_with_a_dynamic_batch(name, kind):
     case, _ = patched(name, kind)
@@ -226,6 +230,7 @@ def test_export_with_a_dynamic_batch(name, kind):
     torch.testing.assert_close(exported.module()(*other), program(*other))
 
 
+@since("ONNX")
 @pytest.mark.parametrize("kind", ["both"])
 def test_onnx(tmp_path, kind):
     runtime = pytest.importorskip("onnxruntime")

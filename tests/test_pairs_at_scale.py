@@ -13,8 +13,10 @@ import torch.multiprocessing as mp
 from hosts import build, texts
 from since import needs
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
+
+needs("dispatch modes", module=True)
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import patchselect
 from patchselect.compat import address_of, memory_of

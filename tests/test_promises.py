@@ -10,7 +10,7 @@ import pickle
 import pytest
 import torch
 from hosts import HOSTS, Case, build, ids, take, texts
-from since import since
+from since import loaded, since
 from torch import Tensor
 
 import patchselect
@@ -216,7 +216,7 @@ def test_copies_and_pickles_are_models_of_their_own(name):
     buffer = io.BytesIO()
     try:
         torch.save(case.model, buffer)
-        saved = torch.load(io.BytesIO(buffer.getvalue()), weights_only=False)
+        saved = loaded(io.BytesIO(buffer.getvalue()))
     except (pickle.PicklingError, AttributeError):
         with pytest.raises((pickle.PicklingError, AttributeError)):
             pickle.dumps(build(name).model)

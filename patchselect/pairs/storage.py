@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..adapter import Texts
+from ..compat import load_tensors
 from ..wiring.state import Wiring
 from .batches import Batch
 from .checksums import checksums
@@ -46,7 +47,7 @@ class Finished:
         path = self._path(batch)
         if path is None or not path.exists():
             return None
-        found = torch.load(path, weights_only=True)
+        found = load_tensors(path)
         if found["key"] != self._key(batch):
             raise ValueError(
                 f"{path} holds scores of other images, texts, weights or settings: give resume= an empty folder, or "
