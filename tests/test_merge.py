@@ -12,7 +12,7 @@ import torch
 from hosts import HOSTS, build, take, texts
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from since import since
+from since import loaded, needs, since
 from test_promises import encode, tokens_of
 
 import patchselect
@@ -215,7 +215,7 @@ def test_copies_and_pickles_are_models_of_their_own(name):
     twins, buffer = [copy.deepcopy(case.model)], io.BytesIO()
     try:
         torch.save(case.model, buffer)
-        twins.append(torch.load(io.BytesIO(buffer.getvalue()), weights_only=False))
+        twins.append(loaded(io.BytesIO(buffer.getvalue())))
     except (pickle.PicklingError, AttributeError):
         with pytest.raises((pickle.PicklingError, AttributeError)):
             pickle.dumps(build(name).model)
@@ -258,6 +258,8 @@ def test_records_know_which_patches_a_token_stands_for(name):
 @every_host
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=str)
 def test_training_reaches_the_tower_and_the_text(name, dtype):
+    if dtype is not None and name == "mplug":
+        needs("autocast over checkpoints")
     case, _ = merging(name)
     case.model.train()
     text = texts(case, 2).requires_grad_()

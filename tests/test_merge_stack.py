@@ -8,7 +8,7 @@ import pytest
 import torch
 from checkpointing import needs_graph, switch_on, ways
 from hosts import HOSTS, build, texts
-from since import missing, since
+from since import loaded, missing, needs, since
 from test_budget import counted, guided, real_clip
 from test_merge import RATE, merging
 from test_promises import encode
@@ -118,7 +118,7 @@ def test_a_prefix_holds_what_has_merged(name):
     assert prefix.tokens.shape[1] == case.prefix + case.patches - sum(op.merge_schedule(case.patches, RATE, 0.5, 3))
     buffer = io.BytesIO()
     torch.save(prefix, buffer)
-    prefix = torch.load(io.BytesIO(buffer.getvalue()), **({} if missing("weights_only") else {"weights_only": True}))
+    prefix = loaded(io.BytesIO(buffer.getvalue()))
     stand_in = {**images, "pixel_values": prefix.images} if isinstance(images, dict) else prefix.images
     runs = []
     hook = find_towers(case.model)[0].blocks[0].mlp if hasattr(find_towers(case.model)[0].blocks[0], "mlp") else None
@@ -193,11 +193,37 @@ def test_outputs_that_nobody_reads_are_skipped_with_sizes_too(name):
 
 
 def test_the_meta_device_gives_the_shapes():
+    needs("function transforms")  # torch 1.10 has no convolution on meta
     case = build("clip")
     case.model.to("meta")
     patchselect.apply(case.model, RATE, [3], merge=0.5)
     with patchselect.guide(case.model, torch.empty(2, 24, device="meta")):
         assert case.image_side(case.model, torch.empty(2, 3, 64, 64, device="meta")).shape == (2, 24)
+
+
+@pytest.mark.parametrize("guidance", ["text", "image"])
+def test_vilt_merges_behind_the_text_and_its_mask(guidance):
+    needs("ViLT")
+    import transformers
+
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=48, num_hidden_layers=6, num_attention_heads=4, intermediate_size=64)
+    config = transformers.ViltConfig(**sizes, image_size=64, patch_size=16, vocab_size=99, max_image_length=-1)
+    model = transformers.ViltModel(config).eval()
+    ids, mask = torch.randint(3, 99, (2, 7)), torch.ones(2, 7, dtype=torch.long)
+    mask[1, 5:] = 0
+    other = ids.clone()
+    other[1, 5:] = 98
+    pixels, found = torch.randn(2, 3, 64, 64), []
+    handle = patchselect.apply(model, RATE, [3], guidance, merge=0.5)
+    for given in (ids, other):
+        torch.manual_seed(1)  # ViLT shuffles its patches
+        with torch.no_grad(), handle.record() as trace:
+            tokens = model(input_ids=given, attention_mask=mask, pixel_values=pixels).last_hidden_state
+        found.append(tokens[1, :5])
+        assert tokens.shape[1] == trace[0].num_tokens == 7 + 1 + op.num_kept(16, RATE) + 1
+        assert (trace[0].holders >= 0).all() and max(trace[0].members[0].bincount()) > 1
+    torch.testing.assert_close(found[0], found[1])
 
 
 def test_what_cannot_merge_is_refused():
