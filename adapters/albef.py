@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Mapping
 from typing import Any
@@ -9,12 +10,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from patchselect.adapter import Attended, Tower, Wrapper, patch_grid
-from patchselect.weights import Projections, is_linear, matrix, through_norm
+from patchselect.weights import Projections, is_linear, matrix, rate, thirds, through_norm
 from patchselect.wiring.journey import call_tower
 from patchselect.wiring.text_calls import Original
 from patchselect.wiring.wording import refuse_masks
 
 from .heads import Heads
+from .timm import out_of
 
 BLOCK_PARTS = {"norm1", "attn", "drop_path", "norm2", "mlp"}
 
@@ -120,7 +122,10 @@ class Albef(Heads):
         normed = block.norm1(x)
         if register_hook:
             kwargs["register_hook"] = register_hook[0]
-        return Attended(x + block.drop_path(block.attn(normed, **kwargs)), normed)
+        return Attended(self.residual(tower, block, x, block.attn(normed, **kwargs)), normed)
+
+    def residual(self, tower: Tower, block: Any, hidden: Tensor, branch: Tensor) -> Tensor:
+        return hidden + block.drop_path(branch)
 
     def finish(self, tower: Tower, block: Any, tokens: Tensor, rest: Any) -> Tensor:
         return tokens + block.drop_path(block.mlp(block.norm2(tokens)))
@@ -133,6 +138,9 @@ class Albef(Heads):
             num_heads=attention.num_heads,
             scale=attention.scale,
             norm=block.norm1,
+            qkv=thirds(attention.qkv),
+            out=functools.partial(out_of, attention),
+            dropout=rate(getattr(attention, "attn_drop", None)),
         )
 
     def lift(self, tower: Tower, text: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from patchselect.adapter import Attended, TextCall, TextRun, Tower, Wrapper, bound, patch_grid
 from patchselect.compat import fork_rng, is_compiling
-from patchselect.weights import Projections, is_linear, matrix, through_norm
+from patchselect.weights import Projections, is_linear, matrix, rate, thirds, through_norm
 from patchselect.wiring.text_calls import call_with_text, recall_text
 from patchselect.wiring.wording import refuse_masks
 
@@ -142,6 +142,9 @@ class TransformersBlip(BlipMatching):
             num_heads=attention.num_heads,
             scale=attention.scale,
             norm=block.layer_norm1,
+            qkv=thirds(attention.qkv),
+            out=attention.projection,
+            dropout=rate(attention.dropout),
         )
 
     # The way between text and image.

@@ -3,6 +3,7 @@ timm towers that are plain ViTs, in `CLIP`, `CustomTextCLIP` and `CoCa`, or bare
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,6 +21,7 @@ from patchselect.weights import (
     place_of,
     pool_cost,
     present,
+    rate,
     through_norm,
 )
 from patchselect.wiring.text_calls import call_with_text, recall_text
@@ -34,6 +36,17 @@ BLOCK_PARTS = {"ln_1", "attn", "ls_1", "ln_2", "mlp", "ls_2"}
 def _unit(heads: Tensor) -> Tensor:
     """Queries or keys `(..., H, E)` of length 1, for attention by scaled cosine."""
     return F.normalize(heads, dim=-1)
+
+
+def _out(block: Any, heads: Tensor) -> Tensor:
+    """The output of the attention of `block`, of what its heads read, `(B, N, D)`."""
+    attention = block.attn
+    scale = getattr(attention, "head_scale", None)
+    if scale is not None:
+        heads = (heads.unflatten(-1, (len(scale), -1)) * scale.squeeze(-1)).flatten(-2)
+    branch = attention.out_proj(attention.ln_inner(heads) if hasattr(attention, "ln_inner") else heads)
+    branch = attention.out_drop(branch) if hasattr(attention, "out_drop") else branch
+    return block.ln_attn(branch) if hasattr(block, "ln_attn") else branch
 
 
 def pool_of(visual: Any) -> Any:
@@ -129,7 +142,10 @@ class OpenClip(_Paired):
         refuse_masks(tower, {"attn_mask": attn_mask})
         normed = block.ln_1(x)
         branch = block.ln_attn(block.attn(normed)) if hasattr(block, "ln_attn") else block.attention(normed)
-        return Attended(x + (block.ls_1(branch) if hasattr(block, "ls_1") else branch), normed)
+        return Attended(self.residual(tower, block, x, branch), normed)
+
+    def residual(self, tower: Tower, block: Any, hidden: Tensor, branch: Tensor) -> Tensor:
+        return hidden + (block.ls_1(branch) if hasattr(block, "ls_1") else branch)
 
     def finish(self, tower: Tower, block: Any, tokens: Tensor, rest: Any) -> Tensor:
         branch = block.mlp(block.ln_2(tokens))
@@ -180,6 +196,8 @@ class OpenClip(_Paired):
             query_norm=query_norm,
             key_norm=key_norm,
             nonlinear_values=nonlinear,
+            out=functools.partial(_out, block),
+            dropout=rate(getattr(attention, "attn_drop", getattr(attention, "dropout", None))),
         )
 
     def text_width(self, tower: Tower) -> int:

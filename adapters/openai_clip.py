@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from patchselect.adapter import Adapter, Attended, TextCall, TextRun, Texts, Tower, Wrapper, bound, patch_grid
-from patchselect.weights import Projections, gathered, held, output_of
+from patchselect.weights import Projections, gathered, held, output_of, rate
 from patchselect.wiring.text_calls import call_with_text, recall_text
 from patchselect.wiring.wording import refuse_masks
 
@@ -62,6 +62,8 @@ class SequenceFirst(Adapter):
             num_heads=attention.num_heads,
             scale=attention.head_dim**-0.5,
             norm=block.ln_1,
+            out=attention.out_proj,
+            dropout=rate(attention.dropout),
         )
 
     def grid(self, tower: Tower, x: Tensor, *args: Any, **kwargs: Any) -> tuple[int, int]:

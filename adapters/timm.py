@@ -5,6 +5,7 @@ Guidance by text takes vectors of the vision width: a timm tower has no text sid
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Mapping
 from typing import Any
@@ -12,7 +13,17 @@ from typing import Any
 from torch import Tensor, nn
 
 from patchselect.adapter import Adapter, Attended, Tower, Wrapper
-from patchselect.weights import Projections, held, is_linear, matrix, pool_cost, present, through_norm
+from patchselect.weights import (
+    Projections,
+    held,
+    is_linear,
+    matrix,
+    pool_cost,
+    present,
+    rate,
+    thirds,
+    through_norm,
+)
 from patchselect.wiring.journey import call_tower
 from patchselect.wiring.text_calls import Original
 from patchselect.wiring.wording import refuse_masks
@@ -36,6 +47,12 @@ def branch(block: Any, number: int, x: Tensor) -> Tensor:
     if hasattr(block, "drop_path"):
         return block.drop_path(x)
     return getattr(block, f"drop_path{number}")(getattr(block, f"ls{number}")(x))
+
+
+def out_of(attention: Any, heads: Tensor) -> Tensor:
+    """The output of an attention of timm (or of ALBEF, which has no norm), of what its heads read, `(B, N, D)`."""
+    branch = attention.proj(attention.norm(heads) if present(getattr(attention, "norm", None)) else heads)
+    return attention.proj_drop(branch) if hasattr(attention, "proj_drop") else branch
 
 
 def why_not(trunk: nn.Module) -> str | None:
@@ -115,7 +132,10 @@ class TimmViT(Adapter):
     ) -> Attended:
         refuse_masks(tower, {"attn_mask": attn_mask, "is_causal": is_causal})
         normed = block.norm1(x)
-        return Attended(x + branch(block, 1, block.attn(normed)), normed)
+        return Attended(self.residual(tower, block, x, block.attn(normed)), normed)
+
+    def residual(self, tower: Tower, block: Any, hidden: Tensor, attended: Tensor) -> Tensor:
+        return hidden + branch(block, 1, attended)
 
     def finish(self, tower: Tower, block: Any, tokens: Tensor, rest: Any) -> Tensor:
         return tokens + branch(block, 2, block.mlp(block.norm2(tokens)))
@@ -149,6 +169,9 @@ class TimmViT(Adapter):
             query_norm=attention.q_norm if normalised else None,
             key_norm=attention.k_norm if normalised else None,
             nonlinear_values=nonlinear,
+            qkv=thirds(attention.qkv),
+            out=None if getattr(attention, "gate", None) is not None else functools.partial(out_of, attention),
+            dropout=rate(attention.attn_drop),
         )
 
     def read_back(self, tower: Tower, text: Tensor) -> Tensor:

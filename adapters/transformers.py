@@ -25,7 +25,7 @@ from patchselect.adapter import (
     pooled,
 )
 from patchselect.compat import is_compiling
-from patchselect.weights import Projections, gathered, held, is_linear, matrix, pool_cost, through_norm
+from patchselect.weights import Projections, gathered, held, is_linear, matrix, pool_cost, rate, through_norm
 from patchselect.wiring.journey import call_tower
 from patchselect.wiring.text_calls import Original, call_with_text, recall_text
 from patchselect.wiring.wording import instead_of_whole, refuse_masks
@@ -171,6 +171,7 @@ class TransformersClip(Adapter):
             num_heads=attention.num_heads,
             scale=attention.scale,
             norm=block.layer_norm1,
+            dropout=rate(attention.dropout),
         )
 
     def text_width(self, tower: Tower) -> int:

@@ -13,7 +13,8 @@ from typing import Any, NoReturn
 from torch import Tensor, nn
 
 from patchselect.adapter import Adapter, Attended, Tower, Wrapper, bound
-from patchselect.weights import Projections
+from patchselect.calls import refuse_extras
+from patchselect.weights import Projections, rate
 from patchselect.wiring.journey import call_tower, note_grid
 
 from .switches import advice_of_transformers
@@ -111,6 +112,17 @@ class TransformersVilt(Adapter):
         attended, *rest = block.attention(normed, *args, **kwargs)
         return Attended(attended + hidden_states, normed, tuple(rest), text_length + 1)
 
+    def attend_sized(
+        self, tower: Tower, block: Any, sizes: Tensor, hidden_states: Tensor, attention_mask: Tensor | None = None,
+        *args: Any, text_length: int, **kwargs: Any,
+    ) -> Attended:  # fmt: skip
+        """The mask of the text counts as before."""
+        refuse_extras(args, kwargs)
+        length = hidden_states.shape[1]
+        mask = None if attention_mask is None else attention_mask[..., :length, :length]
+        attended = self.with_sizes(tower, block, sizes, hidden_states, mask)
+        return attended._replace(rest=(), num_prefix_tokens=text_length + 1)
+
     def finish(self, tower: Tower, block: Any, tokens: Tensor, rest: Any) -> Any:
         return (block.output(block.intermediate(block.layernorm_after(tokens)), tokens), *rest)
 
@@ -127,6 +139,8 @@ class TransformersVilt(Adapter):
             num_heads=attention.num_attention_heads,
             scale=attention.attention_head_size**-0.5,
             norm=block.layernorm_before,
+            out=lambda heads: block.attention.output(heads, None),
+            dropout=rate(attention.dropout),
         )
 
     def grid(self, tower: Tower, *args: Any, **kwargs: Any) -> None:

@@ -6,12 +6,14 @@ Subclass `Adapter`, without state or selection logic, for a new family of models
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Callable, Mapping, NamedTuple, Sequence
+from typing import Any, Callable, Mapping, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .attention import attention_branch
+from .calls import bound, named, padded, patch_grid, pooled, refuse_extras  # noqa: F401 (adapters find them here)
 from .compat import KEEPS_GRAPH
 from .texts import TextCall, TextRun, Texts
 from .weights import Projections, through_norm
@@ -45,6 +47,8 @@ class Attended(NamedTuple):
     """Whatever the adapter needs to finish the block the host's way (attention maps, flags)."""
     num_prefix_tokens: int | None = None
     """Where it differs from call to call (single stream: the text tokens and the image [CLS])."""
+    keys: Tensor | None = None
+    """`(B, N, E)`, the keys averaged over the heads, where they were at hand."""
 
 
 @dataclass
@@ -100,6 +104,29 @@ class Adapter:
     def attend(self, tower: Tower, block: nn.Module, *args: Any, **kwargs: Any) -> Attended:
         """Run the block up to the residual of its attention branch; called with the block's own arguments."""
         raise NotImplementedError
+
+    def residual(self, tower: Tower, block: nn.Module, hidden: Tensor, branch: Tensor) -> Tensor:
+        """Add to the block's input what its attention gave, through LayerScale and stochastic depth, if it has them."""
+        return hidden + branch
+
+    def attend_sized(self, tower: Tower, block: nn.Module, sizes: Tensor, *args: Any, **kwargs: Any) -> Attended:
+        """Run the block up to the same point, with an attention that counts `sizes` `(B, N)`: a key of size s counts s.
+
+        Called with the block's own arguments. The default computes with `qkv` and `out` of `projections`.
+        """
+        refuse_extras(args[1:], kwargs if args else dict(list(kwargs.items())[1:]))
+        return self.with_sizes(tower, block, sizes, args[0] if args else next(iter(kwargs.values())))
+
+    def with_sizes(
+        self, tower: Tower, block: nn.Module, sizes: Tensor, hidden: Tensor, mask: Tensor | None = None
+    ) -> Attended:
+        """Run the block's input through norm, attention that counts sizes, and residual."""
+        weights = self.projections(block)
+        normed = weights.norm(hidden)
+        first = normed if tower.batch_first else normed.transpose(0, 1)
+        branch, keys = attention_branch(weights, first, sizes, block.training, mask)
+        branch = branch if tower.batch_first else branch.transpose(0, 1)
+        return Attended(self.residual(tower, block, hidden, branch), normed, keys=keys)
 
     def finish(self, tower: Tower, block: nn.Module, tokens: Tensor, rest: Any) -> Any:
         """Run the MLP branch on `tokens` and return what the host's block returns."""
@@ -217,28 +244,3 @@ class Adapter:
 
     def __reduce__(self) -> tuple[type[Adapter], tuple[()]]:
         return type(self), ()
-
-
-def bound(names: Sequence[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments of a call by their names."""
-    return {**dict(zip(names, args)), **kwargs}
-
-
-def patch_grid(pixels: Tensor, embedding: Any) -> tuple[int, int]:
-    """Return height and width, in patches, of images `(B, 3, H, W)` that this convolution cuts into patches."""
-    height, width = embedding.stride
-    return pixels.shape[-2] // height, pixels.shape[-1] // width
-
-
-def named(texts: Any, ids: str = "input_ids") -> dict[str, Any]:
-    """Return token ids, or a tokenizer's output, as keyword arguments."""
-    return dict(texts) if isinstance(texts, Mapping) else {ids: texts}
-
-
-def pooled(output: Any) -> Tensor:
-    """Return the features in a host's output: a tensor, a tuple, or an object of whatever release of transformers."""
-    for name in ("image_embeds", "pooler_output"):
-        found = getattr(output, name, None)
-        if isinstance(found, Tensor):
-            return found
-    return output if isinstance(output, Tensor) else output[0]

@@ -10,11 +10,11 @@ from torch import nn
 
 from .adapter import Tower
 from .functional import as_ratio, num_kept
-from .reduction import Reduction, reduction_of
+from .reduction import Merge, Reduction, reduction_of
 from .relevance import Relevance, relevance_of
 from .relevance.joint import projection_cost
 from .weights import products_of
-from .wiring.plan import Plan, check_layers
+from .wiring.plan import Plan, check_layers, check_merge
 from .wiring.state import wirings_in
 from .wiring.towers import find_towers, unwrapped
 
@@ -41,6 +41,13 @@ class Cost:
     relevance: Relevance
     reduction: Reduction
     guidance: str
+    num_heads: int
+    key_width: int
+    """Of one head, by which patches are compared before they merge."""
+    folded_keys: bool
+    """Whether the mean key is one product with the mean of the heads' weights."""
+    sizes: bool = False
+    """Whether attention counts sizes, and so has the keys at hand, after the first merging."""
     scoring: dict[tuple[int, bool], tuple[int, int]] = field(default_factory=dict, repr=False)
     """What the relevance answered, per layer."""
 
@@ -67,24 +74,38 @@ class Cost:
             relevance=relevance_of(kind.default_relevance) if plan is None else plan.relevance,
             reduction=reduction_of("mean") if plan is None else plan.reduction,
             guidance="text" if plan is None else plan.guidance,
+            num_heads=weights.num_heads,
+            key_width=weights.key.shape[0] // weights.num_heads,
+            folded_keys=weights.key_norm is None,
+            sizes=True if plan is None else plan.sizes or not plan.merge,
         )
 
-    def of_encoder(self, patches: int, layers: Sequence[int] = (), rates: Sequence[tuple[int, int]] = ()) -> int:
+    def of_encoder(
+        self, patches: int, layers: Sequence[int] = (), rates: Sequence[tuple[int, int]] = (), merge: float = 0.0
+    ) -> int:
         """Return the multiply-adds of one image of `patches` patches, with these selection layers and rates.
 
-        `rates` are fractions, as `as_ratio` gives them.
+        `rates` are fractions, as `as_ratio` gives them; `merge` is the share of `apply`.
         """
-        tower, by_layer = self.tower, dict(zip(layers, rates))
+        tower, by_layer, whole = self.tower, dict(zip(layers, rates)), patches
+        merging = Merge(merge, rates[0], layers[0]) if merge else None
+        merged = () if merging is None else merging.schedule(patches)
+        at_hand = False
         total = patches * self.embedding
         for index in range(len(tower.blocks)):
             tokens = tower.num_prefix_tokens + patches
             total += tokens * self.attention + 2 * tokens * tokens * tower.width
             if index in by_layer:
-                kept = num_kept(patches, by_layer[index])
+                kept = min(num_kept(whole if index == layers[0] else patches, by_layer[index]), patches)
                 if kept < patches:
                     once, each = self._scoring(index, index == layers[0])
                     total += once + patches * each + self.reduction.cost(patches, kept, tower.width)
                     patches = kept + self.reduction.num_fused(patches, kept)
+            if merging is not None and index < len(merged) and merged[index]:
+                each = self.key_width if self.folded_keys else self.key_width * self.num_heads
+                total += 0 if at_hand else (tower.num_prefix_tokens + patches) * each * tower.width
+                total += merging.cost(patches, merged[index], tower.width, self.key_width)
+                patches, at_hand = patches - merged[index], self.sizes
             total += (tower.num_prefix_tokens + patches) * self.mlp
         head = 0 if self.pooling[0] else self.projection
         return total + head + self.pooling[0] + (tower.num_prefix_tokens + patches) * self.pooling[1]
@@ -102,6 +123,8 @@ def keep_rate_for_budget(
     layers: Sequence[int] | None = None,
     image_size: int | tuple[int, int] | None = None,
     per_layer: bool = False,
+    *,
+    merge: float | None = None,
 ) -> float | tuple[float, ...]:
     """Return the largest keep rate with which the vision encoder costs at most `budget` of the unpatched one.
 
@@ -120,6 +143,8 @@ def keep_rate_for_budget(
             model's own size.
         per_layer: one rate per layer, early layers keep more: the i-th of `t` layers keeps `r ** (i / t)`, where `r`
             is the rate of the last one.
+        merge: as in `apply`: the share of the removed patches that merges before the first selection layer; `None` is
+            that of a patched model, else 0.
 
     Returns:
         A rate for `apply(keep_rate=…)`, or a tuple of rates.
@@ -139,7 +164,9 @@ def keep_rate_for_budget(
             f"{type(tower.module).__name__} has no vision encoder of its own: image and text share one sequence, whose "
             "cost depends on the text"
         )
-    chosen = plan.layers if plan is not None and layers is None else check_layers(layers, len(tower.blocks))
+    own = plan is not None and layers is None and (merge is None or bool(merge) == bool(plan.merge))
+    share_merged = (0.0 if plan is None else plan.merge) if merge is None else check_merge(merge)
+    chosen = plan.layers if plan is not None and own else check_layers(layers, len(tower.blocks), share_merged)
     cost = Cost.of(tower, plan)
     whole = cost.of_encoder(own_patches(tower))
     patches = own_patches(tower) if image_size is None else patches_at(tower, image_size)
@@ -147,8 +174,11 @@ def keep_rate_for_budget(
     def rates_at(step: int) -> tuple[float, ...]:
         return _rates(step, len(chosen), per_layer)
 
+    def of_rates(rates: Sequence[float]) -> int:
+        return cost.of_encoder(patches, chosen, [as_ratio(rate) for rate in rates], share_merged)
+
     def share(step: int) -> float:
-        return cost.of_encoder(patches, chosen, [as_ratio(rate) for rate in rates_at(step)]) / whole
+        return of_rates(rates_at(step)) / whole
 
     lowest, highest = share(1), share(STEPS)
     if not lowest <= budget * (1 + SLACK) or budget > highest * (1 + SLACK):
@@ -166,7 +196,7 @@ def keep_rate_for_budget(
     ):  # one patch less than all, and a fused token, is as long and costs a little more
         return (1.0,) * len(chosen) if per_layer else 1.0
     step = _largest(lambda step: share(step) <= budget * (1 + SLACK), STEPS)
-    rates = _shortest(step, rates_at, lambda rates: cost.of_encoder(patches, chosen, [as_ratio(r) for r in rates]))
+    rates = _shortest(step, rates_at, of_rates)
     return rates if per_layer else rates[0]
 
 

@@ -7,6 +7,7 @@ import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import Tensor
 
@@ -130,6 +131,24 @@ def fork_rng(devices: Any, device_type: str) -> Any:
         return torch.random.fork_rng(devices=devices, device_type=device_type)
     except TypeError:  # torch 2.0 and before: CUDA alone
         return torch.random.fork_rng(devices=devices)
+
+
+if hasattr(F, "scaled_dot_product_attention"):  # torch 2.0
+    SCALES = RELEASE >= (2, 1)
+
+    def fused_attention(query: Tensor, key: Tensor, value: Tensor, mask: Any, scale: float, dropout: float) -> Tensor:
+        """Return `softmax(q k^T * scale + mask) v` of `(B, H, N, E)`."""
+        if SCALES:
+            return F.scaled_dot_product_attention(query, key, value, mask, dropout, scale=scale)
+        return F.scaled_dot_product_attention(query * (scale * query.shape[-1] ** 0.5), key, value, mask, dropout)
+
+else:
+
+    def fused_attention(query: Tensor, key: Tensor, value: Tensor, mask: Any, scale: float, dropout: float) -> Tensor:
+        """Return `softmax(q k^T * scale + mask) v` of `(B, H, N, E)`, with the map: older releases fuse none."""
+        logits = (query * scale) @ key.transpose(-1, -2)
+        weights = (logits if mask is None else logits + mask).softmax(dim=-1)
+        return F.dropout(weights, dropout) @ value
 
 
 def partial_average() -> Any:

@@ -1,8 +1,9 @@
-"""The op alone, as functions of tensors: relevance, keep, fuse. No host, no state.
+"""The op alone, as functions of tensors: relevance, keep, fuse, merge. No host, no state.
 
 Shapes: `B` images, `N` tokens of which the first `P` are prefix tokens ([CLS], registers) and the other
 `n = N - P` patches, `T` texts for every image, `D` width, `H` heads.
-Source: TRIPS, Jiang et al., EMNLP 2022 (2022.emnlp-main.273); EViT, Liang et al., ICLR 2022 (2202.07800).
+Source: TRIPS, Jiang et al., EMNLP 2022 (2022.emnlp-main.273); EViT, Liang et al., ICLR 2022 (2202.07800); ToMe, Bolya
+et al., ICLR 2023 (2210.09461).
 """
 
 from __future__ import annotations
@@ -11,8 +12,10 @@ from fractions import Fraction
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from .attention import sized_attention
 from .compat import is_exporting
 from .relevance.kernels import (
     combine_attention,
@@ -130,6 +133,100 @@ def keep_and_fuse(
     return out.flatten(0, 1), kept.flatten(0, 1)
 
 
+def merge_schedule(
+    num_patches: int, keep_rate: float | tuple[int, int], merge: float | tuple[int, int], num_blocks: int
+) -> tuple[int, ...]:
+    """Return how many patches each of the `num_blocks` blocks before the first selection merges away.
+
+    `R = round(merge * (n - T))` in all, with `T = ceil(keep_rate * n) + 1` the patch tokens after the selection; block
+    i takes `floor((i + 1) R / j) - floor(i R / j)` of them, never more than half of what comes.
+
+    Args:
+        num_patches: `n`, the patches of the image.
+        keep_rate: share of them that the first selection keeps.
+        merge: share in [0, 1) of the removed patches that leaves by merging.
+        num_blocks: `j`.
+    """
+    numerator, denominator = merge if isinstance(merge, tuple) else as_ratio(merge)
+    whole, rest = divmod(numerator * max(0, num_patches - num_kept(num_patches, keep_rate) - 1), denominator)
+    total = whole + int(2 * rest > denominator or (2 * rest == denominator and whole % 2 == 1))  # round(), in integers
+    counts, left = [], num_patches
+    for block in range(num_blocks):
+        counts.append(min((block + 1) * total // num_blocks - block * total // num_blocks, left // 2))
+        left -= counts[-1]
+    return tuple(counts)
+
+
+def merge_similar(
+    tokens: Tensor, sizes: Tensor, keys: Tensor, num_merge: int, num_prefix_tokens: int = 1
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Merge the most similar patches: one round of bipartite matching (ToMe §3).
+
+    Each even patch looks for the odd patch whose key has the highest cosine; the `num_merge` best pairs become one
+    token, in the place of the odd patch: `x = (s_u x_u + s_v x_v) / (s_u + s_v)`, `s = s_u + s_v`. Several even patches
+    may go into one odd patch. Ties go to the first; the tokens stay in their order. Sums are one-hot matrix products.
+
+    Args:
+        tokens: `(B, P + n, D)`.
+        sizes: `(B, P + n)`, how many patches each token stands for; above 0.
+        keys: `(B, P + n, E)`, what is compared: the keys of the block's attention, averaged over the heads. No gradient
+            flows through them.
+        num_merge: `r` in `[0, n // 2]`; 0 returns what came.
+        num_prefix_tokens: `P` >= 0, tokens in front that take no part.
+
+    Returns:
+        Tokens `(B, P + n - r, D)`, sizes `(B, P + n - r)`, and where each token that came went, `(B, P + n)`.
+
+    Raises:
+        ValueError: `num_merge` outside of its range.
+    """
+    found, out_sizes, into, _ = merge_pairs(tokens, sizes, keys, num_merge, num_prefix_tokens)
+    return found, out_sizes, into
+
+
+def merge_pairs(
+    tokens: Tensor, sizes: Tensor, keys: Tensor, num_merge: int, num_prefix_tokens: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Do what `merge_similar` says; return also which patch each patch token is in the place of, `(B, n - r)`."""
+    prefix, patches, width = num_prefix_tokens, tokens.shape[1] - num_prefix_tokens, tokens.shape[-1]
+    if not 0 <= num_merge <= patches // 2:
+        raise ValueError(f"num_merge must be in [0, {patches // 2}], half of the {patches} patches; got {num_merge}")
+    rows, everything = tokens.shape[0], torch.arange(tokens.shape[1], device=tokens.device)
+    if num_merge == 0:
+        return tokens, sizes, everything.expand(rows, -1), everything[:patches].expand(rows, -1)
+    wide = torch.promote_types(keys.dtype, torch.float32)
+    compared = F.normalize(keys[:, prefix:].detach().to(wide), dim=-1)
+    best, target = (compared[:, ::2] @ compared[:, 1::2].transpose(1, 2)).max(dim=-1)
+    picked = _most_relevant(best, num_merge)  # (B, r), among the even patches
+    target = target.gather(1, picked)  # (B, r), among the odd ones
+
+    even, odd = tokens[:, prefix::2], tokens[:, prefix + 1 :: 2]
+    even_sizes, odd_sizes = sizes[:, prefix::2], sizes[:, prefix + 1 :: 2]
+    hits = target.unsqueeze(1) == torch.arange(odd.shape[1], device=tokens.device).view(1, -1, 1)
+    moved = hits.to(sizes.dtype) * even_sizes.gather(1, picked).unsqueeze(1)  # (B, odd, r)
+    total = odd_sizes + moved.sum(dim=-1)
+    start = torch.arange(rows, device=tokens.device).view(-1, 1)
+    sources = even.flatten(0, 1).index_select(0, (picked + start * even.shape[1]).flatten()).view(rows, -1, width)
+    share, shares = odd_sizes / total, moved / total.unsqueeze(-1)
+    merged = odd * share.unsqueeze(-1).to(tokens.dtype) + shares.to(tokens.dtype) @ sources
+
+    # Who stays, in order: a patch that went has no place of its own, and writes into one more column that is cut off.
+    stays = torch.ones_like(best.new_empty(rows, patches), dtype=torch.long).scatter(1, 2 * picked, 0)
+    place = stays.cumsum(dim=1) - 1
+    left = patches - num_merge
+    own = torch.where(stays > 0, place, torch.full_like(place, left))
+    order = place.new_zeros(rows, left + 1).scatter(1, own, everything[:patches].expand(rows, -1))[:, :left]
+    into = place.scatter(1, 2 * picked, place.gather(1, 2 * target + 1))
+    here = everything[:patches]
+    column = torch.div(here, 2, rounding_mode="floor") + (here % 2) * even.shape[1]  # of a patch in [even, odd]
+    column = column.expand(rows, -1).gather(1, order) + prefix
+    index = torch.cat([everything[:prefix].expand(rows, -1), column], dim=1)
+    apart = torch.cat([tokens[:, :prefix], even, merged], dim=1)
+    out = apart.flatten(0, 1).index_select(0, (index + start * apart.shape[1]).flatten()).view(rows, -1, width)
+    out_sizes = torch.cat([sizes[:, :prefix], even_sizes, total], dim=1).gather(1, index)
+    return out, out_sizes, torch.cat([everything[:prefix].expand(rows, -1), into + prefix], dim=1), order
+
+
 __all__ = [
     "FUSIONS",
     "Fusion",
@@ -142,12 +239,15 @@ __all__ = [
     "keep_and_fuse",
     "key_relevance",
     "linear_scores",
+    "merge_schedule",
+    "merge_similar",
     "normalised_scores",
     "num_fused",
     "num_kept",
     "num_tokens_after",
     "random_relevance",
     "real_key_relevance",
+    "sized_attention",
     "standardise",
     "value_direction",
 ]

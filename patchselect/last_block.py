@@ -8,11 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .adapter import Tower
 from .pairs.prefix import pass_block
 from .weights import gathered
 from .wiring.blocks import Original
 from .wiring.guard import check_halves
+from .wiring.merging import run_counting
+from .wiring.sizes import counted_for
 from .wiring.state import STATE, Layer, wiring_of
 from .wiring.swapping import unswap
 
@@ -61,18 +62,19 @@ def run_pooled(block: nn.Module, name: str, original: Original, *args: Any, **kw
     """Run the last block on its prefix tokens alone."""
     layer: Layer = block._patchselect  # type: ignore[assignment]
     hidden = args[0] if args else next(iter(kwargs.values()))
-    tower = layer.tower
     if block.training or kwargs.get("output_attentions") or not isinstance(hidden, Tensor):
-        return pass_block(block, name, original, *args, **kwargs)
-    return pass_block(block, name, lambda *_, **__: _pooled(tower, block, hidden), *args, **kwargs)
+        usual = run_counting if layer.plan.counts(layer.index) else pass_block
+        return usual(block, name, original, *args, **kwargs)
+    return pass_block(block, name, lambda *_, **__: _pooled(layer, block, hidden), *args, **kwargs)
 
 
-def _pooled(tower: Tower, block: nn.Module, hidden: Tensor) -> Any:
+def _pooled(layer: Layer, block: nn.Module, hidden: Tensor) -> Any:
     """Return prefix tokens `(B, P, D)` after the block, in the host's own layout and form.
 
     `out = sum_h W_o,h W_v,h (a_h . x) + c` with `a_h = softmax(q_h W_k,h . x)` and `x = LN(hidden)`. The constant c
     holds the biases of value and output; the host's own attention of a single token of zeros tells it.
     """
+    tower, sizes = layer.tower, counted_for(layer, hidden).sizes if layer.plan.sizes else None
     weights = tower.adapter.projections(block)
     tokens = hidden if tower.batch_first else hidden.transpose(0, 1)
     normed, read = weights.norm(tokens), tokens[:, : tower.num_prefix_tokens]
@@ -89,6 +91,7 @@ def _pooled(tower: Tower, block: nn.Module, hidden: Tensor) -> Any:
     query = query.unflatten(-1, (heads, -1)).transpose(1, 2)  # (B, H, P, E)
     key = weights.key.unflatten(0, (heads, -1))  # (H, E, D)
     scores = torch.einsum("bhpd,bnd->bhpn", query @ key, normed.to(dtype)) * weights.scale
+    scores = scores if sizes is None else scores + sizes.log().to(dtype)[:, None, None]
     mean = torch.einsum("bhpn,bnd->bhpd", scores.float().softmax(dim=-1).to(dtype), normed.to(dtype))
     mixed = mean @ value.unflatten(0, (heads, -1)).transpose(-1, -2)  # (B, H, P, E)
     branch = F.linear(mixed.transpose(1, 2).flatten(2), output)

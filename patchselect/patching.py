@@ -13,9 +13,10 @@ from .reduction import Reduction
 from .relevance import Relevance
 from .wiring.blocks import call_block, run_block
 from .wiring.changes import place_of_blocks
-from .wiring.checks import check_methods, check_pairing, check_reachable
+from .wiring.checks import check_counting, check_methods, check_pairing, check_reachable
 from .wiring.guard import check_halves
 from .wiring.journey import call_tower
+from .wiring.merging import run_counting
 from .wiring.plan import Plan
 from .wiring.recorder import Trace, recording
 from .wiring.state import STATE, Layer, Wiring, forget, wiring_of
@@ -88,7 +89,8 @@ class Handle:
     def __repr__(self) -> str:
         plan, name = self.wiring.plan, type(self.wiring.model).__name__
         where = f"keep_rate={list(plan.keep_rates)}, layers={list(plan.layers)}, guidance={plan.guidance!r}"
-        return f"Handle({name}, {where}, relevance={plan.relevance!r}, fusion={plan.reduction!r})"
+        more = f", merge={plan.merge}, sizes={plan.sizes}" if plan.merge or plan.sizes else ""
+        return f"Handle({name}, {where}, relevance={plan.relevance!r}, fusion={plan.reduction!r}{more})"
 
 
 def apply(
@@ -100,6 +102,9 @@ def apply(
     fusion: str | Reduction = "mean",
     adapter: str | Adapter | None = None,
     pairing: str | None = None,
+    *,
+    merge: float = 0.0,
+    sizes: bool | None = None,
 ) -> Handle:
     """Put text-relevant patch selection into the vision tower(s) of `model` (TRIPS, EMNLP 2022).
 
@@ -125,6 +130,12 @@ def apply(
             `"shared"`: the texts are candidates (class prompts), one selection per image serves all of them. `None`:
             such a call with several texts is an error that asks. Heads that match text i with image i by
             construction need none, and text given by `guide` has its own.
+        merge: share in [0, 1) of the removed patches that leaves by merging with similar ones in the blocks before the
+            first selection, without a text (docs/merging.md); 0 merges none. Above 0, `layers=None` is the paper's
+            first layer alone, `[4]` of 12 blocks, and the first selection keeps `ceil(keep_rate * n)` of the n patches
+            of the IMAGE, so the number of tokens after it does not depend on `merge`.
+        sizes: whether attention counts how many patches a token stands for, from the first reduction on; `None` means
+            where `merge` is above 0.
 
     Returns:
         The handle; `handle.record()` shows what was kept, `handle.remove()` undoes everything.
@@ -139,9 +150,10 @@ def apply(
     towers = find_towers(host, adapter)
     kind = towers[0].adapter
     depth = min(len(tower.blocks) for tower in towers)
-    plan = Plan.of(depth, keep_rate, layers, guidance, relevance, fusion, kind.default_relevance, pairing)
+    plan = Plan.of(depth, keep_rate, layers, guidance, relevance, fusion, kind.default_relevance, pairing, merge, sizes)
     for tower in towers:
         check_reachable(plan, tower)
+        check_counting(plan, tower)
         for index in plan.layers:
             check_halves(tower, index)
             kind.projections(tower.blocks[index])
@@ -160,12 +172,15 @@ def apply(
 def _patch(wiring: Wiring, methods: Mapping[nn.Module, Mapping[str, Wrapper]]) -> None:
     plan = wiring.plan
     for tower in wiring.towers:
-        for position, (index, ratio) in enumerate(zip(plan.layers, plan.ratios)):
-            block = tower.blocks[index]
-            overrides: dict[str, Wrapper] = {"forward": run_block}
+        ratios = dict(zip(plan.layers, plan.ratios))
+        for index, block in enumerate(tower.blocks):
+            if index not in ratios and not plan.counts(index):
+                continue
+            overrides: dict[str, Wrapper] = {"forward": run_block if index in ratios else run_counting}
             if hasattr(block, "gradient_checkpointing"):
                 overrides["__call__"] = call_block
-            wiring.patch(block, overrides, Layer(wiring, tower, index, position == 0, ratio))
+            ratio = ratios.get(index, (1, 1))
+            wiring.patch(block, overrides, Layer(wiring, tower, index, index == plan.layers[0], ratio))
     for module, wrappers in methods.items():
         wiring.patch(module, wrappers, wiring)
     if STATE not in vars(wiring.model):

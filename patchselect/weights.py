@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Callable
+from typing import Any, Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .compat import is_compiling
@@ -40,12 +41,22 @@ class Projections:
     key_norm: Callable[[Tensor], Tensor] | None = None
     nonlinear_values: str | None = None
     """Why `relevance="values"` cannot read this attention backwards, if it cannot."""
+    qkv: Callable[[Tensor], Sequence[Tensor]] | None = None
+    """Normed tokens `(B, N, D)` to queries, keys and values, each `(B, N, H * E)`, by the host's own layers."""
+    out: Callable[[Tensor], Tensor] | None = None
+    """What the heads read, side by side, `(B, N, H * E)`, to what is added to the residual, by the host's own layers.
+
+    Without these two, attention cannot count sizes (`merge`, `sizes`).
+    """
+    dropout: float = 0.0
+    """Probability with which an attention weight is dropped in training."""
 
     @classmethod
     def fused(cls, weight: Tensor, bias: Tensor | None, **rest: Any) -> Projections:
         """Split one `(3D, D)` projection in the order q, k, v and its bias; `rest` are the other fields."""
         query, key, value = weight.chunk(3, dim=0)
         query_bias, key_bias, _ = (None, None, None) if bias is None else bias.chunk(3, dim=0)
+        rest.setdefault("qkv", lambda normed: F.linear(normed, weight, bias).chunk(3, dim=-1))
         return cls(query=query, query_bias=query_bias, key=key, key_bias=key_bias, value=value, **rest)
 
     @classmethod
@@ -58,6 +69,9 @@ class Projections:
     @classmethod
     def separate(cls, query: Any, key: Any, value: Any, output: Any, **rest: Any) -> Projections:
         """Read four linear layers; `rest` are the other fields."""
+        layers = query, key, value
+        rest.setdefault("qkv", lambda normed: [layer(normed) for layer in layers])
+        rest.setdefault("out", output)
         linears = {"query": query, "key": key, "value": value, "output": output}
         if not all(map(shows_weight, linears.values())):
             return _Hidden(linears, rest)
@@ -103,6 +117,30 @@ def products_of(module: nn.Module) -> int:
 def matrix(linear: Any) -> Tensor:
     """Return the matrix `(out, in)` that a linear layer applies, of a module that need not be running."""
     return gathered(affine(linear)[0])
+
+
+def thirds(linear: nn.Module) -> Callable[[Tensor], Sequence[Tensor]]:
+    """Return the `qkv` of a host that has all three in one linear layer."""
+    return lambda normed: linear(normed).chunk(3, dim=-1)
+
+
+def rate(dropout: Any) -> float:
+    """Return the probability of a dropout that may be a module, a number or missing."""
+    return float(getattr(dropout, "p", dropout) or 0.0) if not isinstance(dropout, nn.Identity) else 0.0
+
+
+def mean_key(weights: Projections, normed: Tensor) -> Tensor:
+    """Return the keys of normed tokens `(B, N, D)`, averaged over the heads: `(B, N, E)`.
+
+    The mean of the heads' weights makes them, unless each head normalises its keys.
+    """
+    if weights.key_norm is not None:
+        keys = F.linear(normed.to(weights.key.dtype), weights.key, weights.key_bias)
+        found: Tensor = weights.key_norm(keys.unflatten(-1, (weights.num_heads, -1)))
+        return found.mean(dim=-2)
+    key = weights.key.unflatten(0, (weights.num_heads, -1)).mean(dim=0)
+    bias = None if weights.key_bias is None else weights.key_bias.unflatten(0, (weights.num_heads, -1)).mean(dim=0)
+    return F.linear(normed.to(key.dtype), key, bias)
 
 
 def affine(linear: Any) -> tuple[Tensor, Tensor | None]:

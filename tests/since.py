@@ -48,6 +48,11 @@ TORCH = {
     "half on CPU": Feature("torch", "2.4", "autocast on CPU knows bfloat16 alone"),
     "dispatch modes": Feature("torch", "1.13", "memory and products are watched in another way"),
     "checkpoints without reentry": Feature("torch", "1.11", "checkpointing is reentrant and knows no other way"),
+    "autocast over checkpoints": Feature(
+        "torch",
+        "2.14",
+        "autocast and reentrant checkpoints lose gradients of weights, selection or not (2.7: seen)",
+    ),
     "weights_only": Feature(
         "torch", "2.4", "classes cannot be allowed in files", "torch.serialization:add_safe_globals"
     ),

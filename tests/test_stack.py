@@ -212,7 +212,7 @@ class Embeds(nn.Module):
         return self.model(**inputs).image_embeds
 
 
-def _distributed(rank: int, world: int, path: str, kind: str, relevance: str) -> None:
+def _distributed(rank: int, world: int, path: str, kind: str, relevance: str, merge: float) -> None:
     import torch.distributed as dist
 
     torch.set_num_threads(1)
@@ -226,10 +226,10 @@ def _distributed(rank: int, world: int, path: str, kind: str, relevance: str) ->
         embeds = model(input_ids=tokens[rows], pixel_values=images[rows])
         return embeds.square().sum(dim=1).mul(torch.arange(1.0, 5.0)[rows]).mean() + embeds.sum(dim=1).mean()
 
-    patchselect.apply(reference.model, 0.5, relevance=relevance)
+    patchselect.apply(reference.model, 0.5, relevance=relevance, merge=merge)
     sum(loss(Embeds(reference.model), slice(2 * r, 2 * r + 2)) for r in range(world)).div(world).backward()
     mine = slice(2 * rank, 2 * rank + 2)
-    patchselect.apply(case.model, 0.5, relevance=relevance)
+    patchselect.apply(case.model, 0.5, relevance=relevance, merge=merge)
     if kind == "ddp":
         model = nn.parallel.DistributedDataParallel(Embeds(case.model), find_unused_parameters=True)
     else:
@@ -255,11 +255,11 @@ def _distributed(rank: int, world: int, path: str, kind: str, relevance: str) ->
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("relevance", ["keys", "values"])
+@pytest.mark.parametrize(("relevance", "merge"), [("keys", 0.0), ("values", 0.0), ("values", 0.5)])
 @pytest.mark.parametrize("kind", ["ddp", pytest.param("fsdp2", marks=since("FSDP2"))])
-def test_two_processes_have_the_gradients_of_one(tmp_path, kind, relevance):
+def test_two_processes_have_the_gradients_of_one(tmp_path, kind, relevance, merge):
     build("clip")
-    mp.spawn(_distributed, args=(2, str(tmp_path / "store"), kind, relevance), nprocs=2)
+    mp.spawn(_distributed, args=(2, str(tmp_path / "store"), kind, relevance, merge), nprocs=2)
 
 
 def _sharded_pool(rank: int, path: str) -> None:

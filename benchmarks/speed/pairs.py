@@ -77,7 +77,9 @@ def flops_of(host: Host, images: Tensor, texts: Tensor) -> dict[str, float]:
     size, many = len(images), len(texts)
     whole = counted(size, many, "all")
     prefix = count_flops(
-        lambda: patchselect.pairs.prefix.take_prefix(patchselect.handle_of(host.model), torch.zeros(images.shape), {})
+        lambda: patchselect.pairs.prefix.take_prefix(
+            patchselect.handle_of(host.model), torch.zeros(images.shape), {}, images.shape[1:]
+        )
     )
     return {
         PAIRED: counted(size * many, size * many, "paired"),

@@ -40,7 +40,8 @@ def plan_chunks(wiring: Wiring, batch: Batch, texts: Texts, columns: int, limit:
         return MARGIN * size * tokens * max(3 * width + 2 * hidden, 7 * width + 2 * heads * tokens)
 
     if isinstance(batch.images, Prefix):
-        tokens, pixels = batch.images.tokens.shape[1], 0
+        within, pixels = batch.images.within, 0
+        tokens = batch.images.tokens.shape[1] if within is None else tower.num_prefix_tokens + within.shape[1]
     else:
         grid = tower.adapter.grid(tower, batch.images[:1], **_one(batch.options))
         if grid is None:
@@ -54,7 +55,8 @@ def plan_chunks(wiring: Wiring, batch: Batch, texts: Texts, columns: int, limit:
     after = tower.num_prefix_tokens + kept + plan.reduction.num_fused(patches, kept)
     states = sum(2 * state[0].numel() * state.element_size() for state in texts.states.values())
     pair = bytes_of_block(after) + (bytes_of_block(after) / 4 + 16 * states if states else 0)
-    image = MARGIN * (size * 4 * tokens * width + pixels)
+    merged = sum(plan.merging.schedule(patches)) if plan.merge and plan.selects else 0
+    image = MARGIN * (size * 4 * (tokens - merged) * width + pixels)
     alone = bytes_of_block(tokens) + pixels
     if plan.guidance != "text":
         pair = states * 16 + (size * after * width if states else 16 * width)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -55,14 +54,11 @@ def encode_prefix(model: nn.Module, images: Any, **kwargs: Any) -> Prefix:
     parts = []
     for batch in batches(images, tower):
         pixels = batch.to(weight)
-        tokens, normed, rest = take_prefix(wiring, pixels.images, {**pixels.options, **kwargs})
-        parts.append(Prefix(tokens, normed, tuple(batch.images.shape[1:]), origin, rest))
+        options = {**pixels.options, **kwargs}
+        parts.append(take_prefix(wiring, pixels.images, options, batch.images.shape[1:], origin))
     if len({(part.shape, part.tokens.shape[1:]) for part in parts}) != 1:
         raise ValueError(
             "a prefix holds images of one size, at least one of them; got "
             + str(sorted({part.shape for part in parts}))
         )
-    if len(parts) == 1:
-        return parts[0]
-    tokens, normed = (torch.cat([getattr(part, name) for part in parts]) for name in ("tokens", "normed"))
-    return replace(parts[0], tokens=tokens, normed=normed)
+    return Prefix.cat(parts)

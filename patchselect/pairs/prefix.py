@@ -14,10 +14,13 @@ from ..adapter import Attended, Tower
 from ..compat import allow_in_files
 from ..reading import held, plain_tensors
 from ..wiring.guidance import Guidance, current, scope
+from ..wiring.journey import journey_of
+from ..wiring.recomputation import in_backward
 from ..wiring.state import STATE, Layer, Wiring
 from .answers import Answer, answer_of_embedding, run_few_tokens
 from .checksums import checksums
 
+TENSORS = ("tokens", "normed", "sizes", "sources", "within")
 _patching = threading.Lock()
 
 
@@ -32,6 +35,8 @@ class Origin:
     """One checksum per parameter and buffer up to the first selection layer."""
     answer: Answer | None = None
     """What its layers make of a few tokens: adapters that are switched, and hooks, change no parameter."""
+    merging: tuple[Any, ...] = ()
+    """How patches merge before it: the share, the keep rate that it depends on, and whether attention counts sizes."""
 
     @classmethod
     def of(cls, wiring: Wiring) -> Origin:
@@ -39,7 +44,13 @@ class Origin:
         tower = wiring.towers[0]
         kind = f"{type(tower.module).__module__}.{type(tower.module).__qualname__}"
         layers = wiring.plan.layers
-        return cls(kind, tower.width, layers, checksums(_until(tower, layers[0])), _answer(wiring))
+        return cls(kind, tower.width, layers, checksums(_until(tower, layers[0])), _answer(wiring), merging_of(wiring))
+
+
+def merging_of(wiring: Wiring) -> tuple[Any, ...]:
+    """Return what a prefix depends on where patches merge; `()` where they do not."""
+    plan = wiring.plan
+    return (plan.merge, plan.keep_rates[0], plan.sizes) if plan.merge and plan.selects else ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,6 +71,12 @@ class Prefix:
     origin: Origin | None
     """`None` in a prefix that does not outlive the call that made it."""
     rest: Any = None
+    sizes: Tensor | None = None
+    """`(B, N)`: how many patches of the image each token stands for; `None` where none has merged."""
+    sources: Tensor | None = None
+    """`(B, n')`: the place in the image of each patch token."""
+    within: Tensor | None = None
+    """`(B, n)`: the patch token that each patch of the image is in."""
 
     @property
     def images(self) -> Tensor:
@@ -75,11 +92,22 @@ class Prefix:
     def __getitem__(self, images: int | slice | Sequence[int] | Tensor) -> Prefix:
         if isinstance(images, int):
             images = [range(len(self))[images]]
-        return replace(self, tokens=self.tokens[images], normed=self.normed[images])
+        return self._each(lambda tensor: tensor[images])
 
     def to(self, device: torch.device | str) -> Prefix:
         """Return the same prefix on another device."""
-        return replace(self, tokens=self.tokens.to(device), normed=self.normed.to(device))
+        return self._each(lambda tensor: tensor.to(device))
+
+    @classmethod
+    def cat(cls, parts: Sequence[Prefix]) -> Prefix:
+        """Put prefixes of one model, and of images of one size, below each other."""
+        found = {name: [getattr(part, name) for part in parts] for name in TENSORS}
+        joined = {name: None if held[0] is None else torch.cat(held) for name, held in found.items()}
+        return parts[0] if len(parts) == 1 else replace(parts[0], **joined)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Prefix:
+        held = {name: getattr(self, name) for name in TENSORS}
+        return replace(self, **{name: change(tensor) for name, tensor in held.items() if tensor is not None})
 
     def check(self, wiring: Wiring) -> None:
         """Raise if this is not a prefix of the model as it is now. Reads the weights of the prefix once.
@@ -100,6 +128,12 @@ class Prefix:
             raise ValueError(
                 f"this prefix was made for selection in layers {list(self.origin.layers)}, this model selects in "
                 f"{list(now.layers)}: {again}"
+            )
+        if now.merging != self.origin.merging:
+            raise ValueError(
+                "how many patches merge before the first selection depends on merge, sizes and its keep rate, and "
+                f"these were {self.origin.merging or 'without merging'}; now they are "
+                f"{now.merging or 'without merging'}: {again}"
             )
         if now.weights != self.origin.weights:
             raise ValueError(
@@ -123,13 +157,18 @@ class Prefix:
         if not layer.first:
             return None
         found = hidden if layer.tower.batch_first else hidden.transpose(0, 1)
-        if found.shape != self.tokens.shape:
+        gone = 0 if self.within is None or self.sources is None else self.within.shape[1] - self.sources.shape[1]
+        length = self.tokens.shape[1] + gone
+        if found.shape != (len(self), length, self.tokens.shape[2]):
             raise ValueError(
-                f"the prefix holds {len(self)} images of {self.tokens.shape[1]} tokens, the encoder was called with "
+                f"the prefix holds {len(self)} images of {length} tokens, the encoder was called with "
                 f"{found.shape[0]} of {found.shape[1]}: call it with prefix.images, or with what the prefix was made of"
             )
         if found.device != self.tokens.device:
             raise ValueError(f"the prefix is on {self.tokens.device}, the model on {found.device}: use prefix.to(…)")
+        journey = journey_of(layer) if self.within is not None and not in_backward() else None
+        if journey is not None:
+            journey.sizes, journey.sources, journey.within = self.sizes, self.sources, self.within
         if layer.tower.batch_first:
             return Attended(self.tokens, self.normed, self.rest)
         return Attended(self.tokens.transpose(0, 1), self.normed.transpose(0, 1), self.rest)
@@ -155,6 +194,7 @@ class _Taking:
 
     def __init__(self) -> None:
         self.attended: Attended | None = None
+        self.passed: dict[str, Tensor | None] = {}
 
     def skips(self, layer: Layer) -> bool:
         return layer.index > layer.plan.layers[0]
@@ -164,11 +204,16 @@ class _Taking:
 
     def take(self, layer: Layer, attended: Attended) -> bool:
         self.attended = attended
+        journey = journey_of(layer) if layer.plan.merge and layer.plan.selects else None
+        if journey is not None:
+            self.passed = {name: getattr(journey, name) for name in ("sizes", "sources", "within")}
         return True
 
 
-def take_prefix(wiring: Wiring, images: Any, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor, Any]:
-    """Return tokens and normed tokens `(B, N, D)` of the first selection layer's attention, and the adapter's rest."""
+def take_prefix(
+    wiring: Wiring, images: Any, kwargs: dict[str, Any], shape: Sequence[int], origin: Origin | None = None
+) -> Prefix:
+    """Run images, each of `shape`, up to the attention of the first selection layer."""
     tower = wiring.towers[0]
     prepare(wiring)
     taking = _Taking()
@@ -179,10 +224,11 @@ def take_prefix(wiring: Wiring, images: Any, kwargs: dict[str, Any]) -> tuple[Te
             f"encoding an image did not run block {wiring.plan.layers[0]} of {type(tower.module).__name__}, the first "
             "that selects: its encoder runs in a way that the adapter does not know; encode the images with each text"
         )
-    tokens, normed, rest, _ = taking.attended
+    tokens, normed, rest = taking.attended[:3]
     if not tower.batch_first:
         tokens, normed = tokens.transpose(0, 1), normed.transpose(0, 1)
-    return tokens, normed, None if isinstance(rest, Tensor) else rest
+    rest = None if isinstance(rest, Tensor) else rest
+    return Prefix(tokens, normed, tuple(shape), origin, rest, **taking.passed)
 
 
 def prepare(wiring: Wiring) -> None:

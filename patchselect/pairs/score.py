@@ -117,7 +117,7 @@ def _score_chunk(chunk: _Chunk, texts: Texts, candidates: Tensor | None) -> Tens
     elif isinstance(batch.images, Prefix):
         prefix = batch.images
     else:
-        prefix = Prefix(*_taken(wiring, batch))
+        prefix = take_prefix(wiring, batch.images, batch.options, batch.images.shape[1:])
     columns = []
     width = len(texts) if candidates is None else candidates.shape[1]
     for low in range(0, width, chunk.chunks.texts):
@@ -136,13 +136,6 @@ def _score_chunk(chunk: _Chunk, texts: Texts, candidates: Tensor | None) -> Tens
         scores = tower.adapter.score(host, tower, rows, paired)
         columns.append(scores.view(size, high - low).float().cpu())
     return torch.cat(columns, dim=1)
-
-
-def _taken(wiring: Wiring, batch: Batch) -> tuple[Any, ...]:
-    assert isinstance(batch.images, Tensor)
-    images: Any = batch.images
-    tokens, normed, rest = take_prefix(wiring, images, batch.options)
-    return tokens, normed, tuple(images.shape[1:]), None, rest
 
 
 def _encode_texts(wiring: Wiring, texts: Any, like: Tensor, limit: float) -> Texts:

@@ -7,6 +7,7 @@ from typing import Any
 from ..functional import FUSIONS
 from .base import Places, Reduced, Reduction
 from .fuse import Fuse
+from .merge import Merge
 
 REDUCTIONS: dict[str, Reduction] = {name: Fuse(name) for name in FUSIONS}  # type: ignore[arg-type]
 """A new built-in reduction is one new file and one entry here."""
@@ -29,4 +30,4 @@ def reduction_of(value: Any) -> Reduction:
     return REDUCTIONS[value]
 
 
-__all__ = ["REDUCTIONS", "Fuse", "Places", "Reduced", "Reduction", "reduction_of"]
+__all__ = ["REDUCTIONS", "Fuse", "Merge", "Places", "Reduced", "Reduction", "reduction_of"]

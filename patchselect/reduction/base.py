@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -58,6 +59,14 @@ class Reduction:
     def num_fused(self, num_patches: int, num_keep: int) -> int:
         """Return `f`, how many tokens the patches that do not stay become."""
         raise NotImplementedError
+
+    def sizes(self, sizes: Tensor, reduced: Reduced) -> Tensor:
+        """Return how many patches of the image each token that came out stands for, `(R, P + k + f)`.
+
+        Here the sum of the sizes of what went into it, `sizes` `(R, P + n)`; prefix tokens have size 1.
+        """
+        places = torch.arange(reduced.tokens.shape[1], device=sizes.device).view(1, -1, 1)
+        return ((reduced.into.unsqueeze(1) == places) * sizes.unsqueeze(1)).sum(dim=-1)
 
     def cost(self, num_patches: int, num_keep: int, width: int) -> int:
         """Return the multiply-adds of one image: here those of one weighted sum over all patches per fused token."""

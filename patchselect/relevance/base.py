@@ -42,6 +42,8 @@ class Candidates:
     """The selection layers of this tower from this one on."""
     stash: list[Any] | None = None
     """Where the first selection layer of an inference pass may leave what later ones would compute again."""
+    sizes: Tensor | None = None
+    """`(B, P + n)`: how many patches of the image each token stands for; `None` means one each, or not counted."""
 
     @property
     def normed(self) -> Tensor:

@@ -110,22 +110,26 @@ def denormalise(pixels: Tensor, statistics: str = "clip") -> Tensor:
 
 
 def kept_map(entry: Selected, row: int = 0) -> Tensor:
-    """Return `(H, W)` booleans on the patch grid: what is still a patch of its own after this layer."""
-    if entry.grid is None:
+    """Return `(H, W)` booleans on the patch grid: what is still in a kept token of its own after this layer.
+
+    A kept token that similar patches have merged into shows all of them.
+    """
+    if entry.grid is None or entry.holders is None:
         raise ValueError("the trace does not know its grid: record a call of the whole tower, not of its blocks")
-    height, width = entry.grid
-    board = torch.zeros(height * width, dtype=torch.bool)
-    kept = entry.kept[row].cpu()
-    board[kept[kept >= 0]] = True
-    return board.view(height, width)
+    holders, kept = entry.holders[row].cpu(), entry.kept[row].cpu()
+    own = (holders >= 0) & (holders < len(kept))
+    return (own & (kept[holders.clamp(0, len(kept) - 1)] >= 0)).view(entry.grid)
 
 
 def relevance_map(entry: Selected, row: int = 0) -> Tensor:
-    """Return `(H, W)` relevance on the patch grid, of the first selection layer of a call (it sees every patch)."""
-    if entry.grid is None or entry.relevance.shape[1] != entry.grid[0] * entry.grid[1]:
+    """Return `(H, W)` relevance on the patch grid, of the first selection layer of a call (it sees every patch).
+
+    Patches that have merged before it share the relevance of their token.
+    """
+    members = None if entry.members is None else entry.members[row].cpu()
+    if entry.grid is None or members is None or bool((entry.places[row] < 0).any()) or bool((members < 0).any()):
         raise ValueError("only the first selection layer of a call weighs every patch of the grid: pass trace[0]")
-    weights = entry.relevance[row].detach().float().cpu()
-    return torch.empty_like(weights).scatter(0, entry.places[row].cpu(), weights).view(entry.grid)
+    return entry.relevance[row].detach().float().cpu()[members].view(entry.grid)
 
 
 def fused_shares(layers: Sequence[Selected], row: int = 0) -> list[float]:

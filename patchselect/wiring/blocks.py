@@ -16,7 +16,7 @@ from ..relevance import Candidates
 from ..relevance.base import guiding_place
 from ..relevance.kernels import in_tiles
 from .guidance import Guidance, current
-from .journey import Journey, for_rows, journey_of
+from .journey import Journey, asks, for_rows, journey_of
 from .recomputation import (
     carried_over,
     in_backward,
@@ -29,12 +29,14 @@ from .recomputation import (
     without_grad_in_training,
 )
 from .recorder import Selected, active_recorder, pool, without_graph
+from .sizes import Counted, attend, counted_for
 from .state import Layer
 from .text_calls import where_text_may_come_from
 from .texts import texts_for
 from .wording import refuse_symbols
 
 Original = Callable[..., Any]
+NOTHING_COUNTED = Counted()
 
 
 def run_block(block: nn.Module, name: str, original: Original, *args: Any, **kwargs: Any) -> Any:
@@ -44,7 +46,7 @@ def run_block(block: nn.Module, name: str, original: Original, *args: Any, **kwa
     if not layer.wiring.patched:  # a copy of a block, which outlived the selection
         return original(*args, **kwargs)
     refuse_old_trace()
-    args, kwargs, carried = _arguments(layer, block, args, kwargs)
+    args, kwargs, carried = own_arguments(layer, block, args, kwargs)
     hidden: Tensor = args[0] if args else next(iter(kwargs.values()))
     refuse_symbols(tower, hidden)
     guidance = _guidance(layer, hidden, carried)
@@ -52,33 +54,37 @@ def run_block(block: nn.Module, name: str, original: Original, *args: Any, **kwa
     if held is not None and held.skips(layer):
         return adapter.as_output(tower, hidden)
     attended = None if held is None else held.recall(layer, hidden)
+    counted = counted_for(layer, hidden)
     if attended is None:
-        attended = adapter.attend(tower, block, *args, **kwargs)  # 1: self-attention as always
+        attended = attend(layer, block, counted, args, kwargs)  # 1: self-attention as always
         if held is not None and held.take(layer, attended):
             return adapter.as_output(tower, hidden)
-    seen = _seen(layer, block, attended, guidance)
-    tokens = select(layer, seen, hidden, guidance)  # 2, 3 and 4
+    seen = _seen(layer, block, attended, guidance, counted)
+    tokens = select(layer, seen, hidden, guidance, counted)  # 2, 3 and 4
     tokens = tokens if tower.batch_first else tokens.transpose(0, 1)
     return adapter.finish(tower, block, tokens, attended.rest)  # 5: the MLP
 
 
-def select(layer: Layer, seen: Candidates, hidden: Tensor, guidance: Guidance | None) -> Tensor:
+def select(
+    layer: Layer, seen: Candidates, hidden: Tensor, guidance: Guidance | None, counted: Counted = NOTHING_COUNTED
+) -> Tensor:
     """Shorten tokens `(B, N, D)` after attention to `(B, N', D)`, or to `(B * T, N', D)` for `pairing="all"`."""
     tokens, prefix = seen.all_tokens, seen.num_prefix_tokens
     patches = tokens.shape[1] - prefix
     if patches < 1:
         raise ValueError(f"block {layer.index} got {tokens.shape[1]} tokens, which leaves no patch to select from")
-    keep = num_kept(patches, layer.ratio)
+    whole = counted.num_patches if layer.first and counted.num_patches is not None else patches
+    keep = min(num_kept(whole, layer.ratio), patches)  # of the patches of the image, whatever merging has left
     text = None if guidance is None else texts_for(layer, guidance, tokens)
     spread = guidance is not None and guidance.pairing == "all" and layer.first
     copies = text.shape[1] if spread and text is not None else 1
     journey = None if in_backward() else journey_of(layer)
     again = in_backward() and was_recorded(hidden, layer)
-    if keep == patches and journey is None and not again:
+    sources = None if journey is None else journey.arrive(layer, tokens.shape[0], patches, tokens.device)
+    if keep == patches and not again and (journey is None or not asks(layer.wiring)):
         return tokens if copies == 1 else tokens.repeat_interleave(copies, dim=0)
 
     weights = _weigh(layer, seen, text, spread)  # 2: (B, n), or (B, T, n) for one selection per image and text
-    sources = None if journey is None else journey.arrive(layer, tokens.shape[0], patches, tokens.device)
     if keep == patches:
         reduced = _untouched(tokens, patches, copies)
     else:
@@ -87,13 +93,15 @@ def select(layer: Layer, seen: Candidates, hidden: Tensor, guidance: Guidance | 
 
     flat = weights.flatten(0, 1) if spread else weights
     if journey is not None and sources is not None:
-        sources = for_rows(sources, reduced.tokens.shape[0])
+        rows, recorder = reduced.tokens.shape[0], active_recorder(layer.wiring)
+        sources, members = for_rows(sources, rows), None if recorder is None else journey.holders()
         journey.go_on(sources, reduced, prefix)
-        recorder = active_recorder(layer.wiring)
+        if layer.plan.follows_sizes and keep < patches:
+            journey.sizes = layer.plan.reduction.sizes(for_rows(counted.or_ones(tokens), rows), reduced)
         if recorder is not None:
             note_recording(hidden, layer)
             instead = layer.instead_of_reentry() if without_grad_in_training(hidden) else None
-            recorder.trace.append(_entry(layer, seen, reduced, flat, sources, journey, instead))
+            recorder.trace.append(_entry(layer, seen, reduced, flat, sources, journey, members, instead))
     elif again:
         pool(flat, seen.patches)
     return reduced.tokens
@@ -135,7 +143,9 @@ def _places(layer: Layer, hidden: Tensor, journey: Journey | None, sources: Tens
     return found  # type: ignore[no-any-return]
 
 
-def _seen(layer: Layer, block: nn.Module, attended: Attended, guidance: Guidance | None) -> Candidates:
+def _seen(
+    layer: Layer, block: nn.Module, attended: Attended, guidance: Guidance | None, counted: Counted
+) -> Candidates:
     tower, plan = layer.tower, layer.plan
     tokens, normed = attended.tokens, attended.normed
     if not tower.batch_first:
@@ -144,12 +154,12 @@ def _seen(layer: Layer, block: nn.Module, attended: Attended, guidance: Guidance
     stash = None if guidance is None else guidance.stash(tower)
     selecting = tuple(index for index in plan.layers if index >= layer.index)
     place = guiding_place(tower, plan.guidance, prefix)
-    return Candidates(tower, layer.index, block, normed, tokens, prefix, place, selecting, stash)
+    return Candidates(tower, layer.index, block, normed, tokens, prefix, place, selecting, stash, counted.sizes)
 
 
 def _entry(
     layer: Layer, seen: Candidates, reduced: Reduced, relevance: Tensor, sources: Tensor, journey: Journey,
-    instead: str | None,
+    members: Tensor | None, instead: str | None,
 ) -> Selected:  # fmt: skip
     """Describe one selection; `relevance` `(R, n)` and `sources` `(R, n)` are per row of what came out.
 
@@ -167,11 +177,12 @@ def _entry(
         num_prefix_tokens=seen.num_prefix_tokens,
         grid=journey.grid,
         fused=reduced.tokens.shape[1] > seen.num_prefix_tokens + reduced.kept.shape[1],
-        holders=journey.holders,
+        holders=journey.holders(),
+        members=None if members is None else for_rows(members, len(sources)),
     )
 
 
-def _arguments(
+def own_arguments(
     layer: Layer, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any], Guidance | None]:
     """Take out of a block's arguments what `call_block` put in, and put in what the adapter carries."""

@@ -24,14 +24,31 @@ class Journey:
 
     tower: Tower
     grid: tuple[int, int] | None = None
-    """Height and width in patches; `None` where only blocks are called, or only the host knows."""
+    """Height and width in patches; `None` where nobody asks, only blocks are called, or only the host knows."""
     order: Tensor | None = None
     """`(B, n)`: the place of each patch token in the grid, for hosts that shuffle or drop patches."""
     sources: Tensor | None = None
-    """`(B, m)`: the place in the grid of each patch token of now; -1 is a fused token. `None` before the first."""
-    holders: Tensor | None = None
-    """`(B, H * W)`: the patch token of now that each place of the grid is in; -1 is in none."""
+    """`(B, m)`: the place in the grid of each patch token of now (of a merged one the place of one of its patches); -1
+    is a fused token. `None` before the first reduction."""
+    within: Tensor | None = None
+    """`(B, n)`: the patch token of now that each patch token of the image is in; -1 is in none."""
+    sizes: Tensor | None = None
+    """`(B, P + m)`: how many patches of the image each token of now stands for; `None` means one each."""
     outer: Journey | None = None
+
+    @property
+    def num_patches(self) -> int | None:
+        """The number of patch tokens of the image; `None` before the first reduction."""
+        return None if self.within is None else self.within.shape[1]
+
+    def holders(self) -> Tensor | None:
+        """Return `(B, H * W)`: the patch token of now that each place of the grid is in; -1 is in none."""
+        if self.grid is None or self.within is None:
+            return None
+        rows, count = self.within.shape
+        places = torch.arange(count, device=self.within.device).expand(rows, -1)
+        places = places if self.order is None else for_rows(self.order, rows)
+        return self.within.new_full((rows, self.grid[0] * self.grid[1]), -1).scatter(1, places, self.within)
 
     def arrive(self, layer: Layer, rows: int, num_patches: int, device: torch.device) -> Tensor:
         """Return the places `(rows, n)` of the patches that a selection layer chooses from.
@@ -39,15 +56,16 @@ class Journey:
         Raises:
             ValueError: patches are missing from the grid, or an earlier selection was not seen.
         """
-        if not layer.first:
+        if not layer.begins:
             if self.sources is None:
                 raise ValueError(
-                    f"block {layer.index} selects from what an earlier selection layer kept, which this record has not "
+                    f"block {layer.index} selects from what an earlier block left, which this record has not "
                     "seen: record a call of the whole tower, not of one of its blocks"
                 )
             return for_rows(self.sources, rows)
+        self.sizes = None
         if self.order is not None:
-            self.sources, self.order = self.order, None
+            self.sources = self.order
         elif self.grid is not None and self.grid[0] * self.grid[1] != num_patches:
             raise ValueError(
                 f"record() names patches by their place in the {self.grid[0]} x {self.grid[1]} grid, but {num_patches} "
@@ -55,7 +73,7 @@ class Journey:
             )
         else:
             self.sources = torch.arange(num_patches, device=device).expand(rows, -1)
-        self.holders = None if self.grid is None else _inverse(self.sources, self.grid[0] * self.grid[1])
+        self.within = torch.arange(num_patches, device=device).expand(rows, -1)
         return self.sources
 
     def go_on(self, sources: Tensor, reduced: Reduced, num_prefix_tokens: int) -> None:
@@ -65,21 +83,15 @@ class Journey:
         fused = reduced.tokens.shape[1] - num_prefix_tokens - kept.shape[1]
         lost = torch.full((rows, fused), -1, device=kept.device, dtype=kept.dtype)
         self.sources = torch.cat([kept, lost], dim=1) if fused else kept
-        if self.holders is not None:
-            held = for_rows(self.holders, rows)
+        if self.within is not None:
+            held = for_rows(self.within, rows)
             moved = (reduced.into[:, num_prefix_tokens:] - num_prefix_tokens).clamp(min=-1)
-            self.holders = moved.gather(1, held.clamp(min=0)).masked_fill(held < 0, -1)
+            self.within = moved.gather(1, held.clamp(min=0)).masked_fill(held < 0, -1)
 
 
 def for_rows(per_image: Tensor, rows: int) -> Tensor:
     """Repeat `(B, m)` for the `B * T` rows of `pairing="all"`."""
     return per_image if per_image.shape[0] == rows else per_image.repeat_interleave(rows // per_image.shape[0], dim=0)
-
-
-def _inverse(places: Tensor, size: int) -> Tensor:
-    """Turn `(B, n)` places of tokens into `(B, size)` tokens of places; -1 where there is none."""
-    count = torch.arange(places.shape[1], device=places.device).expand(places.shape[0], -1)
-    return places.new_full((places.shape[0], size), -1).scatter(1, places, count)
 
 
 _journey: ContextVar[Journey | None] = ContextVar("patchselect_journey", default=None)
@@ -99,16 +111,21 @@ def journey_of(layer: Layer) -> Journey | None:
     return recorder.loose.setdefault(id(layer.tower), Journey(layer.tower))  # type: ignore[no-any-return]
 
 
+def asks(wiring: Wiring) -> bool:
+    """Tell whether somebody wants to know where in the image the tokens come from."""
+    return active_recorder(wiring) is not None or wiring.plan.reduction.reads_places
+
+
 def call_tower(module: nn.Module, name: str, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Check that the tower is what it was, and remember the grid of what it is called with where somebody asks."""
     wiring: Wiring = module._patchselect  # type: ignore[assignment]
     for tower, place in zip(wiring.towers, wiring.places):
         if tower.module is module:
             check_unchanged(wiring.plan, tower, place)
-    if active_recorder(wiring) is None and not wiring.plan.reduction.reads_places:
+    if not asks(wiring) and not wiring.plan.follows_sizes:
         return original(*args, **kwargs)
     tower = next(tower for tower in wiring.towers if tower.module is module)
-    journey = Journey(tower, tower.adapter.grid(tower, *args, **kwargs))
+    journey = Journey(tower, tower.adapter.grid(tower, *args, **kwargs) if asks(wiring) else None)
     if is_dynamo_compiling():
         outer, wiring.traced_journey = wiring.traced_journey, journey
         found = original(*args, **kwargs)

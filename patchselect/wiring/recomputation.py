@@ -21,6 +21,7 @@ _Key = Tuple[int, int, int]
 _noted: dict[_Key, tuple[Guidance, bool]] = {}
 _recorded: dict[_Key, bool] = {}
 _placed: dict[_Key, Any] = {}
+_sized: dict[_Key, Any] = {}
 _carried: dict[_Key, dict[str, Any]] = {}
 
 
@@ -87,6 +88,17 @@ def note_places(hidden: Tensor, reader: object, places: Any) -> None:
 def recalled_places(hidden: Tensor, reader: object) -> Any:
     """Return where the patches of the first run on this input stood; `None` if nobody noted it."""
     return _placed.get(_key(hidden, reader))
+
+
+def note_sizes(hidden: Tensor, reader: object, counted: Any) -> None:
+    """Note what the tokens of a block's first run stood for."""
+    if may_be_recomputed(hidden):
+        _keep(_sized, hidden, reader, counted)
+
+
+def recalled_sizes(hidden: Tensor, reader: object) -> Any:
+    """Return what the tokens of the first run on this input stood for; `None` if nobody noted it."""
+    return _sized.get(_key(hidden, reader))
 
 
 def carried_over(hidden: Tensor, reader: object, find: Callable[[], dict[str, Any]]) -> dict[str, Any]:

@@ -20,7 +20,10 @@ class Selected:
     """What one selection layer did in one call."""
 
     kept: Tensor
-    """`(B, k)`: kept patches as indices into the ORIGINAL grid, in the order of the tokens; -1 is a fused token."""
+    """`(B, k)`: kept patches as indices into the ORIGINAL grid, in the order of the tokens; -1 is a fused token.
+
+    A token that similar patches have merged into goes by the index of one of them; `holders` has them all.
+    """
     relevance: Tensor
     """`(B, n)`: weights over the tokens that this layer chose from; >= 0, each row sums to 1."""
     places: Tensor
@@ -44,6 +47,8 @@ class Selected:
     holders: Tensor | None = None
     """`(B, H * W)`: the token after the prefix that each place of the grid is in: its own, or the fused one that it
     went into; -1 is in none (`fusion="none"`, or dropped by the host); `None` where `grid` is."""
+    members: Tensor | None = None
+    """`(B, H * W)`: the same before the selection: the one of the n tokens to choose from that holds each place."""
 
 
 class Trace(List[Selected]):

@@ -76,7 +76,7 @@ def release(module: nn.Module, wiring: Wiring) -> bool:
 
 @dataclass(eq=False)
 class Layer:
-    """One block of one tower: a selection layer, or a block that a prefix may skip."""
+    """One block of one tower: a selection layer, one that merges or counts sizes, or one that a prefix may skip."""
 
     wiring: Wiring
     tower: Tower
@@ -98,6 +98,11 @@ class Layer:
         made = memo[id(self)] = Layer.__new__(Layer)
         vars(made).update({name: copy.deepcopy(value, memo) for name, value in vars(self).items()})
         return made
+
+    @property
+    def begins(self) -> bool:
+        """Whether it is the first block of its tower that shortens the sequence."""
+        return self.index == (0 if self.plan.merge else self.plan.layers[0])
 
     def instead_of_reentry(self) -> str:
         """Return what to do in place of reentrant checkpointing, on this host."""
