@@ -117,8 +117,9 @@ class Albef(Heads):
         return ()
 
     def attend(self, tower: Tower, block: Any, x: Tensor, *register_hook: Any, **kwargs: Any) -> Attended:
-        if block._patchselect.plan.selects:
-            refuse_masks(tower, {name: value for name, value in kwargs.items() if name != "register_hook"})
+        masks = {name: value for name, value in kwargs.items() if name != "register_hook" and value is not None}
+        if masks and block._patchselect.plan.selects:
+            refuse_masks(tower, masks)
         normed = block.norm1(x)
         if register_hook:
             kwargs["register_hook"] = register_hook[0]

@@ -136,8 +136,9 @@ class TransformersClip(Adapter):
 
     def attend(self, tower: Tower, block: Any, *args: Any, **kwargs: Any) -> Attended:
         given = bound(tower.parts["block_call"], args, kwargs)
-        if block._patchselect.plan.selects:
-            refuse_masks(tower, {name: value for name, value in given.items() if name.endswith("attention_mask")})
+        masks = {name: value for name, value in given.items() if name.endswith("attention_mask") and value is not None}
+        if masks and block._patchselect.plan.selects:
+            refuse_masks(tower, masks)
         hidden_states = given.pop("hidden_states")
         normed = block.layer_norm1(hidden_states)
         attended, weights = block.self_attn(hidden_states=normed, **given)[:2]

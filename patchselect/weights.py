@@ -60,11 +60,11 @@ class Projections:
         return cls(query=query, query_bias=query_bias, key=key, key_bias=key_bias, value=value, **rest)
 
     @classmethod
-    def packed(cls, qkv: Any, output: Any, **rest: Any) -> Projections:
+    def packed(cls, packed: Any, output: Any, **rest: Any) -> Projections:
         """Read a linear layer to `(3D,)`, in the order q, k, v, and that of the output; `rest` are the other fields."""
-        if shows_weight(qkv) and shows_weight(output):
-            return cls.fused(*affine(qkv), output=affine(output)[0], **rest)
-        return _Hidden({"qkv": qkv, "output": output}, rest)
+        if shows_weight(packed) and shows_weight(output):
+            return cls.fused(*affine(packed), output=affine(output)[0], **rest)
+        return _Hidden({"packed": packed, "output": output}, rest)
 
     @classmethod
     def separate(cls, query: Any, key: Any, value: Any, output: Any, **rest: Any) -> Projections:
@@ -91,8 +91,8 @@ class _Hidden(Projections):
         part = name[: -len("_bias")] if name.endswith("_bias") else name
         if part in linears:
             found = dict(zip((part, f"{part}_bias"), affine(linears[part])))
-        elif "qkv" in linears and part in _QKV:
-            pieces = [[None] * 3 if whole is None else whole.chunk(3) for whole in affine(linears["qkv"])]
+        elif "packed" in linears and part in _QKV:
+            pieces = [[None] * 3 if whole is None else whole.chunk(3) for whole in affine(linears["packed"])]
             found = dict(zip((*_QKV, *(f"{each}_bias" for each in _QKV)), (*pieces[0], *pieces[1])))
         else:
             raise AttributeError(name)
