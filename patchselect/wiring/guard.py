@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter import Tower
-from ..compat import fork_rng
+from ..compat import fork_rng, without_modes
 from .state import STATE
 from .swapping import own_class
 
@@ -30,15 +30,15 @@ def check_halves(tower: Tower, index: int) -> None:
     block = tower.blocks[index]
     if _is_elsewhere(block):
         return
-    generator = torch.Generator().manual_seed(0)
-    twin = _twin(block, generator, {})
-    device = next(block.parameters()).device
-    tokens = torch.randn(1, tower.num_prefix_tokens + PATCHES, tower.width, generator=generator, device="cpu")
-    tokens = tokens if tower.batch_first else tokens.transpose(0, 1)
+    generator, device = torch.Generator().manual_seed(0), next(block.parameters()).device
+    with without_modes():
+        twin = _twin(block, generator, {})
+        tokens = torch.randn(1, tower.num_prefix_tokens + PATCHES, tower.width, generator=generator, device="cpu")
+        tokens = tokens if tower.batch_first else tokens.transpose(0, 1)
     here = [] if device.type in ("cpu", "meta") else [device]
     kind = "cuda" if device.type in ("cpu", "meta") else device.type
     autocast = torch.autocast("cpu" if device.type == "meta" else device.type, enabled=False)
-    with torch.no_grad(), fork_rng(devices=here, device_type=kind), autocast:
+    with without_modes(), torch.no_grad(), fork_rng(devices=here, device_type=kind), autocast:
         own, tokens, error = _own(tower, twin, tokens.to(device))
         if error is not None:
             if isinstance(error, RuntimeError) and (device.type == "meta" or "not implemented" in str(error)):
@@ -48,7 +48,8 @@ def check_halves(tower: Tower, index: int) -> None:
             found = _halves(tower, twin, tokens)
         except Exception as raised:
             raise TypeError(_refusal(tower, index, f"ran where they raised {_said(raised)}")) from raised
-    difference = _difference(own, found, tokens)
+    with without_modes():
+        difference = _difference(own, found, tokens)
     if difference is not None:
         raise TypeError(_refusal(tower, index, difference))
 
