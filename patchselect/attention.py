@@ -60,7 +60,7 @@ def attention_branch(
     query, key, value = (x.unflatten(-1, (weights.num_heads, -1)) for x in weights.qkv(normed))
     query = query if weights.query_norm is None else weights.query_norm(query)
     key = key if weights.key_norm is None else weights.key_norm(key)
-    heads = (x.to(value.dtype).transpose(1, 2) for x in (query, key, value))
+    q, k, v = (x.to(value.dtype).transpose(1, 2) for x in (query, key, value))
     dropout = weights.dropout if training else 0.0
-    read = sized_attention(*heads, sizes=sizes, scale=weights.scale, dropout=dropout, mask=mask)
+    read = sized_attention(q, k, v, sizes=sizes, scale=weights.scale, dropout=dropout, mask=mask)
     return weights.out(read.transpose(1, 2).flatten(2)), key.mean(dim=2)

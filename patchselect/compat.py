@@ -103,7 +103,9 @@ def baked_in(tensor: Tensor) -> bool:
     """Whether `torch.jit.trace`, if it is running, takes a tensor for a constant: made of none of its inputs."""
     if is_compiling() or not torch.jit.is_tracing():
         return False
-    values, seen = [torch._C._get_value_trace(tensor)], set()  # type: ignore[attr-defined]
+    traced: Any = torch._C
+    values: list[Any] = [traced._get_value_trace(tensor)]
+    seen: set[str] = set()
     while values:
         node = values.pop().node()
         if node.kind() in ("prim::Param", "prim::GetAttr"):

@@ -102,12 +102,13 @@ class Prefix:
     def cat(cls, parts: Sequence[Prefix]) -> Prefix:
         """Put prefixes of one model, and of images of one size, below each other."""
         found = {name: [getattr(part, name) for part in parts] for name in TENSORS}
-        joined = {name: None if held[0] is None else torch.cat(held) for name, held in found.items()}
+        joined: dict[str, Any] = {name: None if held[0] is None else torch.cat(held) for name, held in found.items()}
         return parts[0] if len(parts) == 1 else replace(parts[0], **joined)
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Prefix:
         held = {name: getattr(self, name) for name in TENSORS}
-        return replace(self, **{name: change(tensor) for name, tensor in held.items() if tensor is not None})
+        changed: dict[str, Any] = {name: change(tensor) for name, tensor in held.items() if tensor is not None}
+        return replace(self, **changed)
 
     def check(self, wiring: Wiring) -> None:
         """Raise if this is not a prefix of the model as it is now. Reads the weights of the prefix once.

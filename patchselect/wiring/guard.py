@@ -73,7 +73,7 @@ def _is_elsewhere(block: nn.Module) -> bool:
     tensors = [*block.parameters(), *block.buffers()]
     away = any(hasattr(tensor, "full_tensor") or hasattr(tensor, "fake_mode") for tensor in tensors)
     empty = any(isinstance(tensor, nn.Parameter) and tensor.numel() == 0 for tensor in tensors)
-    lazy = any(isinstance(tensor, nn.parameter.UninitializedTensorMixin) for tensor in tensors)
+    lazy = any(nn.parameter.is_lazy(tensor) for tensor in tensors)
     mixed = len({tensor.device for tensor in block.parameters()}) != 1
     hooked = any(hasattr(part, "_hf_hook") for part in block.modules()) and any(tensor.is_meta for tensor in tensors)
     return away or lazy or empty or mixed or hooked
