@@ -84,9 +84,9 @@ def test_an_object_from_outside_reaches_apply_and_the_tables(outside, tiny, tmp_
     """`patchselect.apply` is given the object as it is; here something of the library's own stands in for its work."""
     given, apply = [], patchselect.apply
 
-    def watched(model, keep_rate, layers, guidance, relevance, fusion):
+    def watched(model, keep_rate, layers, guidance, relevance, fusion, **options):
         given.append((guidance, relevance, fusion))
-        return apply(model, keep_rate, layers, guidance, None if relevance is None else "keys", "mean")
+        return apply(model, keep_rate, layers, guidance, None if relevance is None else "keys", "mean", **options)
 
     monkeypatch.setattr(patchselect, "apply", watched)
     main(

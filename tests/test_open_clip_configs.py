@@ -80,7 +80,7 @@ def check(model, images: torch.Tensor, prefix: int, patches: int) -> None:
     tokens = torch.randint(1, 99, (2, 8))
     with torch.no_grad():
         before = model.encode_image(images)
-        handle = patchselect.apply(model, 0.5)
+        handle = patchselect.apply(model, 0.5, pairing="paired")
         with handle.record() as trace:
             guided = model(images, tokens)
         guided = guided["image_features"] if isinstance(guided, dict) else guided[0]

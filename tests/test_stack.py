@@ -226,10 +226,10 @@ def _distributed(rank: int, world: int, path: str, kind: str, relevance: str, me
         embeds = model(input_ids=tokens[rows], pixel_values=images[rows])
         return embeds.square().sum(dim=1).mul(torch.arange(1.0, 5.0)[rows]).mean() + embeds.sum(dim=1).mean()
 
-    patchselect.apply(reference.model, 0.5, relevance=relevance, merge=merge)
+    patchselect.apply(reference.model, 0.5, relevance=relevance, merge=merge, pairing="paired")
     sum(loss(Embeds(reference.model), slice(2 * r, 2 * r + 2)) for r in range(world)).div(world).backward()
     mine = slice(2 * rank, 2 * rank + 2)
-    patchselect.apply(case.model, 0.5, relevance=relevance, merge=merge)
+    patchselect.apply(case.model, 0.5, relevance=relevance, merge=merge, pairing="paired")
     if kind == "ddp":
         model = nn.parallel.DistributedDataParallel(Embeds(case.model), find_unused_parameters=True)
     else:

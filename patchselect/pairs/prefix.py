@@ -14,7 +14,7 @@ from ..adapter import Attended, Tower
 from ..compat import allow_in_files
 from ..reading import held, plain_tensors
 from ..wiring.guidance import Guidance, current, scope
-from ..wiring.journey import journey_of
+from ..wiring.journey import journey_of, travelling
 from ..wiring.recomputation import in_backward
 from ..wiring.state import STATE, Layer, Wiring
 from .answers import Answer, answer_of_embedding, run_few_tokens
@@ -261,7 +261,8 @@ def _answer(wiring: Wiring) -> Answer:
     embedding = tower.adapter.patch_embedding(tower)
     with scope(wiring, torch.zeros(0), "prefix", prefix=taking):
         embedded = () if embedding is None else answer_of_embedding(tower.module, embedding)
-        run_few_tokens(tower, tower.blocks[: wiring.plan.layers[0] + 1])
+        with travelling(tower):
+            run_few_tokens(tower, tower.blocks[: wiring.plan.layers[0] + 1])
     tokens, normed, *_ = taking.attended or (torch.zeros(0),) * 2
     return Answer.of(tower, *embedded, tokens, normed)
 

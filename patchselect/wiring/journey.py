@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Callable
@@ -135,6 +137,17 @@ def call_tower(module: nn.Module, name: str, original: Callable[..., Any], *args
     _journey.set(journey)
     try:
         return original(*args, **kwargs)
+    finally:
+        _journey.set(unlinked(_journey.get(), lambda link: link is journey))
+
+
+@contextmanager
+def travelling(tower: Tower) -> Iterator[None]:
+    """Let blocks that are called one after the other be parts of one call of their tower."""
+    journey = Journey(tower, outer=_journey.get())
+    _journey.set(journey)
+    try:
+        yield
     finally:
         _journey.set(unlinked(_journey.get(), lambda link: link is journey))
 
