@@ -39,7 +39,6 @@ MIDDLE = ("torch==2.7.1", "torchvision==0.22.1", "transformers==4.53.3", "open_c
 LLAVA = ("torch==2.1.2", "torchvision==0.16.2", "transformers==4.37.2", "open_clip_torch==2.24.0", "timm==0.9.12")
 LAVIS = ("torch==2.0.1", "torchvision==0.15.2", "transformers==4.33.2", "open_clip_torch==2.20.0", "timm==0.4.12")
 ALBEF = ("torch==1.13.1", "torchvision==0.14.1", "transformers==4.8.1", "timm==0.4.9")
-BLIP = ("torch==1.10.1", "torchvision==0.11.2", "transformers==4.15.0", "timm==0.4.12")
 OLD = ("numpy<2",)
 """What torch before 2.2 was compiled against."""
 
@@ -48,10 +47,9 @@ LANES = {
     "newest-313": Lane("3.13", NEWEST, (*EXTRAS, *EXPORT)),
     "middle": Lane("3.12", MIDDLE, (*EXTRAS, *EXPORT)),
     "llava": Lane("3.10", (*LLAVA, *OLD)),
+    "bare": Lane("3.10", ("torch==2.4.1",), ()),
     "lavis": Lane("3.9", (*LAVIS, *OLD)),
     "albef": Lane("3.8", (*ALBEF, *OLD)),
-    "blip": Lane("3.8", (*BLIP, *OLD)),
-    "bare": Lane("3.10", ("torch==2.4.1",), ()),
 }
 
 IMPORTS = "import patchselect, patchselect.adapters as a; print(patchselect.__file__, len(a.ADAPTERS), 'adapters')"

@@ -162,8 +162,10 @@ def test_relevance_by_scaled_cosine_is_the_attention_of_the_block():
     maps = []
     attention = model.visual.transformer.resblocks[1].attn
     attention.attn_drop.register_forward_hook(lambda module, args, out: maps.append(out))
-    handle = patchselect.apply(model, 0.5, layers=[1], guidance="image", relevance="keys")
     # Releases 3.x hand `bmm` four dimensions here, which it refuses.
+    with mock.patch("torch.bmm", torch.matmul):
+        handle = patchselect.apply(model, 0.5, layers=[1], guidance="image", relevance="keys")
+    maps.clear()
     with torch.no_grad(), handle.record() as trace, mock.patch("torch.bmm", torch.matmul):
         model.encode_image(torch.randn(2, 3, 64, 64))
     of_class_token = maps[0][:, :, 0, 1:]
