@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 from since import BENCHMARKS, needs
 
 needs(*BENCHMARKS, module=True)
+import numpy as np
+
 pytest.importorskip("sklearn")
 pytest.importorskip("emoji")
 
