@@ -53,6 +53,10 @@ TORCH = {
         "2.14",
         "autocast and reentrant checkpoints lose gradients of weights, selection or not (2.7: seen)",
     ),
+    "parametrized weight norm": Feature(
+        "torch", "2.1", "weight_norm is no parametrization", "torch.nn.utils.parametrizations:weight_norm"
+    ),
+    "half products on CPU": Feature("torch", "2.4", "products in half precision do not run on a CPU (2.4: measured)"),
     "weights_only": Feature(
         "torch", "2.4", "classes cannot be allowed in files", "torch.serialization:add_safe_globals"
     ),
