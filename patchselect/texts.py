@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 from typing import Any, Callable, Mapping, NamedTuple, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from .calls import padded
 
 
 class TextRun(NamedTuple):
@@ -77,9 +78,5 @@ class Texts:
         states = {}
         for name in parts[0].states:
             length = max(part.states[name].shape[1] for part in parts)
-            states[name] = torch.cat([_padded(part.states[name], length) for part in parts])
+            states[name] = torch.cat([padded(part.states[name], length) for part in parts])
         return cls(torch.cat([part.features for part in parts]), states)
-
-
-def _padded(state: Tensor, length: int) -> Tensor:
-    return F.pad(state, (0, 0) * (state.dim() - 2) + (0, length - state.shape[1]))
