@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ..adapter import Tower, Wrapper
+from ..reading import evaluating
 from .plan import Plan
 from .state import STATE
 from .swapping import is_stuck
@@ -75,15 +76,10 @@ def _counts_alike(tower: Tower, block: nn.Module) -> bool:
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randn(tower.num_prefix_tokens + 4, 2, tower.width, generator=generator).to(weight)
     tokens = tokens.transpose(0, 1).contiguous() if tower.batch_first else tokens
-    modes = {part: part.training for part in block.modules()}
-    block.eval()
-    try:
-        own = tower.adapter.attend(tower, block, tokens).tokens
-        ones = torch.ones(2, tower.num_prefix_tokens + 4, device=weight.device)
-        found = tower.adapter.attend_sized(tower, block, ones, tokens).tokens
-    finally:
-        for part, mode in modes.items():
-            part.training = mode
+    twin = evaluating(block)  # others may be training the block
+    own = tower.adapter.attend(tower, twin, tokens).tokens
+    ones = torch.ones(2, tower.num_prefix_tokens + 4, device=weight.device)
+    found = tower.adapter.attend_sized(tower, twin, ones, tokens).tokens
     far = (own - found).abs().max() / (own - tokens).abs().max().clamp(min=torch.finfo(weight.dtype).tiny)
     return bool(far < (0.1 if weight.element_size() < 4 else 0.01))  # TF32 rounds too
 
