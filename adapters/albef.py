@@ -22,7 +22,7 @@ BLOCK_PARTS = {"norm1", "attn", "drop_path", "norm2", "mlp"}
 
 
 def is_tower(module: Any) -> bool:
-    """ALBEF's ViT: plain pre-norm blocks with a fused `qkv`, one [CLS] in front."""
+    """Tell whether this is ALBEF's ViT: plain pre-norm blocks with a fused `qkv`, one [CLS] in front."""
     blocks: Any = getattr(module, "blocks", None)
     embed, positions = getattr(module, "patch_embed", None), getattr(module, "pos_embed", None)
     if not isinstance(blocks, nn.ModuleList) or len(blocks) == 0 or not hasattr(module, "cls_token"):
@@ -40,7 +40,7 @@ def is_tower(module: Any) -> bool:
 
 
 def joint_of(head: nn.Module) -> tuple[nn.Module, ...]:
-    """The projections of text and image into the joint space of a head; `()` if it has none."""
+    """Return the projections of text and image into the joint space of a head; `()` if it has none."""
     joint = tuple(getattr(head, name, None) for name in ("text_proj", "vision_proj"))
     return joint if all(map(is_linear, joint)) else ()  # type: ignore[return-value]
 
@@ -94,7 +94,7 @@ class Albef(Heads):
         ]
 
     def methods(self, model: nn.Module, towers: list[Tower]) -> list[tuple[nn.Module, Mapping[str, Wrapper]]]:
-        """LAVIS calls its towers by `forward_features`, which goes past their `forward`; X-VLM's take regions."""
+        """Add what goes past `forward`: LAVIS calls its towers by `forward_features`; X-VLM's take regions."""
         named = [tower.module for tower in towers if hasattr(tower.module, "forward_features")]
         regional = [tower.module for tower in towers if takes_regions(tower.module)]
         return [
@@ -104,7 +104,7 @@ class Albef(Heads):
         ]
 
     def _joint_space(self, parts: dict[str, Any], width: int) -> tuple[nn.Module, ...]:
-        """The projections of text and image into the head's joint space, if it has one."""
+        """Return the projections of text and image into the head's joint space, if it has one."""
         joint = joint_of(parts["head"])
         if joint:
             return joint
@@ -145,7 +145,7 @@ class Albef(Heads):
         )
 
     def lift(self, tower: Tower, text: Tensor) -> Tensor:
-        """As it is where text and image have one width (the published sizes), else through the joint space."""
+        """Lift a text: as it is where its width is the image's (the published sizes), else through the joint space."""
         return text if self.text_width(tower) == tower.width else self._through_joint(tower, text)
 
     def read_back(self, tower: Tower, text: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ METHODS = ("forward", "generate", "get_multimodal_features")
 
 
 def is_tower(module: Any) -> bool:
-    """A ViT with a fused `qkv`, an output layer `projection` and a class embedding."""
+    """Tell whether this is a ViT with a fused `qkv`, an output layer `projection` and a class embedding."""
     layers = getattr(getattr(module, "encoder", None), "layers", None)
     if not isinstance(layers, nn.ModuleList) or len(layers) == 0 or not hasattr(module, "post_layernorm"):
         return False
@@ -47,7 +47,7 @@ def is_tower(module: Any) -> bool:
 
 
 def joint_space_of(model: nn.Module) -> tuple[nn.Linear, nn.Linear] | None:
-    """The projections of text and image into one space, if the head has them."""
+    """Return the projections of text and image into one space, if the head has them."""
     for names in PROJECTIONS:
         found = [getattr(model, name, None) for name in names]
         if all(map(is_linear, found)):
@@ -157,7 +157,7 @@ class TransformersBlip(BlipMatching):
         return tower.parts["text"].config.hidden_size
 
     def lift(self, tower: Tower, text: Tensor) -> Tensor:
-        """As it is where the widths are equal, else through the joint space."""
+        """Lift a text: as it is where the widths are equal, else through the joint space."""
         if tower.width == text.shape[-1] and not hasattr(tower.head, "text_model"):
             return text
         if tower.parts["joint"] is None:
@@ -241,7 +241,7 @@ class TransformersBlip(BlipMatching):
 
 
 def own_random_stream(encoder: Any) -> Any:
-    """A run that the host does not make itself draws its dropout apart, so that the host's own draws stay the same."""
+    """Draw the dropout of a run that the host does not make apart, so that the host's own draws stay the same."""
     if not encoder.training or is_compiling():
         return nullcontext()
     device = next(encoder.parameters()).device

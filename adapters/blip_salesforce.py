@@ -28,7 +28,7 @@ class SalesforceBlip(Captions):
 
 
 def is_text(value: Any) -> bool:
-    """Whether this is a string or strings."""
+    """Tell whether this is a string or strings."""
     if isinstance(value, (list, tuple)):
         return len(value) > 0 and all(isinstance(item, str) for item in value)
     return isinstance(value, str)

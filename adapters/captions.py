@@ -61,7 +61,7 @@ def _alike(a: Any, b: Any) -> bool:
 
 
 def recall_tokenized(encoder: Any, name: str, original: Any, tokenized_text: Any, *args: Any, **kwargs: Any) -> Any:
-    """LAVIS' `forward_text` and `forward_automask`, which take what the tokenizer returns and go past `forward`."""
+    """Answer LAVIS' `forward_text` and `forward_automask`, which take a tokenizer's output and go past `forward`."""
     ids, mask = tokenized_text.input_ids, tokenized_text.attention_mask
     half = {"attention_mask": mask, "return_dict": True, **text_mode(encoder)}
     if remembered(encoder, "forward", (ids,), half) is None:
@@ -74,7 +74,7 @@ def recall_tokenized(encoder: Any, name: str, original: Any, tokenized_text: Any
 
 
 def call_captioner(model: nn.Module, name: str, original: Any, *args: Any, **kwargs: Any) -> Any:
-    """A captioning head: what comes with its image is the caption to learn, or nothing."""
+    """Call a captioning head: what comes with its image is the caption to learn, or nothing."""
     wiring: Any = model._patchselect
     if wiring.plan.guidance == "text" and current(wiring) is None:
         raise ValueError(
@@ -89,7 +89,7 @@ def call_captioner(model: nn.Module, name: str, original: Any, *args: Any, **kwa
 
 
 def tokenizing(head: nn.Module, functions: list[Any]) -> dict[str, Any]:
-    """The named arguments with which a head tokenises the first text of its call; sensible ones if it cannot be read.
+    """Return the arguments with which a head tokenises the first text of its call; sensible ones if it cannot be read.
 
     Padding and the longest length decide whether its own run of the text is the one that is remembered, and how much
     of a long text guides.
@@ -105,7 +105,7 @@ def tokenizing(head: nn.Module, functions: list[Any]) -> dict[str, Any]:
 
 
 def _tokenizer_calls(function: Any) -> Iterator[ast.Call]:
-    """The calls of `self.tokenizer` in the source of a function, in order; none where there is no source."""
+    """Yield the calls of `self.tokenizer` in the source of a function, in order; none where there is no source."""
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
     except (OSError, TypeError, SyntaxError):
@@ -122,7 +122,7 @@ def _attribute_of_self(node: Any) -> str | None:
 
 
 def _value(node: Any, head: nn.Module, function: Any) -> Any:
-    """What an argument is: a constant, an attribute of the head, or a name of the module; a `LookupError` otherwise."""
+    """Return what an argument is: constant, attribute of the head or name of the module; else a `LookupError`."""
     if isinstance(node, ast.Constant):
         return node.value
     name = _attribute_of_self(node)
@@ -135,11 +135,11 @@ class Captions(CaptionMatching, Albef):
     """Heads with ALBEF's ViT, called with strings. A family says which heads are its own and where the text is."""
 
     def knows(self, head: nn.Module, calls: Mapping[str, tuple[str, ...]], halves: bool) -> bool:
-        """Whether a head is of this family, from the parameters of its calls and whether it has a half for text."""
+        """Tell whether a head is of this family, from the parameters of its calls and whether it has a text half."""
         raise NotImplementedError
 
     def text_given(self, given: dict[str, Any], names: tuple[str, ...]) -> Any:
-        """The text among the arguments of a call: a string, strings, tokens, or `None`."""
+        """Return the text among the arguments of a call: a string, strings, tokens, or `None`."""
         raise NotImplementedError
 
     def towers(self, model: nn.Module) -> list[Tower]:

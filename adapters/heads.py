@@ -24,7 +24,7 @@ FUSION_ARGUMENTS = ("encoder_hidden_states", "encoder_attention_mask")
 
 
 def is_bert(module: Any) -> bool:
-    """A BERT of these codebases: it can start from `encoder_embeds` and read an image through cross-attention."""
+    """Tell whether this is a BERT of these code bases: it can start from `encoder_embeds` and read an image."""
     layers = getattr(getattr(module, "encoder", None), "layer", None)
     if not isinstance(layers, nn.ModuleList) or len(layers) == 0 or not hasattr(module, "embeddings"):
         return False
@@ -32,17 +32,17 @@ def is_bert(module: Any) -> bool:
 
 
 def reads_text_alone(module: Any) -> bool:
-    """A text encoder: its first layer has no cross-attention (fusion encoders and decoders have one there)."""
+    """Tell whether this is a text encoder: fusion encoders and decoders have cross-attention in their first layer."""
     return is_bert(module) and not hasattr(module.encoder.layer[0], "crossattention")
 
 
 def text_encoder_of(model: nn.Module) -> nn.Module | None:
-    """The text encoder that is trained; a momentum twin is frozen."""
+    """Return the text encoder that is trained; a momentum twin is frozen."""
     return trained([module for module in model.modules() if reads_text_alone(module)])
 
 
 def fusion_encoder_of(head: nn.Module, spoken: set[str]) -> nn.Module | None:
-    """A BERT of the head that reads the image in every layer and that its forward speaks of, if there is one.
+    """Return a BERT of the head that reads the image in every layer and that its forward speaks of, if there is one.
 
     mPLUG's momentum twin of it is neither frozen nor run. ALBEF needs none: its text encoder has a fusion half.
     """
@@ -51,7 +51,7 @@ def fusion_encoder_of(head: nn.Module, spoken: set[str]) -> nn.Module | None:
 
 
 def trained(found: list[nn.Module]) -> nn.Module | None:
-    """The first that has weights to train, else the first."""
+    """Return the first that has weights to train, else the first."""
     trained = [module for module in found if any(weight.requires_grad for weight in module.parameters())]
     return next(iter(trained or found), None)
 
@@ -67,7 +67,7 @@ def check_twins(model: nn.Module, towers: list[nn.Module]) -> None:
 
 
 def owner_of(model: nn.Module, *parts: nn.Module) -> nn.Module:
-    """The smallest module inside `model` (or `model`) that holds all parts: the head, whoever wraps it."""
+    """Return the smallest module inside `model` (or `model`) that holds all parts: the head, whoever wraps it."""
     for child in model.children():
         held = set(child.modules())
         if all(part in held and part is not child for part in parts):
@@ -76,7 +76,7 @@ def owner_of(model: nn.Module, *parts: nn.Module) -> nn.Module:
 
 
 def functions_of(model: nn.Module, *methods: str) -> list[Any]:
-    """These methods of the class and those that they call, in that order; what every `nn.Module` has is left out."""
+    """Return these methods of the class and those that they call, in that order; without what every `nn.Module` has."""
     found: list[Any] = []
     todo = list(methods)
     for name in todo:
@@ -91,7 +91,7 @@ def functions_of(model: nn.Module, *methods: str) -> list[Any]:
 
 
 def codes_of(function: Any) -> list[CodeType]:
-    """The code of a function and of the functions and comprehensions inside it."""
+    """Return the code of a function and of the functions and comprehensions inside it."""
     found = [function.__code__]
     for code in found:
         found += [constant for constant in code.co_consts if isinstance(constant, CodeType)]
@@ -99,17 +99,17 @@ def codes_of(function: Any) -> list[CodeType]:
 
 
 def names_in(functions: list[Any]) -> set[str]:
-    """The names that the code of these functions speaks of."""
+    """Return the names that the code of these functions speaks of."""
     return {name for function in functions for code in codes_of(function) for name in code.co_names}
 
 
 def names_in_forward(model: nn.Module) -> set[str]:
-    """The names that the code of `forward`, and of the methods it calls, speaks of."""
+    """Return the names that the code of `forward`, and of the methods it calls, speaks of."""
     return names_in(functions_of(model, "forward"))
 
 
 def tokens_of(value: Any) -> tuple[Tensor, Tensor] | None:
-    """Token ids and attention mask of a tokenizer's output, or of a nested tensor of integers (mPLUG's grounding)."""
+    """Return ids and mask of a tokenizer's output, or of a nested tensor of integers (mPLUG's grounding)."""
     if getattr(value, "input_ids", None) is not None:
         return value.input_ids, value.attention_mask
     tensors = getattr(value, "tensors", None)
@@ -119,7 +119,7 @@ def tokens_of(value: Any) -> tuple[Tensor, Tensor] | None:
 
 
 def resume_text(encoder: nn.Module, name: str, original: Any, *args: Any, **kwargs: Any) -> Any:
-    """A text encoder that has run its text half already.
+    """Go on from the text half that a text encoder has run already.
 
     A call for that half is answered from memory. A call for both halves (`mode="multi_modal"`: VQA, NLVR2, visual
     entailment) goes on from there with the fusion layers, which is the same function.
@@ -139,7 +139,7 @@ class Heads(BertMatching):
     default_relevance = "keys"
 
     def head_parts(self, model: nn.Module, towers: list[nn.Module], family: str) -> dict[str, Any]:
-        """The head around `towers` and its text encoder; `{}` for a tower alone.
+        """Return the head around `towers` and its text encoder; `{}` for a tower alone.
 
         Raises:
             TypeError: what holds the towers is not a head of this family.

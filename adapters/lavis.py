@@ -62,7 +62,7 @@ class LavisClip(OpenAiClip):
 
 
 def text_in(samples: Any) -> Any:
-    """The text of `samples` that come with an image."""
+    """Return the text of `samples` that come with an image."""
     if not isinstance(samples, Mapping) or not IMAGES & set(samples):
         return None
     text = samples.get("text_input")

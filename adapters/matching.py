@@ -13,7 +13,7 @@ from patchselect.weights import is_linear
 
 
 def _tokens(texts: Any, encoder: Any) -> tuple[Tensor, Tensor]:
-    """Token ids and mask; without a mask, the padding that the configuration of the text encoder names is no word."""
+    """Return token ids and mask; without a mask, what the text encoder's configuration names as padding is no word."""
     given = named(texts)
     ids = given["input_ids"]
     mask = given.get("attention_mask")
@@ -24,7 +24,7 @@ def _tokens(texts: Any, encoder: Any) -> tuple[Tensor, Tensor]:
 
 
 def text_mode(encoder: nn.Module) -> dict[str, str]:
-    """What makes a BERT that holds both halves (ALBEF) run its text half alone; nothing for one without halves."""
+    """Return what makes a BERT that holds both halves (ALBEF) run its text half alone; `{}` for one without halves."""
     return {"mode": "text"} if "mode" in inspect.signature(type(encoder).forward).parameters else {}
 
 
@@ -40,7 +40,7 @@ def _head(model: nn.Module) -> nn.Module:
 
 
 def _refuse_without_text(tower: Tower) -> None:
-    """For heads that run no text encoder (captioning)."""
+    """Raise for heads that run no text encoder (captioning)."""
     if tower.parts and tower.parts["text_encoder"] is None:
         raise ValueError(
             f"{type(tower.parts['head']).__name__} runs no text encoder, so its pairs have no score: use a retrieval "
@@ -88,7 +88,7 @@ class BertMatching(Adapter):
         return Texts(states[:, 0], {"tokens": states, "mask": mask})
 
     def as_fused(self, tower: Tower, rows: Tensor) -> Tensor:
-        """Image tokens of the tower as the fusion encoder of its head reads them."""
+        """Return image tokens of the tower as the fusion encoder of its head reads them."""
         return rows
 
     def score(self, model: Any, tower: Tower, rows: Tensor, texts: Texts) -> Tensor:
@@ -116,7 +116,7 @@ class BertMatching(Adapter):
 
 
 def fused_from_ids(encoder: nn.Module, rows: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-    """Hidden states of a text encoder that reads the image in every layer, so that it starts from the ids."""
+    """Run a text encoder that reads the image in every layer, from the ids; returns its hidden states."""
     read = dict(encoder_hidden_states=rows, encoder_attention_mask=_ones(rows))
     states: Tensor = encoder(input_ids=ids, attention_mask=mask, return_dict=True, **read).last_hidden_state
     return states

@@ -30,7 +30,7 @@ TRANSFORMER_ARGUMENTS = {"self", "x", "text_mask", "use_checkpoint"}
 def run_transformer(
     module: Any, name: str, original: Any, x: Tensor, text_mask: Tensor | None = None, use_checkpoint: bool = True
 ) -> Tensor:
-    """mPLUG's loop over its blocks; where they are checkpointed, selecting blocks get the text as an argument.
+    """Run mPLUG's loop over its blocks; where they are checkpointed, selecting blocks get the text as an argument.
 
     While recording they are not checkpointed reentrantly, which would keep no graph of what is recorded.
     """
@@ -48,7 +48,7 @@ def run_transformer(
 
 
 def call_with_frames(model: nn.Module, name: str, original: Any, *args: Any, **kwargs: Any) -> Any:
-    """A captioning head: it runs no text encoder, and a video `(B, frames, 3, H, W)` becomes `B * frames` images.
+    """Call a captioning head, which runs no text encoder: a video `(B, frames, 3, H, W)` becomes `B * frames` images.
 
     A text given for each video guides all of its frames.
     """
@@ -135,7 +135,7 @@ class Mplug(SequenceFirst, Heads):
         return text.to(weight.dtype) @ weight
 
     def as_fused(self, tower: Tower, rows: Tensor) -> Tensor:
-        """Narrowed to the width of the text where the tower is wider, as the head does it."""
+        """Narrow the tokens to the width of the text where the tower is wider, as the head does it."""
         for name in (tower.parts.get("bridge"), tower.parts.get("bridge_norm")):
             rows = rows if name is None else tower.parts["head"].get_submodule(name)(rows)
         return rows

@@ -17,7 +17,7 @@ TOWER_PARTS = ("conv1", "class_embedding", "positional_embedding", "ln_pre", "ln
 
 
 def is_tower(module: Any, held_in: Any = nn.Sequential) -> bool:
-    """The ViT of OpenAI CLIP: `transformer.resblocks` of four parts around an `nn.MultiheadAttention`."""
+    """Tell whether this is OpenAI CLIP's ViT: blocks of four parts around an `nn.MultiheadAttention`."""
     blocks: Any = getattr(getattr(module, "transformer", None), "resblocks", None)
     if not isinstance(blocks, held_in) or not all(hasattr(module, part) for part in TOWER_PARTS):
         return False
