@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from dataclasses import dataclass
 from types import CodeType
 from typing import Any
 
 from torch import Tensor, nn
 
-from patchselect.adapter import TextCall, TextRun, Tower, Wrapper, bound
+from patchselect.adapter import Reader, TextCall, TextRun, Texts, Tower, Wrapper, bound
 from patchselect.wiring.text_calls import call_with_text, recall_text, remembered
 from patchselect.wiring.wording import as_code
 
-from .matching import BertMatching, text_mode
+from .matching import ids_and_mask, matching_layer, matching_probability, seen_whole, states_of, text_mode
 
 FUSION_ARGUMENTS = ("encoder_hidden_states", "encoder_attention_mask")
 
@@ -133,61 +134,112 @@ def resume_text(encoder: nn.Module, name: str, original: Any, *args: Any, **kwar
     return recall_text(encoder, name, original, *args, **kwargs)
 
 
-class Heads(BertMatching):
-    """What the heads of ALBEF and mPLUG share: `head(image, text, ...)`, and who encodes that text."""
+def head_parts(model: nn.Module, towers: list[nn.Module], family: str) -> dict[str, Any] | None:
+    """Return what a `BertHead` around `towers` is made of; `None` for a tower alone.
 
-    default_relevance = "keys"
+    Raises:
+        TypeError: what holds the towers is not a head of this family.
+    """
+    if towers == [model]:
+        return None
+    encoder = text_encoder_of(model)
+    bert: Any = encoder or next((module for module in model.modules() if is_bert(module)), None)
+    if bert is None:
+        path = next(path for path, part in model.named_modules() if part is towers[0])
+        raise TypeError(
+            f"{type(model).__name__} cannot be patched as a whole: it holds a vision tower of {family}, but no "
+            "BERT of that family, and what reads its tokens may need a fixed number. If it takes any number, call "
+            f"patchselect.apply({as_code(model, path)})"
+        )
+    check_twins(model, towers)
+    head = owner_of(model, towers[0], bert)
+    spoken = names_in_forward(head)
+    path = next((path for path, part in head.named_modules() if part is encoder), "")
+    return {
+        "module": head,
+        "text_encoder": encoder if path.split(".")[0] in spoken else None,
+        "fusion": fusion_encoder_of(head, spoken),
+        "width": bert.embeddings.word_embeddings.embedding_dim,
+        "call": tuple(inspect.signature(type(head).forward).parameters)[1:],
+        "image_pairs": "split" in spoken,
+    }
 
-    def head_parts(self, model: nn.Module, towers: list[nn.Module], family: str) -> dict[str, Any]:
-        """Return the head around `towers` and its text encoder; `{}` for a tower alone.
 
-        Raises:
-            TypeError: what holds the towers is not a head of this family.
-        """
-        if towers == [model]:
-            return {}
-        encoder = text_encoder_of(model)
-        bert: Any = encoder or next((module for module in model.modules() if is_bert(module)), None)
-        if bert is None:
-            path = next(path for path, part in model.named_modules() if part is towers[0])
-            raise TypeError(
-                f"{type(model).__name__} cannot be patched as a whole: it holds a vision tower of {family}, but no "
-                "BERT of that family, and what reads its tokens may need a fixed number. If it takes any number, call "
-                f"patchselect.apply({as_code(model, path)})"
-            )
-        check_twins(model, towers)
-        head = owner_of(model, towers[0], bert)
-        spoken = names_in_forward(head)
-        path = next((path for path, part in head.named_modules() if part is encoder), "")
-        return {
-            "head": head,
-            "text_encoder": encoder if path.split(".")[0] in spoken else None,
-            "fusion": fusion_encoder_of(head, spoken),
-            "text_width": bert.embeddings.word_embeddings.embedding_dim,
-            "call": tuple(inspect.signature(type(head).forward).parameters)[1:],
-            "image_pairs": "split" in spoken,
-        }
+@dataclass(eq=False)
+class BertHead(Reader):
+    """A head of ALBEF or mPLUG around its towers: `head(image, text, ...)`, with a BERT of its own."""
+
+    module: nn.Module
+    text_encoder: Any
+    """Who encodes its texts; `None` where it reads none (captioning)."""
+    fusion: nn.Module | None
+    """Who reads text and image together, where that is not the upper half of the text encoder (ALBEF)."""
+    width: int
+    """Of its texts."""
+    call: tuple[str, ...]
+    """The parameters of its forward."""
+    image_pairs: bool
+    """Whether a text speaks of two images (NLVR2)."""
 
     def text_width(self, tower: Tower) -> int:
-        return tower.parts.get("text_width", tower.width)
+        return self.width
 
     def methods(self, model: nn.Module, towers: list[Tower]) -> list[tuple[nn.Module, Mapping[str, Wrapper]]]:
-        parts = towers[0].parts
-        if parts.get("text_encoder") is None:
+        if self.text_encoder is None:
             return []
-        return [(parts["head"], {"forward": call_with_text}), (parts["text_encoder"], {"forward": resume_text})]
+        return [(self.module, {"forward": call_with_text}), (self.text_encoder, {"forward": resume_text})]
 
     def text_of_call(
         self, model: nn.Module, tower: Tower, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> TextCall | None:
-        given = bound(tower.parts["call"], args, kwargs)
-        values = [given.get(name) for name in tower.parts["call"]]
+        given = bound(self.call, args, kwargs)
+        values = [given.get(name) for name in self.call]
         text = next((found for found in map(tokens_of, values) if found is not None), None)
         if text is None:
             return None
-        encoder = tower.parts["text_encoder"]
-        run = {"attention_mask": text[1], "return_dict": True, **text_mode(encoder)}
-        result = encoder(text[0], **run)
-        images = 2 if tower.parts["image_pairs"] else 1
-        remembered_run = TextRun(encoder, "forward", (text[0],), run, result)
-        return TextCall(result.last_hidden_state[:, 0], (remembered_run,), images)
+        run = {"attention_mask": text[1], "return_dict": True, **text_mode(self.text_encoder)}
+        result = self.text_encoder(text[0], **run)
+        remembered_run = TextRun(self.text_encoder, "forward", (text[0],), run, result)
+        return TextCall(result.last_hidden_state[:, 0], (remembered_run,), 2 if self.image_pairs else 1)
+
+    # Pairs.
+
+    def encode_texts(self, model: Any, tower: Tower, texts: Any) -> Texts:
+        self._check_text()
+        ids, mask = ids_and_mask(texts, self.text_encoder)
+        half = text_mode(self.text_encoder)
+        states = self.text_encoder(ids, attention_mask=mask, return_dict=True, **half).last_hidden_state
+        return Texts(states[:, 0], {"tokens": states, "mask": mask})
+
+    def as_fused(self, tower: Tower, rows: Tensor) -> Tensor:
+        """Return image tokens of the tower as the fusion encoder of its head reads them."""
+        return rows
+
+    def score(self, model: Any, tower: Tower, rows: Tensor, texts: Texts) -> Tensor:
+        """Score with the matching layer; ALBEF fuses in its text encoder's upper half, mPLUG in `fusion`."""
+        matching = matching_layer(self.module)
+        self._check_text()
+        tokens, mask = states_of(self.module, texts)
+        inputs = dict(
+            encoder_embeds=tokens,
+            attention_mask=mask,
+            encoder_hidden_states=self.as_fused(tower, rows),
+            encoder_attention_mask=seen_whole(rows),
+        )
+        if text_mode(self.text_encoder):
+            fused = self.text_encoder(**inputs, return_dict=True, mode="fusion").last_hidden_state
+        elif self.fusion is not None:
+            _, fused = self.fusion(**inputs, return_dict=False)  # what became of the image tokens, and of the text
+        else:
+            raise ValueError(
+                f"{type(self.module).__name__} runs no fusion encoder that is known here (a BERT with cross-attention "
+                "in its first layer), so its pairs have no score"
+            )
+        return matching_probability(matching(fused[:, 0]))
+
+    def _check_text(self) -> None:
+        if self.text_encoder is None:
+            raise ValueError(
+                f"{type(self.module).__name__} runs no text encoder, so its pairs have no score: use a retrieval or "
+                "pretraining head"
+            )
