@@ -122,6 +122,15 @@ def without_modes() -> Any:
     return nullcontext() if leave is None else leave()
 
 
+def watched() -> bool:
+    """Whether something counts, fakes or watches the operations of this thread."""
+    count = getattr(torch._C, "_len_torch_dispatch_stack", None)  # torch 2.0
+    if count is not None:
+        return bool(count())
+    mode = getattr(torch._C, "_get_torch_dispatch_mode", None)  # torch 1.13
+    return mode is not None and mode() is not None
+
+
 def load_tensors(path: Any) -> Any:
     """Load a file of tensors, without running code of the file where torch can (1.13)."""
     if "weights_only" in inspect.signature(torch.load).parameters:
