@@ -93,7 +93,7 @@ def check(options: argparse.Namespace) -> None:
 
 
 def busy(about: dict[str, Any]) -> list[str]:
-    """A warning, where other processes took so much of the machine that times scatter."""
+    """Return a warning, where other processes took so much of the machine that times scatter."""
     load, cores = about["load_before"], about["cores"]
     if load is None or about["device"] != "cpu" or load < 0.3 * cores:
         return []
