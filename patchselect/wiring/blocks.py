@@ -239,6 +239,8 @@ def call_block(block: nn.Module, name: str, original: Original, *args: Any, **kw
     Reentrant checkpointing passes gradients to tensor arguments alone, so a text that needs one goes in as such.
     """
     layer: Layer = block._patchselect  # type: ignore[assignment]
+    if not layer.wiring.patched:
+        return original(*args, **kwargs)
     kwargs.update(_carried(layer, args, kwargs))
     if getattr(block, "gradient_checkpointing", False) and block.training and layer.plan.guidance == "text":
         guidance = current(layer.wiring)
