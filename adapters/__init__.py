@@ -11,9 +11,11 @@ from .lavis import Lavis, LavisClip
 from .mplug import Mplug
 from .open_clip import OpenClip, OpenClipTimm
 from .openai_clip import OpenAiClip
+from .plain import TransformersPlain
 from .timm import TimmViT
 from .transformers import TransformersClip, TransformersSiglip
 from .vilt import TransformersVilt
+from .vit_mae import TransformersMae
 
 ADAPTERS: tuple[Adapter, ...] = (
     TransformersClip(),
@@ -29,4 +31,6 @@ ADAPTERS: tuple[Adapter, ...] = (
     OpenAiClip(),
     TransformersBlip(),
     TransformersVilt(),
+    TransformersPlain(),
+    TransformersMae(),
 )
