@@ -8,6 +8,7 @@ from .albef import Albef
 from .blip import TransformersBlip
 from .blip_salesforce import SalesforceBlip
 from .lavis import Lavis, LavisClip
+from .llava import LlavaClip, LlavaSiglip
 from .mplug import Mplug
 from .open_clip import OpenClip, OpenClipTimm
 from .openai_clip import OpenAiClip
@@ -16,6 +17,8 @@ from .transformers import TransformersClip, TransformersSiglip
 from .vilt import TransformersVilt
 
 ADAPTERS: tuple[Adapter, ...] = (
+    LlavaClip(),
+    LlavaSiglip(),
     TransformersClip(),
     TransformersSiglip(),
     LavisClip(),

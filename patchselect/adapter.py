@@ -5,7 +5,8 @@ Subclass `Adapter`, without state or selection logic, for a new family of models
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import copy
+from dataclasses import dataclass, field, fields
 from typing import Any, Callable, Mapping, NamedTuple
 
 import torch
@@ -72,6 +73,37 @@ class Tower:
     final_norm: nn.Module | None = None
     parts: dict[str, Any] = field(default_factory=dict)
     """Adapter-specific modules and names."""
+    text_side: Tower | None = None
+    """The tower of the dual encoder that this one came from: a text is lifted and read by its projection and norm."""
+
+    @property
+    def half(self) -> Tower:
+        """The tower beside whose text half the texts were made."""
+        return self if self.text_side is None else self.text_side
+
+    def text_width(self) -> int:
+        """Return the width that text features must have."""
+        return self.half.adapter.text_width(self.half)
+
+    def lift(self, text: Tensor) -> Tensor:
+        """Lift text features `(..., D_text)` to the width of the tower."""
+        return self.half.adapter.lift(self.half, text)
+
+    def read_back(self, text: Tensor) -> Tensor:
+        """Map text features `(..., D_text)` to the direction in the residual stream that the head reads them from."""
+        return self.half.adapter.read_back(self.half, text)
+
+    def project(self, patches: Tensor) -> Tensor:
+        """Map patches `(B, n, D)` through the final norm and projection into the joint space."""
+        return self.half.adapter.project(self.half, patches)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tower:
+        """Go along with a copy of the model; a text side stands outside of it, and is shared."""
+        made = memo[id(self)] = copy.copy(self)
+        for each in fields(self):
+            if each.name not in ("adapter", "text_side"):
+                setattr(made, each.name, copy.deepcopy(getattr(self, each.name), memo))
+        return made
 
 
 class Adapter:

@@ -92,6 +92,7 @@ TRANSFORMERS = {
     "SigLIP": Feature("transformers", "4.37", "there is no SigLIP", "transformers:SiglipModel"),
     "SigLIP 2": Feature("transformers", "4.50", "there is no SigLIP 2", "transformers:Siglip2Model"),
     "MetaCLIP 2": Feature("transformers", "4.56", "there is no MetaCLIP 2", "transformers:MetaClip2Model"),
+    "encoded images": Feature("transformers", "5.0", "models take no images that are encoded already"),
     "checkpoints of CLIP": Feature(
         "transformers", "4.33", "CLIP throws away what its checkpointed layers compute, selection or not (4.15: seen)"
     ),
