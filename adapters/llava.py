@@ -109,7 +109,7 @@ def check_projector(model: nn.Module, projector: nn.Module) -> None:
             alike = False
     if not alike:
         raise TypeError(
-            f"{type(model).__name__} cannot be patched: its {type(projector).__name__} does not map each token by itself"
+            f"{type(model).__name__} cannot be patched: its {type(projector).__name__} reads tokens by their neighbours"
         )
 
 

@@ -34,7 +34,7 @@ def call_prompted(module: Any, name: str, original: Any, *args: Any, **kwargs: A
     _refuse_filled(given.get("past_key_values"))
     _refuse_both(given)
     short = shorten_call(wiring, given)
-    output = original(**_encoded(wiring, short))
+    output = original(**encoded_call(short))
     _remember(getattr(output, "past_key_values", given.get("past_key_values")), short)
     return output
 
@@ -55,11 +55,9 @@ def generate_prompted(module: Any, name: str, original: Any, *args: Any, **kwarg
     _refuse_both(given)
     if given.get("inputs") is not None:
         given["input_ids"] = given.pop("inputs")
-    if given.get("attention_mask") is None and given.get("input_ids") is not None:
-        given["attention_mask"] = _mask_of(module, given)
-    short = shorten_call(wiring, given, _positions(given.get("attention_mask")))
+    short = shorten_call(wiring, given, counted_positions(module, given))
     ids = given.get("input_ids")
-    cut = {**_encoded(wiring, short), **_lengths(module, given, short.removed)}
+    cut = {**encoded_call(short), **_lengths(module, given, short.removed)}
     found = original(**cut)
     _remember(getattr(found, "past_key_values", given.get("past_key_values")), short)
     if ids is None:
@@ -75,7 +73,8 @@ def _bound(original: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> d
     return bound([each.name for each in parameters if each.kind is each.POSITIONAL_OR_KEYWORD], args, kwargs)
 
 
-def _encoded(wiring: Wiring, short: Short) -> dict[str, Any]:
+def encoded_call(short: Short) -> dict[str, Any]:
+    """Return the arguments of a call that takes encoded images."""
     return {**short.given, "mm_encoder_outputs": {"image": short.encoded}}
 
 
@@ -85,8 +84,11 @@ def _with_whole_prompt(sequences: Tensor, ids: Tensor, short: Short) -> Tensor:
     return torch.cat([prompt, sequences[:, ids.shape[1] - short.removed :]], dim=1)
 
 
-def _positions(mask: Tensor | None) -> Tensor | None:
-    """Count positions as `generate` does: padding has none."""
+def counted_positions(model: Any, given: dict[str, Any]) -> Tensor | None:
+    """Count positions `(B, L)` as `generate` does, where padding has none; put in the mask that it would take."""
+    if given.get("attention_mask") is None and given.get("input_ids") is not None:
+        given["attention_mask"] = _mask_of(model, given)
+    mask: Tensor | None = given.get("attention_mask")
     if mask is None:
         return None
     return (mask.long().cumsum(dim=-1) - 1).masked_fill(mask == 0, 0)

@@ -59,7 +59,7 @@ def offsets_of(sources: Tensor, size: int, extra: int) -> Tensor:
         size: how many placeholders an image had.
         extra: tokens in front of the patches that have placeholders too (an image [CLS]).
     """
-    rows, count = sources.shape
+    rows = len(sources)
     fused = sources < 0
     taken = torch.zeros(rows, size - extra + 1, dtype=torch.bool, device=sources.device)
     taken.scatter_(1, torch.where(fused, size - extra, sources), True)

@@ -1,4 +1,4 @@
-"""The layers of a tower that a host reads: a selection must stand before the last of them, and all are of one length."""
+"""The layers of a tower that a host reads: selections come before the last of them, and all are of one length."""
 
 from __future__ import annotations
 
@@ -64,10 +64,9 @@ def even(state: Tensor, block: int, journey: Journey, prefix: int) -> Tensor:
     A token of then is the mean, over the patches of the image that it stands for, of the tokens that they were in: a
     patch that stays is its own token, a fused one the mean of those that it was made of.
     """
-    last = journey.within
-    if last is None or journey.sources is None or state.shape[1] == prefix + journey.sources.shape[1]:
+    last, done = journey.within, [index for index in journey.stages if index <= block]
+    if last is None or journey.sources is None or len(done) == len(journey.stages):
         return state
-    done = [index for index in journey.stages if index <= block]
     rows, places = last.shape
     state = for_rows(state, rows)
     patches = state[:, prefix:]

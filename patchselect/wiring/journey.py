@@ -122,15 +122,15 @@ _followed: ContextVar[Followed | None] = ContextVar("patchselect_followed", defa
 class Followed(List[Journey]):
     """The journeys of the calls of the towers of one selection, as they begin."""
 
-    def __init__(self, owner: Wiring) -> None:
+    def __init__(self, owner: Wiring, outer: Followed | None) -> None:
         super().__init__()
-        self.owner = owner
+        self.owner, self.outer = owner, outer
 
 
 @contextmanager
 def followed(owner: Wiring) -> Iterator[Followed]:
     """Collect the journeys of the calls of the towers of `owner` until the end of the `with` block."""
-    found = Followed(owner)
+    found = Followed(owner, _followed.get())
     token = _followed.set(found)
     try:
         yield found
@@ -138,14 +138,17 @@ def followed(owner: Wiring) -> Iterator[Followed]:
         _followed.reset(token)
 
 
-def _follower(wiring: Wiring) -> Followed | None:
-    found = _followed.get()
-    return found if found is not None and found.owner is wiring else None
+def _followers(wiring: Wiring) -> list[Followed]:
+    found, mine = _followed.get(), []
+    while found is not None:
+        mine += [found] if found.owner is wiring else []
+        found = found.outer
+    return mine
 
 
 def asks(wiring: Wiring) -> bool:
     """Tell whether somebody wants to know where in the image the tokens come from."""
-    watched = active_recorder(wiring) is not None or _follower(wiring) is not None
+    watched = active_recorder(wiring) is not None or bool(_followers(wiring))
     return watched or wiring.plan.reduction.reads_places
 
 
@@ -164,8 +167,7 @@ def call_tower(module: nn.Module, name: str, original: Callable[..., Any], *args
         found = original(*args, **kwargs)
         wiring.traced_journey = outer
         return found
-    follower = _follower(wiring)
-    if follower is not None:
+    for follower in _followers(wiring):
         follower.append(journey)
     journey.outer = _journey.get()
     _journey.set(journey)

@@ -25,9 +25,7 @@ def join_text_side(towers: Sequence[Tower], text_side: Any) -> None:
     side = find_towers(whole)[0]
     name = type(whole).__name__
     if side.module is whole or side.single_stream:
-        raise TypeError(
-            f"text_side must be a dual encoder (CLIP, SigLIP, …), whose text half made the texts; got {name}"
-        )
+        raise TypeError(f"text_side must be a whole dual encoder (CLIP, SigLIP, …), text half and all; got {name}")
     for tower in towers:
         kind = type(tower.module).__name__
         if tower.head is not None or tower.single_stream:
