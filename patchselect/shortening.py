@@ -1,4 +1,4 @@
-"""`shorten`: the short prompt that a patched language model with vision computes with, for who runs its steps himself."""
+"""`shorten`: the short prompt that a patched language model computes with, for loops of your own."""
 
 from __future__ import annotations
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+from contextvars import ContextVar
 from typing import Any, Mapping
 
 import torch
@@ -18,6 +19,8 @@ from .shorten import Short, shorten_call
 CACHE = "_patchselect_removed"
 """On a cache of keys: by how many columns its prompt is shorter than the caller's, and whether rows were padded."""
 LENGTHS = ("max_length", "min_length")
+_generating: ContextVar[bool] = ContextVar("patchselect_generating", default=False)
+"""Whether the steps of a `generate` are running, which may go through a prompt in chunks that cut images apart."""
 
 
 def call_prompted(module: Any, name: str, original: Any, *args: Any, **kwargs: Any) -> Any:
@@ -28,7 +31,7 @@ def call_prompted(module: Any, name: str, original: Any, *args: Any, **kwargs: A
     given = _bound(original, args, kwargs)
     host: Prompted = wiring.towers[0].adapter  # type: ignore[assignment]
     if given.get(host.image_arguments[0]) is None:
-        if (given.get("mm_encoder_outputs") or {}).get("image") is not None:
+        if not _generating.get():
             _check_encoded(wiring, given)
         return original(**_continued(host, host.core(wiring.model), given))
     _refuse_filled(given.get("past_key_values"))
@@ -50,7 +53,9 @@ def generate_prompted(module: Any, name: str, original: Any, *args: Any, **kwarg
     if wiring.plan.selects:
         _refuse_continuation(given.get("past_key_values"))
     if not wiring.plan.selects or given.get(host.image_arguments[0]) is None:
-        return original(*args, **kwargs)
+        if wiring.plan.selects:
+            _check_encoded(wiring, given)
+        return _in_steps(original, *args, **kwargs)
     _refuse_filled(given.get("past_key_values"))
     _refuse_both(given)
     if given.get("inputs") is not None:
@@ -58,7 +63,7 @@ def generate_prompted(module: Any, name: str, original: Any, *args: Any, **kwarg
     short = shorten_call(wiring, given, counted_positions(module, given))
     ids = given.get("input_ids")
     cut = {**encoded_call(short), **_lengths(module, given, short.removed)}
-    found = original(**cut)
+    found = _in_steps(original, **cut)
     _remember(getattr(found, "past_key_values", given.get("past_key_values")), short)
     if ids is None:
         return found
@@ -66,6 +71,14 @@ def generate_prompted(module: Any, name: str, original: Any, *args: Any, **kwarg
         return _with_whole_prompt(found, ids, short)
     found.sequences = _with_whole_prompt(found.sequences, ids, short)
     return found
+
+
+def _in_steps(original: Any, *args: Any, **kwargs: Any) -> Any:
+    token = _generating.set(True)
+    try:
+        return original(*args, **kwargs)
+    finally:
+        _generating.reset(token)
 
 
 def _bound(original: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -125,6 +138,8 @@ def _lengths(model: Any, given: dict[str, Any], removed: int) -> dict[str, Any]:
 
 def _check_encoded(wiring: Wiring, given: Mapping[str, Any]) -> None:
     """Raise a ValueError if a row has another number of placeholders than the images that come encoded."""
+    if (given.get("mm_encoder_outputs") or {}).get("image") is None:
+        return
     host: Prompted = wiring.towers[0].adapter  # type: ignore[assignment]
     core = host.core(wiring.model)
     lengths = [len(each) for each in host.tokens_of(given["mm_encoder_outputs"]["image"])]

@@ -93,6 +93,8 @@ def shortened(
         renumber: whether positions are counted anew over what stays; else each patch has the position that it had.
     """
     device = placeholders.device
+    if not len(sizes):
+        return Stay(torch.ones_like(placeholders), positions)
     starts = torch.tensor([0, *sizes[:-1]], device=device).cumsum(0)
     left = torch.tensor([len(each) for each in offsets], device=device)
     image = torch.arange(len(sizes), device=device).repeat_interleave(torch.tensor(sizes, device=device))
