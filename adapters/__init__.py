@@ -8,6 +8,7 @@ from .albef import Albef
 from .blip import TransformersBlip
 from .blip_salesforce import SalesforceBlip
 from .lavis import Lavis, LavisClip
+from .llava import LlavaClip, LlavaSiglip
 from .mplug import Mplug
 from .open_clip import OpenClip, OpenClipTimm
 from .openai_clip import OpenAiClip
@@ -18,6 +19,8 @@ from .vilt import TransformersVilt
 from .vit_mae import TransformersMae
 
 ADAPTERS: tuple[Adapter, ...] = (
+    LlavaClip(),
+    LlavaSiglip(),
     TransformersClip(),
     TransformersSiglip(),
     LavisClip(),

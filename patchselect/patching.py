@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from .adapter import Adapter, Tower, Wrapper
+from .prompts.checks import check_prompts
 from .reduction import Reduction
 from .relevance import Relevance
 from .wiring.blocks import call_block, run_block
@@ -20,6 +21,7 @@ from .wiring.merging import run_counting
 from .wiring.plan import Plan
 from .wiring.recorder import Trace, recording
 from .wiring.state import STATE, Layer, Wiring, forget, wiring_of
+from .wiring.text_sides import join_text_side
 from .wiring.towers import find_towers, unwrapped
 
 
@@ -105,6 +107,8 @@ def apply(
     *,
     merge: float = 0.0,
     sizes: bool | None = None,
+    text_side: nn.Module | None = None,
+    positions: str = "original",
 ) -> Handle:
     """Put text-relevant patch selection into the vision tower(s) of `model` (TRIPS, EMNLP 2022).
 
@@ -136,6 +140,12 @@ def apply(
             of the IMAGE, so the number of tokens after it does not depend on `merge`.
         sizes: whether attention counts how many patches a token stands for, from the first reduction on; `None` means
             where `merge` is above 0.
+        text_side: for a vision tower that has lost its text half (LLaVA's CLIP, …): the dual encoder that it came
+            from. Its projection and final norm are read, so that `guide` takes its text features; nothing of it
+            becomes a part of the model. Without it such hosts take vectors of the vision width.
+        positions: of a language model that reads the patches in its prompt: `"original"`, each patch keeps the position
+            that it had in the whole prompt, and so does the text after it; `"renumbered"`, positions are counted over
+            what is left.
 
     Returns:
         The handle; `handle.record()` shows what was kept, `handle.remove()` undoes everything.
@@ -150,7 +160,11 @@ def apply(
     towers = find_towers(host, adapter)
     kind = towers[0].adapter
     depth = min(len(tower.blocks) for tower in towers)
-    plan = Plan.of(depth, keep_rate, layers, guidance, relevance, fusion, kind.default_relevance, pairing, merge, sizes)
+    plan = Plan.of(
+        depth, keep_rate, layers, guidance, relevance, fusion, kind.default_relevance, pairing, merge, sizes, positions
+    )
+    join_text_side(towers, text_side)
+    check_prompts(plan, host, towers)
     places = []
     for tower in towers:
         check_reachable(plan, tower)

@@ -115,6 +115,7 @@ TRANSFORMERS = {
         "transformers", "4.48", "a model is not told which attention it uses (4.37: measured)"
     ),
     "MetaCLIP 2": Feature("transformers", "4.56", "there is no MetaCLIP 2", "transformers:MetaClip2Model"),
+    "encoded images": Feature("transformers", "5.0", "models take no images that are encoded already"),
     "checkpoints of CLIP": Feature(
         "transformers", "4.33", "CLIP throws away what its checkpointed layers compute, selection or not (4.15: seen)"
     ),

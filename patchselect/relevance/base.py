@@ -81,8 +81,8 @@ class Candidates:
 
 def projected(tower: Tower, tokens: Tensor) -> Tensor:
     """Map tokens into the joint space, fed to the final norm in the dtype of its weights."""
-    weight = getattr(tower.final_norm, "weight", None)
-    return tower.adapter.project(tower, tokens if weight is None else tokens.to(weight.dtype))
+    weight = getattr(tower.half.final_norm, "weight", None)
+    return tower.project(tokens if weight is None else tokens.to(weight.dtype))
 
 
 class Relevance:
@@ -181,7 +181,7 @@ class Relevance:
         with torch.autocast("cpu" if kind == "meta" else kind, enabled=False):
             if guidance != "text" or tower.single_stream:
                 return self.scores_by_image(seen)
-            return self.scores(seen, torch.ones(1, 1, tower.adapter.text_width(tower), **place))
+            return self.scores(seen, torch.ones(1, 1, tower.text_width(), **place))
 
     def __repr__(self) -> str:
         settings = ", ".join(f"{name}={value!r}" for name, value in sorted(vars(self).items()))
@@ -201,7 +201,7 @@ def guiding_place(tower: Tower, guidance: str, num_prefix_tokens: int | None = N
 
 def probe(tower: Tower) -> Tensor:
     """Return a text of zeros `(1, D_text)` on the device and in the dtype of the tower."""
-    return torch.zeros(1, tower.adapter.text_width(tower), **place_of(tower.blocks[0]))
+    return torch.zeros(1, tower.text_width(), **place_of(tower.blocks[0]))
 
 
 @torch.no_grad()
@@ -209,7 +209,7 @@ def check_projects(tower: Tower, name: str, guidance: str) -> None:
     """Raise a ValueError if a token of this tower does not reach the joint space."""
     token = torch.zeros(1, 1, tower.width, **place_of(tower.blocks[0]))
     try:
-        tower.adapter.project(tower, token)
+        tower.project(token)
     except ValueError as error:
         if guidance != "image":
             raise
@@ -230,5 +230,5 @@ def lift_cost(tower: Tower, guidance: str, read_back: bool = False) -> int:
     """Count the multiply-adds that lift one text to the tower's width, or read it back into the residual stream."""
     if guidance != "text" or tower.single_stream:
         return 0
-    way = tower.adapter.read_back if read_back else tower.adapter.lift
-    return multiply_adds(lambda: way(tower, probe(tower)))
+    way = tower.read_back if read_back else tower.lift
+    return multiply_adds(lambda: way(probe(tower)))

@@ -94,7 +94,7 @@ def select(
     if journey is not None and sources is not None:
         rows, recorder = reduced.tokens.shape[0], active_recorder(layer.wiring)
         sources, members = for_rows(sources, rows), None if recorder is None else journey.holders()
-        journey.go_on(sources, reduced, prefix)
+        journey.go_on(layer.index, sources, reduced, prefix)
         if layer.plan.follows_sizes and keep < patches:
             journey.sizes = layer.plan.reduction.sizes(for_rows(counted.or_ones(tokens), rows), reduced)
         if recorder is not None:

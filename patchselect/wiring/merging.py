@@ -55,6 +55,6 @@ def merge(layer: Layer, block: nn.Module, attended: Attended, counted: Counted) 
         keys = mean_key(tower.adapter.projections(block), normed) if attended.keys is None else attended.keys
         reduced, sizes = merging.reduce(tokens, counted.or_ones(tokens), keys, count, prefix)
     if journey is not None and sources is not None:
-        journey.go_on(sources, reduced, prefix)
+        journey.go_on(layer.index, sources, reduced, prefix)
         journey.sizes = sizes
     return reduced.tokens if tower.batch_first else reduced.tokens.transpose(0, 1)
