@@ -25,11 +25,11 @@ class Lengthwise:
     heads: int
 
     def whole(self) -> Lengths:
-        """Nothing leaves."""
+        """Return lengths of which nothing leaves."""
         return [(1 + self.patches,) * 2] * self.depth
 
     def selected(self, rate: float) -> Lengths:
-        """The paper's selections at this rate each."""
+        """Return lengths under the paper's selections at this rate each."""
         seen, now = [], self.patches
         for block in range(self.depth):
             before = now
@@ -39,7 +39,7 @@ class Lengthwise:
         return seen
 
     def merged(self, removed: int, first: int | None = None) -> Lengths:
-        """Token merging over all blocks, or over the `first` alone; a block merges no more than half of its patches."""
+        """Return lengths under token merging over all blocks, or the `first` alone; a block merges at most half."""
         seen, now = [], self.patches
         for step in schedule(removed, self.depth, first):
             before = now
@@ -48,7 +48,7 @@ class Lengthwise:
         return seen
 
     def once(self, rate: float, merge: float) -> Lengths:
-        """One selection, before which the share `merge` of what is removed merges, as `patchselect.apply` does it."""
+        """Return lengths under one selection, before which the share `merge` of what is removed merges."""
         layer, ratio, now = self.layers[0], as_ratio(rate), self.patches
         merges = merge_schedule(now, ratio, merge, layer) if merge else ()
         seen = []
@@ -62,11 +62,11 @@ class Lengthwise:
         return seen
 
     def products(self, lengths: Lengths) -> int:
-        """Multiplications of the matrix products of all blocks, over the width."""
+        """Count multiplications of the matrix products of all blocks, over the width."""
         return sum(4 * a * self.width + 2 * a * a + 8 * m * self.width for a, m in lengths)
 
     def merging(self, lengths: Lengths) -> float:
-        """The same of what `patchselect` merges by in the blocks before the selection: keys, cosines and sums."""
+        """Count the same of what `patchselect` merges by in the blocks before the selection: keys, cosines and sums."""
         head, total = self.width // self.heads, 0
         for block, (attention, mlp) in enumerate(lengths[: self.layers[0]]):
             patches, removed = attention - 1, attention - mlp
@@ -78,16 +78,16 @@ class Lengthwise:
         return total / self.width
 
     def share(self, lengths: Lengths, merges: bool = False) -> float:
-        """All of it, the products of the whole image being 1; without ranking, fusing and ToMe's cosines: below 1 %."""
+        """Return the whole share, the image unreduced being 1; without ranking, fusing and ToMe's cosines: below 1 %."""
         return (self.products(lengths) + (self.merging(lengths) if merges else 0)) / self.products(self.whole())
 
     def merged_like(self, share: float, first: int | None = None) -> int:
-        """How many patches token merging removes in all to come closest to this share; the fewest of several."""
+        """Return how many patches token merging removes in all to come closest to this share; the fewest of several."""
         return min(
             range(self.patches), key=lambda removed: (abs(self.share(self.merged(removed, first)) - share), removed)
         )
 
     def rate_like(self, share: float, merge: float) -> float:
-        """The keep rate of one selection that comes closest to this share; the highest of several."""
+        """Return the keep rate of one selection that comes closest to this share; the highest of several."""
         rates = [kept / self.patches for kept in range(self.patches, 0, -1)]
         return min(rates, key=lambda rate: abs(self.share(self.once(rate, merge), merge > 0) - share))

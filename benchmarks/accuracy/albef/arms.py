@@ -112,12 +112,12 @@ def lifted(model: MiniAlbef, method: str, text: Tensor) -> Tensor:
 
 @lru_cache(maxsize=None)
 def lengthwise(patches: int) -> Lengthwise:
-    """The image encoder as its lengths are reckoned."""
+    """Return the image encoder as its lengths are reckoned."""
     return Lengthwise(patches, DEPTH, WIDTH, LAYERS, HEADS)
 
 
 def spent(tower: Lengthwise, keep_rate: float) -> float:
-    """Share of the blocks' FLOPs that the two selections of text guidance spend."""
+    """Return the share of the blocks' FLOPs that the two selections of text guidance spend."""
     return tower.share(tower.selected(keep_rate))
 
 
@@ -129,7 +129,7 @@ def vision_flops(
     method: str = "text",
     share: float | None = None,
 ) -> int:
-    """FLOPs of encoding one image by one of `METHODS`, counted; at keep rate 1 those of the unpatched encoder."""
+    """Count the FLOPs of encoding one image by one of `METHODS`; at keep rate 1 those of the unpatched encoder."""
     model = MiniAlbef(image_size).eval()
 
     with reduced(model, "none" if keep_rate == 1 and share is None else method, keep_rate, layers, share) as encode:

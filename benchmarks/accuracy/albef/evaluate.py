@@ -84,7 +84,7 @@ def without_picture(questions: Questions) -> tuple[Tensor, dict[str, dict[int, f
 
 @torch.inference_mode()
 def patch_recall(model: MiniAlbef, method: str, keep_rate: float, questions: Questions) -> float:
-    """Share of the named objects' patches that the first selection does not fuse, merged ones with what holds them.
+    """Return the share of the named objects' patches that the first selection does not fuse; merged ones count.
 
     Chance is about the keep rate where nothing has merged before.
     """

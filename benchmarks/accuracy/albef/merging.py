@@ -30,7 +30,7 @@ RIVALS = ("none", "front")
 
 
 def columns() -> dict[str, float]:
-    """The share of the blocks' FLOPs of each column: of two selections at a keep rate, and beyond."""
+    """Return the share of the blocks' FLOPs of each column: of two selections at a keep rate, and beyond."""
     tower = lengthwise(100)
     return {
         **{f"keep {rate:g}": spent(tower, rate) for rate in KEEP_RATES},
@@ -39,12 +39,12 @@ def columns() -> dict[str, float]:
 
 
 def methods_at(column: str) -> tuple[str, ...]:
-    """What reaches the FLOPs of a column."""
+    """Name what reaches the FLOPs of a column."""
     return TRIED if column.startswith("keep") else BEYOND[float(column[:-1])]
 
 
 def measured(seed: int, guidance: str | None, steps: int, folder: Path) -> list[Record]:
-    """A base as it is, or after training with one method: every method, or this one, in every column.
+    """Measure a base as it is, or after training with one method: every method, or this one, in every column.
 
     What the folder has of the same weights is taken from there, so that a run that was broken off goes on.
     """
@@ -77,7 +77,7 @@ def measured(seed: int, guidance: str | None, steps: int, folder: Path) -> list[
 
 
 def of_questions(records: Sequence[Record], **where: object) -> Tensor:
-    """`(bases, questions)`, in the order of the bases: 100 where the answer was right."""
+    """Return `(bases, questions)`, in the order of the bases: 100 where the answer was right."""
     found = sorted(pick_all(records, **where), key=lambda record: record["seed"])
     return 100 * torch.tensor([record["hits"] for record in found], dtype=torch.float64)
 
@@ -87,20 +87,20 @@ def pick_all(records: Sequence[Record], **where: object) -> list[Record]:
 
 
 def shown(values: Tensor, sign: str = "") -> str:
-    """Mean ± its standard error over the bases, of `(bases, questions)`; of one base, over the questions."""
+    """Show the mean ± its standard error over the bases, of `(bases, questions)`; of one base, over the questions."""
     means = values.mean(1).tolist()
     spare = error(means) if len(means) > 1 else float(values.std() / values.numel() ** 0.5)
     return f"{fmean(means):{sign}.1f} ± {spare:.1f}"
 
 
 def over_questions(values: Tensor) -> str:
-    """Mean difference ± its standard error over the questions, each the mean of the bases."""
+    """Show the mean difference ± its standard error over the questions, each the mean of the bases."""
     each = values.mean(0)
     return f"{float(each.mean()):+.1f} ± {float(each.std() / len(each) ** 0.5):.1f}"
 
 
 def names(records: Sequence[Record]) -> list[tuple[str, str]]:
-    """What was trained and the method, in the order in which they were asked."""
+    """Name what was trained and the method, in the order in which they were asked."""
     return list(dict.fromkeys((r["trained"], r["method"]) for r in records))
 
 
@@ -110,7 +110,7 @@ def title(trained: str, method: str) -> str:
 
 
 def accuracies(records: Sequence[Record], trained: Sequence[str]) -> str:
-    """One line per method, one column per cost."""
+    """Tabulate one line per method, one column per cost."""
     rows = [["", *columns()]]
     for one, method in names(records):
         if one in trained:
@@ -123,7 +123,7 @@ def accuracies(records: Sequence[Record], trained: Sequence[str]) -> str:
 
 
 def differences(records: Sequence[Record], trained: Sequence[str], rival: str, rival_trained: str) -> str:
-    """Differences of the same base on the same questions, ± over the bases, and in brackets ± over the questions."""
+    """Tabulate differences of the same base on the same questions, ± over bases, in brackets over questions."""
     rows = [[f"minus {title(rival_trained, rival)}", *columns()]]
     for one, method in names(records):
         if one not in trained or method == "none" or (one, method) == (rival_trained, rival):
@@ -139,7 +139,7 @@ def differences(records: Sequence[Record], trained: Sequence[str], rival: str, r
 
 
 def costs() -> str:
-    """Counted FLOPs of the image encoder, those without reduction being 1, and how much each method differs."""
+    """Tabulate counted FLOPs of the image encoder, those without reduction being 1, and how much each method differs."""
     whole = vision_flops(80, 1.0)
     rows = [["image encoder, counted", *columns()]]
     for method in TRIED[:1] + TRIED[2:]:
@@ -153,7 +153,7 @@ def costs() -> str:
 
 
 def merging(folder: Path, seeds: Seeds) -> None:
-    """(j) Merge, then select: every way at equal FLOPs, as it is and after 100 steps of training with it."""
+    """Study (j) merge, then select: every way at equal FLOPs, as it is and after 100 steps of training with it."""
     arms = (*TRAINED, None)
     tasks = [(measured, (seed, arm, STEPS if arm else 0, folder)) for arm in arms for seed in seeds]
     records = [record for made in run_all(call, tasks, "merging") for record in made]
@@ -180,7 +180,7 @@ def merging(folder: Path, seeds: Seeds) -> None:
 
 
 def draw(records: Sequence[Record], path: Path) -> None:
-    """Accuracy against the FLOPs of the blocks, as it is and trained; bars are standard errors over the bases."""
+    """Draw accuracy against the FLOPs of the blocks, as it is and trained; bars are standard errors over the bases."""
     figure, panels = canvas(11, 4.4, columns=2)
     times = [1 / share for share in columns().values()]
     for axis, free in zip(panels, (True, False)):

@@ -138,7 +138,7 @@ def pretrain(
 
 
 def alignment(model: MiniAlbef, trace: patchselect.Trace, text: Tensor) -> Tensor:
-    """Study (h) selection alignment, with and without, from a base whose text attention was never trained."""
+    """Compute selection alignment, the mean over the selection layers; `text` `(B, JOINT)`."""
     losses = [
         selection_alignment_loss(model.vision.norm(layer.pooled)[: len(text)], text, TEMPERATURE, model.vision_proj)
         for layer in trace

@@ -77,13 +77,13 @@ def downsampled(side: tuple[int, int]) -> Lengths:
 
 @lru_cache(maxsize=None)
 def merged_like(rate: float, first: int | None = None) -> int:
-    """How many patches ToMe removes in all to cost what selection at this rate does, or as close as it gets."""
+    """Return how many patches ToMe removes in all to cost what selection at this rate does, or as close as it gets."""
     return TOWER.merged_like(TOWER.share(TOWER.selected(rate)), first)
 
 
 @lru_cache(maxsize=None)
 def once_like(rate: float, merge: float) -> float:
-    """The keep rate of one selection, after merging, that costs what two selections at this rate do."""
+    """Return the keep rate of one selection, after merging, that costs what two selections at this rate do."""
     return TOWER.rate_like(TOWER.share(TOWER.selected(rate)), merge)
 
 
@@ -111,7 +111,7 @@ def lengths(arm: Arm, rate: float) -> Lengths:
 
 
 def flops(arm: Arm, rate: float) -> float:
-    """The blocks' matrix products under this arm, those of the whole image being 1."""
+    """Return the blocks' matrix products under this arm, those of the whole image being 1."""
     return TOWER.share(lengths(arm, rate), bool(arm.merge))
 
 

@@ -32,7 +32,7 @@ def accuracies(report: dict[str, Any]) -> str:
 
 
 def differences(report: dict[str, Any], key: str, head: str) -> str:
-    """A difference of accuracies on the same questions, ± its standard error; nothing where no record has it."""
+    """Show a difference of accuracies on the same questions, ± its standard error; nothing where no record has it."""
     names, rates, found = _lookup(report)
     rows = [[head, *(f"keep {rate:g}" for rate in rates)]]
     for name in names:
