@@ -78,7 +78,7 @@ class Lengthwise:
         return total / self.width
 
     def share(self, lengths: Lengths, merges: bool = False) -> float:
-        """Return the whole share, the image unreduced being 1; without ranking, fusing and ToMe's cosines: below 1 %."""
+        """Return the whole share, 1 being the image unreduced; without ranking, fusing, ToMe's cosines: below 1 %."""
         return (self.products(lengths) + (self.merging(lengths) if merges else 0)) / self.products(self.whole())
 
     def merged_like(self, share: float, first: int | None = None) -> int:

@@ -139,7 +139,7 @@ def differences(records: Sequence[Record], trained: Sequence[str], rival: str, r
 
 
 def costs() -> str:
-    """Tabulate counted FLOPs of the image encoder, those without reduction being 1, and how much each method differs."""
+    """Tabulate counted FLOPs of the image encoder, 1 being without reduction, and how much each method differs."""
     whole = vision_flops(80, 1.0)
     rows = [["image encoder, counted", *columns()]]
     for method in TRIED[:1] + TRIED[2:]:
