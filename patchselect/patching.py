@@ -171,8 +171,6 @@ def apply(
         check_counting(plan, tower)
         places.append(places_of(tower, check_blocks(plan, tower)))
         check_heard(tower, places[-1])
-        for index in plan.layers:
-            kind.projections(tower.blocks[index])
         plan.relevance.check(tower, plan.layers, guidance)
     methods: dict[nn.Module, dict[str, Wrapper]] = {tower.module: {"forward": call_tower} for tower in towers}
     for module, wrappers in kind.methods(host, towers):
