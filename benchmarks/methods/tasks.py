@@ -34,8 +34,8 @@ SPLITS = (VALIDATION, TEST)
 ALBEF_SEEDS = {VALIDATION: 277, TEST: 77}
 """Of the matching questions: those of the tests are the ones of every other table."""
 COUNTED = 8
-"""Images that share one list of texts where FLOPs are counted and several texts guide one selection, as the classes of a
-classifier do: what is done once a text is done once for so many images."""
+"""Images that share one list of texts where FLOPs are counted and several texts guide one selection, as the classes of
+a classifier do: what is done once a text is done once for so many images."""
 
 
 @dataclass(frozen=True)
