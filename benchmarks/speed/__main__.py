@@ -14,6 +14,7 @@ from benchmarks.common.clock import CLOCKS
 from benchmarks.common.command import add_device, add_layers, add_model, add_output, parse, report_on, write
 from benchmarks.common.objects import OUTSIDE, named
 
+from . import scale
 from .cases import AGAIN, GUIDED, PASSES, VIEWS
 from .measure import MOST_ROUNDS
 from .plot import draw
@@ -31,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--image-size", type=int, nargs="+", metavar="PIXELS", help="default: the model's own")
     add("--keep-rate", type=float, nargs="+", default=[0.3, 0.5, 0.7], metavar="RATE", help="shares of patches kept")
     add_layers(parser)
-    about = "text again: by a text that has guided an image before"
+    about = "again: by a text that has guided an image before"
     add("--guidance", nargs="*", default=["text"], choices=[*GUIDED, AGAIN], help=about)
     add("--relevance", type=named, metavar="NAME", help=f"of text: keys, values, …, {OUTSIDE}; default: the adapter's")
     add("--fusion", type=named, default="mean", metavar="NAME", help=f"of what is not kept: sum, none, {OUTSIDE}")
@@ -66,6 +67,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--threads", type=int, help="default: 1 with CPU time, else all")
     add("--seconds", type=float, default=100.0, help="time for everything, if one round fits in it")
     add("--rounds", type=int, help=f"exactly so many rounds, however long they take (otherwise at most {MOST_ROUNDS})")
+    about = "curves over image size, texts, batch and depth instead (python -m benchmarks.speed.scale -h: its options)"
+    add("--scale", action="store_true", help=about)
     add_output(parser, "results/speed", "folder for speed.json, speed.md and speed.png")
     add("--seed", type=int, default=0)
 
@@ -73,6 +76,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Run the benchmark; returns what `speed.json` holds."""
     options = parse("benchmarks.speed", DESCRIPTION, add_arguments, arguments)
+    if options.scale:
+        return scale.main(["--device", options.device, "--output", str(options.output)])
     check(options)
     torch.manual_seed(options.seed)
     torch.set_num_threads(options.threads)

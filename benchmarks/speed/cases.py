@@ -22,7 +22,7 @@ VIEWS = ("tower", "pair")
 GUIDED = ("text", "image", "random")
 MERGED = "merged"
 """Merging without a text, then one selection by it, whose sizes attention counts (docs/merging.md)."""
-AGAIN = "text again"
+AGAIN = "again"
 """Guided by a text that has guided an image before: from the second image of a `guide` block on."""
 SELECTING = (*GUIDED, AGAIN, MERGED)
 TOME = {
@@ -82,7 +82,8 @@ class Selection:
         """Name a method with the relevance and the fusion that were asked for."""
         relevance = name_of(self.relevance) if method in ("text", AGAIN, MERGED) else None
         fusion = f"fusion {name_of(self.fusion)}" if method in SELECTING and self.fusion != "mean" else None
-        name = f"text, merge {self.merge:g}" if method == MERGED else TOME.get(method, method)
+        names = {MERGED: f"text, merge {self.merge:g}", AGAIN: "text, from its second image on", **TOME}
+        name = names.get(method, method)
         return ", ".join(part for part in (name, relevance, fusion) if part)
 
 

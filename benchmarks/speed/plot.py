@@ -14,7 +14,7 @@ from .report import VIEW, WORK
 
 STYLES = {
     "text": ("tab:red", "o-", "guided by text"),
-    "text again": ("tab:orange", "o:", "guided by text, from the second image on"),
+    "again": ("tab:orange", "o:", "guided by text, from the second image on"),
     "image": ("tab:blue", "s-", "guided by the image"),
     "random": ("tab:gray", "^-", "at random"),
     "merged": ("tab:purple", "P-", "merged, then one selection, same FLOPs"),
