@@ -12,6 +12,7 @@ from .llava import LlavaClip, LlavaSiglip
 from .mplug import Mplug
 from .open_clip import OpenClip, OpenClipTimm
 from .openai_clip import OpenAiClip
+from .shuffled import Idefics3, InternVl
 from .timm import TimmViT
 from .transformers import TransformersClip, TransformersSiglip
 from .vilt import TransformersVilt
@@ -19,6 +20,8 @@ from .vilt import TransformersVilt
 ADAPTERS: tuple[Adapter, ...] = (
     LlavaClip(),
     LlavaSiglip(),
+    Idefics3(),
+    InternVl(),
     TransformersClip(),
     TransformersSiglip(),
     LavisClip(),
