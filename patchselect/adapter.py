@@ -25,6 +25,7 @@ Wrapper = Callable[..., Any]
 __all__ = [
     "Adapter",
     "Attended",
+    "Reader",
     "TextCall",
     "TextRun",
     "Texts",
@@ -52,6 +53,55 @@ class Attended(NamedTuple):
     """`(B, N, E)`, the keys averaged over the heads, where they were at hand."""
 
 
+class Reader:
+    """Who reads the images of a tower beside a text. By default a dual encoder, of which only the image half is known.
+
+    A part of a `Tower`: it answers the questions of the same names that the adapter of the tower does not answer.
+    Families with several heads have a class for them.
+    """
+
+    def methods(self, model: nn.Module, towers: list[Tower]) -> list[tuple[nn.Module, Mapping[str, Wrapper]]]:
+        """Return the methods of the model, and of what encodes its texts, that bring a text along or repeat it."""
+        return []
+
+    def text_width(self, tower: Tower) -> int:
+        """Return the width that text features must have."""
+        return tower.width
+
+    def text_of_call(
+        self, model: nn.Module, tower: Tower, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> TextCall | None:
+        """Return the text that came with this call of `model.method`, encoded by the model's own text encoder."""
+        return None
+
+    def fuses(self, model: nn.Module, tower: Tower, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Return whether this call reads each image beside the text of its row: it takes as many of both."""
+        return False
+
+    def encode_images(self, model: nn.Module, tower: Tower, images: Any, **kwargs: Any) -> Tensor:
+        """Return what `score` reads of the images, under whatever text guides them: one row per image, or per pair."""
+        found = tower.module(images, **kwargs)
+        return found if isinstance(found, Tensor) else found[0]
+
+    def encode_texts(self, model: nn.Module, tower: Tower, texts: Any) -> Texts:
+        """Encode a batch of token ids `(M, L)`, or of what a tokenizer returns, with the host's own text encoder."""
+        raise ValueError(
+            f"{type(model).__name__} has no text encoder that is known here: give score_pairs the text features, "
+            "(texts, width) in floating point"
+        )
+
+    def score(self, model: nn.Module, tower: Tower, rows: Tensor, texts: Texts) -> Tensor:
+        """Return the score `(R,)` of row i of the images with text i: here the cosine of their features."""
+        if rows.dim() != 2 or rows.shape[1] != texts.features.shape[1]:
+            raise ValueError(
+                f"the image side of {type(model).__name__} gave {tuple(rows.shape)}, which cannot be compared with "
+                f"text features of width {texts.features.shape[1]}: score_pairs needs one feature of that width per "
+                "image, or a host with a fusion encoder"
+            )
+        wide = torch.promote_types(rows.dtype, torch.float32)
+        return F.cosine_similarity(rows.to(wide), texts.features.to(wide), dim=-1)
+
+
 @dataclass
 class Tower:
     """One vision tower, taken apart."""
@@ -71,6 +121,8 @@ class Tower:
     head: nn.Module | None = None
     """The module that holds the projection into the joint space, if there is one."""
     final_norm: nn.Module | None = None
+    reader: Any = field(default_factory=Reader)
+    """The `Reader` of its images, where that is a part of its own."""
     parts: dict[str, Any] = field(default_factory=dict)
     """Adapter-specific modules and names."""
     text_side: Tower | None = None
@@ -129,7 +181,7 @@ class Adapter:
 
     def methods(self, model: nn.Module, towers: list[Tower]) -> list[tuple[nn.Module, Mapping[str, Wrapper]]]:
         """Return the methods outside of the blocks that must behave differently while selection is on."""
-        return []
+        return towers[0].reader.methods(model, towers)
 
     # The two halves of a block, and its weights.
 
@@ -222,7 +274,7 @@ class Adapter:
 
     def text_width(self, tower: Tower) -> int:
         """Return the width that text features must have."""
-        return tower.width
+        return tower.reader.text_width(tower)
 
     def lift(self, tower: Tower, text: Tensor) -> Tensor:
         """Lift text features `(..., D_text)` to the width of the vision tower, without new parameters."""
@@ -239,40 +291,24 @@ class Adapter:
         """Map patches `(B, n, D)` through the final norm and projection into the joint space."""
         raise ValueError(f'relevance="joint" needs a joint image-text space, which {self.name} towers do not have')
 
+    # Texts of calls, and pairs: `Reader` says what is asked. The answers are those of the tower's reader.
+
     def text_of_call(
         self, model: nn.Module, tower: Tower, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> TextCall | None:
-        """Return the text that came with this call of `model.method`, encoded by the model's own text encoder."""
-        return None
+        return tower.reader.text_of_call(model, tower, method, args, kwargs)
 
     def fuses(self, model: nn.Module, tower: Tower, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Return whether this call reads each image beside the text of its row: it takes as many of both."""
-        return False
-
-    # Pairs: images and texts apart, and the score of two of them. The defaults are those of a dual encoder.
+        return tower.reader.fuses(model, tower, method, args, kwargs)
 
     def encode_images(self, model: nn.Module, tower: Tower, images: Any, **kwargs: Any) -> Tensor:
-        """Return what `score` reads of the images, under whatever text guides them: one row per image, or per pair."""
-        found = tower.module(images, **kwargs)
-        return found if isinstance(found, Tensor) else found[0]
+        return tower.reader.encode_images(model, tower, images, **kwargs)
 
     def encode_texts(self, model: nn.Module, tower: Tower, texts: Any) -> Texts:
-        """Encode a batch of token ids `(M, L)`, or of what a tokenizer returns, with the host's own text encoder."""
-        raise ValueError(
-            f"{type(model).__name__} has no text encoder that is known here: give score_pairs the text features, "
-            "(texts, width) in floating point"
-        )
+        return tower.reader.encode_texts(model, tower, texts)
 
     def score(self, model: nn.Module, tower: Tower, rows: Tensor, texts: Texts) -> Tensor:
-        """Return the score `(R,)` of row i of the images with text i: here the cosine of their features."""
-        if rows.dim() != 2 or rows.shape[1] != texts.features.shape[1]:
-            raise ValueError(
-                f"the image side of {type(model).__name__} gave {tuple(rows.shape)}, which cannot be compared with "
-                f"text features of width {texts.features.shape[1]}: score_pairs needs one feature of that width per "
-                "image, or a host with a fusion encoder"
-            )
-        wide = torch.promote_types(rows.dtype, torch.float32)
-        return F.cosine_similarity(rows.to(wide), texts.features.to(wide), dim=-1)
+        return tower.reader.score(model, tower, rows, texts)
 
     def __reduce__(self) -> tuple[type[Adapter], tuple[()]]:
         return type(self), ()

@@ -63,10 +63,21 @@ def tower_cost(model, size: int, rates=None) -> float:
             return counted(lambda: model(images, **flags))
 
 
+def no_positions(positions, shapes, max_length):
+    """Stand in for SigLIP 2's resampling of positions, which transformers does by a product since 5.24.
+
+    A counter sees the product and did not see the interpolation before it; neither grows with what is kept.
+    """
+    return positions.new_zeros(len(shapes), max_length, positions.shape[-1])
+
+
 @since("counting")
 @pytest.mark.parametrize("name", list(HOSTS))
-def test_the_arithmetic_is_what_a_counter_counts(name):
+def test_the_arithmetic_is_what_a_counter_counts(name, monkeypatch):
     case = build(name)
+    if name == "siglip2":
+        embeddings = type(find_towers(case.model)[0].module.embeddings)
+        monkeypatch.setattr(embeddings, "resize_positional_embeddings", staticmethod(no_positions))
     case.model.requires_grad_(False)  # the counter would look for a graph, which a pooler's expanded query has not
     tower = find_towers(case.model)[0]
     images = case.images(1)

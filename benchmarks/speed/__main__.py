@@ -41,11 +41,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--tome",
         nargs="*",
-        default=["published"],
-        choices=["published", "fused"],
-        help="token merging at the same "
-        "FLOPs, its attention a map in plain torch as published or torch's fused one; nothing: without",
+        default=["published", "front"],
+        choices=["published", "fused", "front"],
+        help="token merging at the same FLOPs, its attention a map in plain torch as published or torch's fused one; "
+        "front: fused, and all merging in the first third of the blocks; nothing: without",
     )
+    about = "merge this share of the removed patches before ONE selection by text, at the same FLOPs; 0: without"
+    add("--merge", type=float, default=0.5, metavar="SHARE", help=about)
     add_device(parser)
     add("--seconds", type=float, default=140.0, help="time for everything but loading, if 3 rounds fit in it")
     add("--rounds", type=int, help=f"exactly so many rounds, however long they take (otherwise 3 to {MOST_ROUNDS})")
@@ -83,11 +85,15 @@ def check(options: argparse.Namespace) -> None:
         sys.exit(f"--keep-rate takes shares between 0 and 1 (unpatched is always measured), got {options.keep_rate}")
     if any(batch < 1 for batch in options.batch) or (options.rounds is not None and options.rounds < 1):
         sys.exit("--batch and --rounds take whole numbers from 1")
+    if not 0 <= options.merge < 1:
+        sys.exit(f"--merge takes a share from 0 to below 1, got {options.merge}")
+    if options.merge and options.layers and options.layers[0] == 0:
+        sys.exit("--merge needs a block before the first of --layers: select later, or give --merge 0")
     options.keep_rate = sorted(set(options.keep_rate))
 
 
 def busy(about: dict[str, Any]) -> list[str]:
-    """A warning, where other processes took so much of the machine that times scatter."""
+    """Return a warning, where other processes took so much of the machine that times scatter."""
     load, cores = about["load_before"], about["cores"]
     if load is None or about["device"] != "cpu" or load < 0.3 * cores:
         return []

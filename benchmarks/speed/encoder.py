@@ -12,7 +12,7 @@ import patchselect
 
 
 def vit(size: int) -> nn.Module:
-    """A ViT-B/16 of real size with random weights, as in CLIP and (up to its norms) in ALBEF."""
+    """Return a ViT-B/16 of real size with random weights, as in CLIP and (up to its norms) in ALBEF."""
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
     config = CLIPVisionConfig(
@@ -24,7 +24,7 @@ def vit(size: int) -> nn.Module:
 
 
 def call_of(model: nn.Module, batch: int, size: int, guided: bool, device: torch.device | None) -> Callable[[], Any]:
-    """One forward; without a device its inputs are made inside of it, as the FLOP counter wants."""
+    """Run one forward; without a device its inputs are made inside of it, as the FLOP counter wants."""
     home = device or torch.device("cpu")
 
     def made() -> tuple[torch.Tensor, torch.Tensor]:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from benchmarks.common.clock import timed, turns
 from benchmarks.common.cost import peak_memory
 from benchmarks.models.host import Host
-from patchselect.wiring import blocks
+from patchselect.wiring import blocks, merging
 
 from .cases import Case, Inputs, Selection, Setting, mode, patched, runner
 
@@ -35,11 +35,11 @@ class Measured:
     seconds: list[float] = field(default_factory=list)
     """One call each, in the order of the rounds."""
     selecting: list[float] = field(default_factory=list)
-    """The part of `seconds` that went into relevance, selection and fusion."""
+    """The part of `seconds` that went into relevance, selection, fusion and merging."""
 
 
 class SelectionClock:
-    """The time that one call spends in relevance, selection and fusion (all of `select`)."""
+    """The time that one call spends in relevance, selection and fusion (all of `select`), and in merging."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -53,7 +53,7 @@ class SelectionClock:
         return event
 
     def read(self) -> float:
-        """Seconds since the last reading; after the device was synchronised."""
+        """Return seconds since the last reading; after the device was synchronised."""
         marks, self.marks = self.marks, []
         if self.device.type != "cuda":
             return sum(end - start for start, end in marks)
@@ -61,17 +61,20 @@ class SelectionClock:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Two readings of the clock per selection layer: about a microsecond, so it runs in every timed call."""
-        select = blocks.select
+        """Read the clock twice per reducing layer: about a microsecond, so it runs in every timed call."""
 
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            start = self.mark()
-            result = select(*args, **kwargs)
-            self.marks.append((start, self.mark()))
-            return result
+        def timing(function: Callable[..., Any]) -> Callable[..., Any]:
+            def timed(*args: Any, **kwargs: Any) -> Any:
+                start = self.mark()
+                result = function(*args, **kwargs)
+                self.marks.append((start, self.mark()))
+                return result
 
-        with mock.patch.object(blocks, "select", timed):
-            yield
+            return timed
+
+        with mock.patch.object(blocks, "select", timing(blocks.select)):
+            with mock.patch.object(merging, "merge", timing(merging.merge)):
+                yield
 
 
 def measure(

@@ -9,20 +9,22 @@ from typing import Any
 
 from benchmarks.common.show import canvas
 
-from .cases import GUIDED
+from .cases import SELECTING
 from .report import VIEW, WORK
 
 STYLES = {
     "text": ("tab:red", "o-", "guided by text"),
     "image": ("tab:blue", "s-", "guided by the image"),
     "random": ("tab:gray", "^-", "at random"),
+    "merged": ("tab:purple", "P-", "merged, then one selection, same FLOPs"),
     "tome": ("tab:green", "D", "ToMe as published, same FLOPs"),
     "fused tome": ("tab:olive", "v", "ToMe with fused attention, same FLOPs"),
+    "tome front": ("tab:cyan", "X", "ToMe-front with fused attention, same FLOPs"),
 }
 
 
 def draw(report: dict[str, Any], path: Path) -> None:
-    """One panel per setting; medians with quartiles."""
+    """Draw one panel per setting; medians with quartiles."""
     keys = ("image_size", "batch", "precision", "work", "view")
     groups = [(k, list(g)) for k, g in groupby(report["results"], key=lambda r: tuple(r[key] for key in keys))]
     columns = min(3, len(groups))
@@ -54,7 +56,7 @@ def _panel(axis: Any, records: Sequence[dict[str, Any]], limit: Sequence[dict[st
         colour, line, label = STYLES[method]
         shown = sorted((r for r in records if r["method"] == method), key=lambda r: r["keep_rate"])
         _, *asked = shown[0]["label"].split(", ", 1)  # the relevance and the fusion, where they were chosen
-        label += "".join(f" ({names})" for names in asked) if method in GUIDED else ""
+        label += "".join(f" ({names})" for names in asked) if method in SELECTING else ""
         medians = [r["speed_up"]["median"] for r in shown]
         lower = [r["speed_up"]["median"] - r["speed_up"]["q1"] for r in shown]
         upper = [r["speed_up"]["q3"] - r["speed_up"]["median"] for r in shown]

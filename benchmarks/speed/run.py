@@ -18,11 +18,11 @@ from benchmarks.models.loading import load
 from patchselect.wiring.plan import check_layers
 from patchselect.wiring.towers import find_towers
 
-from .cases import TOME, Case, Inputs, Selection, Setting, dtype_of
+from .cases import MERGED, TOME, Case, Inputs, Selection, Setting, dtype_of
 from .counting import FlopBook
 from .measure import Measured, measure
 
-KINDS = {"tome": "published", "fused tome": "fused"}
+KINDS = {"tome": "published", "fused tome": "fused", "tome front": "front"}
 """Cases of ToMe, as `--tome` names them."""
 
 
@@ -78,16 +78,16 @@ def run(options: argparse.Namespace, bar: tqdm[Any]) -> Found:
 
 def selection_of(options: argparse.Namespace) -> Selection:
     """Return what all selecting cases share."""
-    return Selection(options.layers, options.relevance, options.fusion)
+    return Selection(options.layers, options.relevance, options.fusion, options.merge)
 
 
 def weight(batch: int, precision: str, work: str, view: str) -> float:
-    """How the time is shared out: large batches need more of it, small ones gain more from every round."""
+    """Weigh how the time is shared out: large batches need more of it, small ones gain more from every round."""
     return float((batch * (1 if work == "forward" else 3)) ** 0.6)
 
 
 def describe(host: Host, options: argparse.Namespace, found: Found) -> None:
-    """What the report says about the model."""
+    """Write what the report says about the model."""
     (tower,) = find_towers(host.model)
     found.model = {
         "name": host.name,
@@ -102,25 +102,29 @@ def describe(host: Host, options: argparse.Namespace, found: Found) -> None:
 
 
 def cases_of(options: argparse.Namespace, book: FlopBook, view: str) -> list[Case]:
-    """Unpatched first, then every guidance at every rate, then ToMe at the cost of each text-guided case."""
+    """List unpatched first, each guidance at each rate, then merging, with and without one selection, at their cost."""
     cases = [Case("unpatched"), *(Case(g, rate) for g in options.guidance for rate in options.keep_rate)]
     if view == "tower":
-        for rate in options.keep_rate if options.tome else ():
-            removed = book.tome_removals(Case("text", rate))
-            cases += [Case(name, rate, removed) for name, kind in KINDS.items() if kind in options.tome]
+        for rate in options.keep_rate:
+            text = Case("text", rate)
+            if options.merge:
+                cases.append(Case(MERGED, rate, own_rate=book.merged_rate(text)))
+            for name, kind in KINDS.items():
+                if kind in options.tome:
+                    cases.append(Case(name, rate, book.tome_removals(text, name)))
         cases.append(Case("text encoder"))
     return cases
 
 
 def suits(case: Case, work: str) -> bool:
-    """Whether a case is measured in this pass. ToMe hands sizes from block to block, which recomputation breaks."""
+    """Tell whether a case is measured in this pass. Recomputation breaks ToMe, which hands sizes on by block."""
     if case.method == "text encoder":
         return work == "forward"
     return case.method not in TOME or work != "checkpointed"
 
 
 def inputs_of(host: Host, photos: Sequence[Photo], batch: int) -> Inputs:
-    """Photographs and captions as the model wants them, the captions already encoded."""
+    """Return photographs and captions as the model wants them, the captions already encoded."""
     pictures, captions = zip(*batch_of(photos, batch))
     tokens = host.tokens(list(captions))
     with torch.no_grad():

@@ -44,6 +44,8 @@ class Candidates:
     """Where the first selection layer of an inference pass may leave what later ones would compute again."""
     sizes: Tensor | None = None
     """`(B, P + n)`: how many patches of the image each token stands for; `None` means one each, or not counted."""
+    memory: dict[str, Any] | None = None
+    """What lasts until the `guide` block ends, for what depends on text and weights alone; `None`: keep nothing."""
 
     @property
     def normed(self) -> Tensor:

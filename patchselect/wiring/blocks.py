@@ -154,7 +154,8 @@ def _seen(
     stash = None if guidance is None else guidance.stash(tower)
     selecting = tuple(index for index in plan.layers if index >= layer.index)
     place = guiding_place(tower, plan.guidance, prefix)
-    return Candidates(tower, layer.index, block, normed, tokens, prefix, place, selecting, stash, counted.sizes)
+    memory = None if guidance is None else guidance.memory(tower)
+    return Candidates(tower, layer.index, block, normed, tokens, prefix, place, selecting, stash, counted.sizes, memory)
 
 
 def _entry(
@@ -193,7 +194,7 @@ def own_arguments(
     carried: Guidance | None = kwargs.pop("_patchselect_guidance", None)
     if carried is None:
         return args, kwargs, None
-    found = dataclasses.replace(carried, text=args[-1], outer=None, memo=(), opened_by=None, stashes={})
+    found = dataclasses.replace(carried, text=args[-1], outer=None, memo=(), opened_by=None, stashes={}, memories={})
     return args[:-1], kwargs, found
 
 

@@ -39,7 +39,7 @@ LABELS = {
 def reduced(
     model: MiniAlbef, method: str, keep_rate: float = 1.0, layers: tuple[int, ...] = LAYERS
 ) -> Iterator[Encode]:
-    """The model's image encoder under one method; the model is itself again afterwards.
+    """Let the model's image encoder run under one method; the model is itself again afterwards.
 
     Args:
         model: unpatched.
@@ -79,12 +79,12 @@ def reduced(
 
 
 def lifted(model: MiniAlbef, method: str, text: Tensor) -> Tensor:
-    """The text [CLS] `(B, WIDTH)` as the bare tower takes it: as it is, or for "values" through the joint space."""
+    """Return the text [CLS] `(B, WIDTH)` as the bare tower takes it: for "values" through the joint space."""
     return model.text_proj(text) @ model.vision_proj.weight if method == "values" else text
 
 
 def tokens_per_block(patches: int, keep_rate: float, depth: int = 6) -> list[int]:
-    """Tokens that the attention and the MLP of each block see on average, [CLS] and fused tokens included."""
+    """Return tokens that the attention and the MLP of each block see on average, [CLS] and fused tokens included."""
     seen, now = [], patches + 1
     for block in range(depth):
         before = now
@@ -95,7 +95,7 @@ def tokens_per_block(patches: int, keep_rate: float, depth: int = 6) -> list[int
 
 
 def merged(patches: int, keep_rate: float, depth: int = 6) -> int:
-    """How many patches ToMe must merge in all for the tokens of its blocks to sum up to those of the selection.
+    """Return how many patches ToMe must merge in all for the tokens of its blocks to sum up to those of the selection.
 
     Spread evenly, no merging reaches the token count of the lowest rates: it then merges all that it can.
     """
@@ -107,7 +107,7 @@ def merged(patches: int, keep_rate: float, depth: int = 6) -> int:
 
 @lru_cache(maxsize=None)
 def vision_flops(image_size: int, keep_rate: float, layers: tuple[int, ...] = LAYERS, method: str = "text") -> int:
-    """FLOPs of encoding one image by one of `METHODS`, counted; at keep rate 1 those of the unpatched encoder."""
+    """Count the FLOPs of encoding one image by one of `METHODS`; at keep rate 1 those of the unpatched encoder."""
     model = MiniAlbef(image_size).eval()
 
     def call() -> object:
@@ -119,6 +119,6 @@ def vision_flops(image_size: int, keep_rate: float, layers: tuple[int, ...] = LA
 
 @lru_cache(maxsize=None)
 def smaller_side(image_size: int, keep_rate: float) -> int:
-    """The side whose unpatched FLOPs come closest to those of the selection, whole patches only."""
+    """Return the side whose unpatched FLOPs come closest to those of the selection, whole patches only."""
     target = vision_flops(image_size, keep_rate)
     return min(range(2 * PATCH, image_size + 1, PATCH), key=lambda side: abs(vision_flops(side, 1.0) - target))

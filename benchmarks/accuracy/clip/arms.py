@@ -64,7 +64,7 @@ Lengths = List[Tuple[int, int]]
 
 
 def selected(rate: float) -> Lengths:
-    """What selection at this rate leaves of the tokens."""
+    """Return what selection at this rate leaves of the tokens."""
     seen, patches = [], GRID * GRID
     for index in range(DEPTH):
         before = patches
@@ -75,7 +75,7 @@ def selected(rate: float) -> Lengths:
 
 
 def merged(removed: int, first: int | None = None) -> Lengths:
-    """What token merging leaves, where a layer can merge no more than half of its patches."""
+    """Return what token merging leaves, where a layer can merge no more than half of its patches."""
     seen, patches = [], GRID * GRID
     for step in schedule(removed, DEPTH, first):
         before = patches
@@ -85,37 +85,37 @@ def merged(removed: int, first: int | None = None) -> Lengths:
 
 
 def downsampled(side: tuple[int, int]) -> Lengths:
-    """What a grid of these sides has."""
+    """Return what a grid of these sides has."""
     return [(1 + side[0] * side[1],) * 2] * DEPTH
 
 
 def flops(lengths: Lengths) -> float:
-    """Multiplications of the blocks' matrix products, those of the whole image being 1."""
+    """Return multiplications of the blocks' matrix products, those of the whole image being 1."""
     whole = [(1 + GRID * GRID,) * 2] * DEPTH
     return products(lengths) / products(whole)
 
 
 def products(lengths: Lengths) -> int:
-    """Multiplications of the matrix products of all blocks, over the width."""
+    """Return multiplications of the matrix products of all blocks, over the width."""
     return sum(4 * before * WIDTH + 2 * before * before + 8 * after * WIDTH for before, after in lengths)
 
 
 @lru_cache(maxsize=None)
 def merged_like(rate: float, first: int | None = None) -> int:
-    """How many patches ToMe removes in all to cost what selection at this rate does, or as close as it gets."""
+    """Return how many patches ToMe removes in all to cost what selection at this rate does, or as close as it gets."""
     target = flops(selected(rate))
     return min(range(GRID * GRID), key=lambda removed: (abs(flops(merged(removed, first)) - target), removed))
 
 
 @lru_cache(maxsize=None)
 def grid_like(rate: float) -> tuple[int, int]:
-    """The grid, square or one longer, that costs about as much."""
+    """Return the grid, square or one longer, that costs about as much."""
     sides = [(side, side + longer) for side in range(1, GRID) for longer in (0, 1)]
     return min([*sides, (GRID, GRID)], key=lambda side: abs(flops(downsampled(side)) - flops(selected(rate))))
 
 
 def lengths(arm: Arm, rate: float) -> Lengths:
-    """Tokens that this arm leaves; none at all where it sees no image."""
+    """Return tokens that this arm leaves; none at all where it sees no image."""
     if arm.guidance == "words":
         return []
     if arm.guidance in FRONT:
@@ -128,7 +128,7 @@ def lengths(arm: Arm, rate: float) -> Lengths:
 
 @torch.no_grad()
 def encode_smaller(model: Any, images: Tensor, side: tuple[int, int]) -> Tensor:
-    """`(N, E)` features of scaled-down images, with the position embeddings scaled like them."""
+    """Return `(N, E)` features of scaled-down images, with the position embeddings scaled like them."""
     small = F.interpolate(images, [PATCH * length for length in side], mode="bilinear", antialias=True)
     first, rest = model.visual.positional_embedding.split([1, GRID * GRID])
     square = rest.T.unflatten(1, (GRID, GRID)).unsqueeze(0)
@@ -139,7 +139,7 @@ def encode_smaller(model: Any, images: Tensor, side: tuple[int, int]) -> Tensor:
 
 @torch.no_grad()
 def answers(model: Any, arm: Arm, rate: float, images: Tensor, texts: Tensor, fusion: Any = "mean") -> Tensor:
-    """Image features `(N, E)`, or `(N, CHOICES, E)` where each caption guides its own.
+    """Return image features `(N, E)`, or `(N, CHOICES, E)` where each caption guides its own.
 
     Args:
         model: in evaluation mode, without selection; it is left so.

@@ -22,7 +22,7 @@ def _lookup(report: dict[str, Any]) -> tuple[list[str], list[float], dict[tuple[
 
 
 def accuracies(report: dict[str, Any]) -> str:
-    """Accuracy ± standard error by arm and keep rate."""
+    """Return accuracy ± standard error by arm and keep rate."""
     names, rates, found = _lookup(report)
     rows = [["relevance and guidance", *(f"keep {rate:g}" for rate in rates)]]
     for name in names:
@@ -32,7 +32,7 @@ def accuracies(report: dict[str, Any]) -> str:
 
 
 def differences(report: dict[str, Any]) -> str:
-    """Accuracy minus that without selection on the same questions, ± its standard error."""
+    """Return accuracy minus that without selection on the same questions, ± its standard error."""
     names, rates, found = _lookup(report)
     rows = [["against no selection", *(f"keep {rate:g}" for rate in rates)]]
     for name in names:
@@ -43,7 +43,7 @@ def differences(report: dict[str, Any]) -> str:
 
 
 def each_model(report: dict[str, Any]) -> str:
-    """Accuracies of the models one by one, and the FLOPs of all blocks."""
+    """Return accuracies of the models one by one, and the FLOPs of all blocks."""
     names, rates, found = _lookup(report)
     rows = [["by model (FLOPs of the blocks)", *(f"keep {rate:g}" for rate in rates)]]
     for name in names:
@@ -58,7 +58,7 @@ def each_model(report: dict[str, Any]) -> str:
 
 
 def ahead(report: dict[str, Any]) -> str:
-    """Accuracy of `SHARED` minus that of each rival on the same questions, ± its standard error."""
+    """Return accuracy of `SHARED` minus that of each rival on the same questions, ± its standard error."""
     names, rates, found = _lookup(report)
     rows = [[f"{SHARED}, minus", *(f"keep {rate:g}" for rate in rates)]]
     for name in names:
@@ -69,7 +69,7 @@ def ahead(report: dict[str, Any]) -> str:
 
 
 def by_objects(report: dict[str, Any]) -> str:
-    """Accuracies where the right caption names one object, and where it names two."""
+    """Return accuracies where the right caption names one object, and where it names two."""
     names, rates, found = _lookup(report)
     kinds = report["questions"]
     rows = [[f"{' / '.join(map(str, kinds))} named ({' / '.join(map(str, kinds.values()))} questions)"]]
@@ -88,7 +88,7 @@ WARNING = (
 
 
 def document(report: dict[str, Any]) -> str:
-    """All tables with what they were made on."""
+    """Write all tables with what they were made on."""
     settings, about = report["settings"], report["machine"]
     parts = [
         "# Frozen CLIP: which relevance needs no training",
@@ -109,7 +109,7 @@ def document(report: dict[str, Any]) -> str:
 
 
 def draw(report: dict[str, Any], path: Path) -> None:
-    """Accuracy against keep rate, error bars of two standard errors."""
+    """Draw accuracy against keep rate, error bars of two standard errors."""
     names, rates, found = _lookup(report)
     figure, (axis,) = canvas(9.5, 5)
     colours = [

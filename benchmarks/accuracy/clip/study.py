@@ -73,12 +73,12 @@ def ask(
 
 
 def mean(values: Tensor) -> tuple[float, float]:
-    """Mean and its standard error of one value for each question, `(N,)`."""
+    """Return the mean and its standard error of one value for each question, `(N,)`."""
     return float(values.mean()), float(values.std() / len(values) ** 0.5)
 
 
 def summarise(found: Sequence[Found], arms: Sequence[Arm], named: Tensor | None = None) -> list[dict[str, Any]]:
-    """One record per arm and rate. Questions are the same for all models: a question's value is its mean over them.
+    """Return one record per arm and rate. All models get the same questions: a question's value is its mean over them.
 
     Args:
         found: of each model.
