@@ -53,7 +53,7 @@ REASONS = {
 
 
 def core_of(model: Any) -> Any:
-    """The part of a model that holds its tower and its language model: the model itself, or its `model`."""
+    """Return the part of a model that holds its tower and its language model: itself, or its `model`."""
     inner = getattr(model, "model", None)
     return inner if isinstance(inner, nn.Module) and hasattr(inner, "get_image_features") else model
 
