@@ -27,7 +27,7 @@ def test_every_stage_of_every_case_is_measured(tmp_path, capsys):
         assert record["cache_bytes"] == (record["prompt_tokens"] + 3) * bytes_of_a_token
         assert all(len(seconds) == 2 for seconds in record["seconds"].values())
     ratios = {name: record["flop_ratio"] for name, record in records.items()}
-    assert ratios["after the tower"]["tower"] < 1 < ratios["image"]["tower"], "choosing costs, and saves nothing there"
+    assert ratios["after the tower"]["tower"] == 1 < ratios["image"]["tower"], "nothing is saved there"
     for name in ("text", "image", "random"):
         assert ratios[name]["prefill"] == ratios["after the tower"]["prefill"] > 1.9
     assert capsys.readouterr().out.count("\n| ") == 5 * 4

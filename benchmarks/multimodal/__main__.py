@@ -33,10 +33,10 @@ COLUMNS = ("method", "prompt", "cache MB", "stage", "ms", "GFLOPs", "speed-up", 
 def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Return one record per case."""
     dtype = getattr(torch, options.dtype)
-    made = (
-        load(options.weights, dtype) if options.weights else build(options.tower, options.language, dtype, options.seed)
-    )
-    model = made.to(options.device)
+    if options.weights:
+        model = load(options.weights, dtype).to(options.device)
+    else:
+        model = build(options.tower, options.language, dtype, options.seed).to(options.device)
     device = torch.device(options.device)
     inputs = prompts(model, options.batch, options.prompt_words, options.seed)
     width = model.config.vision_config.hidden_size
@@ -79,7 +79,8 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     patchselect.remove(model)
     for record in records.values():
         record["seconds"]["answer"] = whole(record["seconds"], options.words)
-        record["gflops"]["answer"] = whole({name: [each] for name, each in record["gflops"].items()}, options.words)[0]
+        once = {name: [each] for name, each in record["gflops"].items()}
+        record["gflops"]["answer"] = whole(once, options.words)[0]
     for record in records.values():
         base = records["unpatched"]
         record["speed_up"] = {
