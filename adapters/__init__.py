@@ -13,6 +13,7 @@ from .mplug import Mplug
 from .open_clip import OpenClip, OpenClipTimm
 from .openai_clip import OpenAiClip
 from .plain import TransformersPlain
+from .shuffled import Idefics3, InternVl
 from .timm import TimmViT
 from .transformers import TransformersClip, TransformersSiglip
 from .vilt import TransformersVilt
@@ -21,6 +22,8 @@ from .vit_mae import TransformersMae
 ADAPTERS: tuple[Adapter, ...] = (
     LlavaClip(),
     LlavaSiglip(),
+    Idefics3(),
+    InternVl(),
     TransformersClip(),
     TransformersSiglip(),
     LavisClip(),

@@ -45,9 +45,6 @@ REASONS = {
     "Qwen3VL": "its images are packed into one sequence, and layers of its language model read tokens of its tower",
     "Glm4v": "its images are packed into one sequence with rotary positions",
     "Idefics2": "a resampler reads its tower through a mask over a whole grid of patches",
-    "Idefics3": "it joins squares of a whole grid of patches",
-    "SmolVLM": "it joins squares of a whole grid of patches",
-    "InternVL": "it joins squares of a whole grid of patches",
     "Llama4": "it joins squares of a whole grid of patches",
     "Janus": "its tower returns tokens for an aligner of its own, and its generation draws images too",
     "Florence2": "it reads features of a convolutional tower",
@@ -56,7 +53,7 @@ REASONS = {
 
 
 def core_of(model: Any) -> Any:
-    """Return the part of a model that holds its tower and its language model: the model itself, or its `model`."""
+    """Return the part of a model that holds its tower and its language model: itself, or its `model`."""
     inner = getattr(model, "model", None)
     return inner if isinstance(inner, nn.Module) and hasattr(inner, "get_image_features") else model
 
@@ -116,6 +113,9 @@ def check_projector(model: nn.Module, projector: nn.Module) -> None:
 class Llava(Prompted):
     """What the models of this family share, whichever tower they have."""
 
+    reads: tuple[str, ...] = READS_LAYERS + READS_LAST
+    call_tower: Wrapper = staticmethod(call_tower_evenly)
+    call_features: Wrapper = staticmethod(call_features)
     image_arguments = ("pixel_values", "vision_feature_layer", "vision_feature_layers",
                        "vision_feature_select_strategy", "image_sizes")  # fmt: skip
 
@@ -124,10 +124,10 @@ class Llava(Prompted):
 
     def towers(self, model: nn.Module) -> list[Tower]:
         core = core_of(model)
-        if not set(names_of(core)) & {*READS_LAYERS, *READS_LAST} or not hasattr(core, "vision_tower"):
+        if not set(names_of(core)) & set(self.reads):
             refuse_others(model)
             return []
-        found = super().towers(core.vision_tower)
+        found = super().towers(self.tower_of(core))
         if not found:
             return []
         if "mm_encoder_outputs" not in inspect.signature(type(core).forward).parameters:
@@ -139,8 +139,14 @@ class Llava(Prompted):
             raise TypeError(
                 f"{type(model).__name__} cannot be patched: its tower takes patches that are cut out already"
             )
-        check_projector(model, core.multi_modal_projector)
+        check_projector(model, self.projector_of(core))
         return found
+
+    def tower_of(self, core: Any) -> nn.Module:
+        return core.vision_tower
+
+    def projector_of(self, core: Any) -> nn.Module:
+        return core.multi_modal_projector
 
     def takes_flat_patches(self, tower: Tower) -> bool:
         return is_linear(tower.module.embeddings.patch_embedding)  # type: ignore[union-attr]
@@ -148,8 +154,8 @@ class Llava(Prompted):
     def methods(self, model: nn.Module, towers: list[Tower]) -> list[tuple[nn.Module, Mapping[str, Wrapper]]]:
         core = core_of(model)
         found: list[tuple[nn.Module, Mapping[str, Wrapper]]] = [
-            (core, {"forward": call_prompted, "get_image_features": call_features}),
-            (towers[0].module, {"forward": call_tower_evenly}),
+            (core, {"forward": call_prompted, "get_image_features": self.call_features}),
+            (towers[0].module, {"forward": self.call_tower}),
         ]
         if core is not model:
             outer: dict[str, Wrapper] = {"forward": call_prompted}
@@ -194,7 +200,7 @@ class Llava(Prompted):
         return int(has_class_token and strategy == "full")
 
     def _embeddings(self, core: Any) -> Any:
-        tower = core.vision_tower
+        tower: Any = self.tower_of(core)
         return (tower.vision_model if hasattr(tower, "vision_model") else tower).embeddings
 
     def sizes(self, tower: Tower, core: Any, given: Mapping[str, Any]) -> list[int]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from .adapter import Adapter, Tower, Wrapper
-from .prompts.checks import check_prompts
+from .prompts.checks import check_prompts, plan_for_prompts
 from .reduction import Reduction
 from .relevance import Relevance
 from .wiring.blocks import call_block, run_block
@@ -163,6 +163,7 @@ def apply(
     plan = Plan.of(
         depth, keep_rate, layers, guidance, relevance, fusion, kind.default_relevance, pairing, merge, sizes, positions
     )
+    plan = plan_for_prompts(plan, host, towers[0])
     join_text_side(towers, text_side)
     check_prompts(plan, host, towers)
     places = []

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter import Adapter, Texts, Tower
+from ..wiring.journey import Journey
+from .squares import squares_of
 
 
 class Prompted(Adapter):
@@ -52,6 +54,20 @@ class Prompted(Adapter):
 
     def check(self, model: nn.Module, tower: Tower, layers: tuple[int, ...]) -> None:
         """Raise a ValueError if what a selection in these layers leaves would not be read."""
+
+    def side(self, core: Any) -> int:
+        """Return how many patches high and wide the square is that becomes one token of the prompt."""
+        return 1
+
+    def sources(self, core: Any, journey: Journey) -> Tensor | None:
+        """Return which placeholder of its image `(I, m)` each token of now is, from 0; -1 is a fused one."""
+        if self.side(core) == 1 or journey.sources is None:
+            return journey.sources
+        found = squares_of(journey, self.side(core))
+        if found is not None:
+            return found
+        squares = journey.sources.shape[1] // self.side(core) ** 2
+        return torch.arange(squares, device=journey.sources.device).expand(len(journey.sources), -1)
 
     def extra(self, core: Any, given: Mapping[str, Any]) -> int:
         """Return how many tokens in front of the patches have placeholders too."""
