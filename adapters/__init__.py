@@ -7,6 +7,8 @@ from patchselect.adapter import Adapter
 from .albef import Albef
 from .blip import TransformersBlip
 from .blip_salesforce import SalesforceBlip
+from .dinov3 import TransformersDinov3
+from .eva import OpenClipEva, TimmEva
 from .lavis import Lavis, LavisClip
 from .mplug import Mplug
 from .open_clip import OpenClip, OpenClipTimm
@@ -23,7 +25,9 @@ ADAPTERS: tuple[Adapter, ...] = (
     LavisClip(),
     OpenClip(),
     OpenClipTimm(),
+    OpenClipEva(),
     TimmViT(),
+    TimmEva(),
     Lavis(),
     SalesforceBlip(),
     Albef(),
@@ -33,4 +37,5 @@ ADAPTERS: tuple[Adapter, ...] = (
     TransformersVilt(),
     TransformersPlain(),
     TransformersMae(),
+    TransformersDinov3(),
 )

@@ -6,7 +6,7 @@ Subclass `Adapter`, without state or selection logic, for a new family of models
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Callable, Mapping, NamedTuple
+from typing import Any, Callable, Mapping, NamedTuple, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,10 @@ from .weights import Projections, through_norm
 
 Wrapper = Callable[..., Any]
 """`wrapper(module, name, original, *args, **kwargs)`: a module-level function that stands in for method `name`."""
+
+Turn = Callable[[Tensor], Tensor]
+"""Queries or keys `(B, N, H, E)`, of which the last are those of the patches, to the same, turned by their places."""
+Arguments = Tuple[Tuple[Any, ...], Mapping[str, Any]]
 
 __all__ = [
     "Adapter",
@@ -65,6 +69,8 @@ class Tower:
     """Whether token 0 is an image [CLS]."""
     width: int
     batch_first: bool = True
+    rotary: bool = False
+    """Whether attention turns queries and keys by the place of each patch: `turn` and `at_places` say how."""
     single_stream: bool = False
     """Whether text and image share one sequence: token 0 is the text [CLS], the last prefix token the image [CLS]."""
     head: nn.Module | None = None
@@ -83,6 +89,10 @@ class Adapter:
 
     name: str = ""
     default_relevance: str = "keys"
+
+    def relevance_for(self, tower: Tower) -> str:
+        """Return the relevance by which this tower reads a text where none is asked for."""
+        return self.default_relevance
 
     # Is this my model, and where are its parts?
 
@@ -118,13 +128,14 @@ class Adapter:
         return self.with_sizes(tower, block, sizes, args[0] if args else next(iter(kwargs.values())))
 
     def with_sizes(
-        self, tower: Tower, block: nn.Module, sizes: Tensor, hidden: Tensor, mask: Tensor | None = None
-    ) -> Attended:
+        self, tower: Tower, block: nn.Module, sizes: Tensor, hidden: Tensor, mask: Tensor | None = None,
+        turn: Turn | None = None,
+    ) -> Attended:  # fmt: skip
         """Run the block's input through norm, attention that counts sizes, and residual."""
         weights = self.projections(block)
         normed = weights.norm(hidden)
         first = normed if tower.batch_first else normed.transpose(0, 1)
-        branch, keys = attention_branch(weights, first, sizes, block.training, mask)
+        branch, keys = attention_branch(weights, first, sizes, block.training, mask, turn)
         branch = branch if tower.batch_first else branch.transpose(0, 1)
         return Attended(self.residual(tower, block, hidden, branch), normed, keys=keys)
 
@@ -135,6 +146,25 @@ class Adapter:
     def sample_call(self, tower: Tower, block: nn.Module, tokens: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return arguments on which `apply` compares the two halves with `block.forward`; others it needs are None."""
         return (tokens,), {}
+
+    # Rotary towers: places follow the tokens.
+
+    def turn(self, tower: Tower, block: nn.Module, *args: Any, **kwargs: Any) -> Turn | None:
+        """Return how the block turns queries and keys by the places of their tokens, given its own arguments."""
+        return None
+
+    def at_places(self, tower: Tower, block: nn.Module, places: Tensor, *args: Any, **kwargs: Any) -> Arguments:
+        """Return a block's own arguments, made by the host for all patches of the image, for those that are left.
+
+        Args:
+            tower: the tower.
+            block: one of its blocks, after the first that shortens the sequence.
+            places: `(B, m)`: which patch of the image each patch token of now is, or the one that a merged token has
+                its place from; -1 is a fused token, which has no place and is not turned, as prefix tokens are not.
+            args: of the block, the tokens first.
+            kwargs: of the block.
+        """
+        raise NotImplementedError
 
     def projections(self, block: nn.Module) -> Projections:
         """Return the weights of the block's attention."""

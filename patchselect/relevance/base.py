@@ -12,7 +12,7 @@ from typing import Any, Sequence
 import torch
 from torch import Tensor, nn
 
-from ..adapter import Tower
+from ..adapter import Tower, Turn
 from ..compat import FlopCounterMode
 from ..weights import Projections, place_of
 from .kernels import combine_attention, standardise
@@ -44,6 +44,8 @@ class Candidates:
     """Where the first selection layer of an inference pass may leave what later ones would compute again."""
     sizes: Tensor | None = None
     """`(B, P + n)`: how many patches of the image each token stands for; `None` means one each, or not counted."""
+    turn: Turn | None = None
+    """How the block turns keys `(B, n, H, E)` of the patches by their places; `None` where it does not."""
 
     @property
     def normed(self) -> Tensor:
@@ -150,13 +152,20 @@ class Relevance:
         tokens = tokens.view(1, -1, tower.width)
         seen = Candidates(
             tower, index, tower.blocks[index], tokens, tokens, tower.num_prefix_tokens,
-            guiding_place(tower, guidance), (index,),
+            guiding_place(tower, guidance), (index,), turn=self._sample_turn(tower, index, tokens),
         )  # fmt: skip
         kind = torch.device(place["device"]).type
         with torch.autocast("cpu" if kind == "meta" else kind, enabled=False):
             if guidance != "text" or tower.single_stream:
                 return self.scores_by_image(seen)
             return self.scores(seen, torch.ones(1, 1, tower.adapter.text_width(tower), **place))
+
+    @staticmethod
+    def _sample_turn(tower: Tower, index: int, tokens: Tensor) -> Turn | None:
+        if not tower.rotary:
+            return None
+        args, kwargs = tower.adapter.sample_call(tower, tower.blocks[index], tokens)
+        return tower.adapter.turn(tower, tower.blocks[index], *args, **kwargs)
 
     def __repr__(self) -> str:
         settings = ", ".join(f"{name}={value!r}" for name, value in sorted(vars(self).items()))

@@ -9,6 +9,7 @@ from torch import nn
 
 from ..adapter import Tower, Wrapper
 from ..reading import evaluating
+from .places import follows
 from .plan import Plan
 from .state import STATE
 from .swapping import is_stuck
@@ -21,7 +22,7 @@ HALF_ON_CPU = (torch.float16, "cpu")
 def check_reachable(plan: Plan, tower: Tower) -> None:
     """Raise a TypeError if a block carries a `forward` of its own, which goes before that of its class."""
     for index, block in enumerate(tower.blocks):
-        if index not in plan.layers and not plan.counts(index):
+        if index not in plan.layers and not plan.counts(index) and not follows(plan, tower, index):
             continue
         _refuse_stuck(block)
         if "forward" in vars(block):
@@ -77,9 +78,10 @@ def _counts_alike(tower: Tower, block: nn.Module) -> bool:
     tokens = torch.randn(tower.num_prefix_tokens + 4, 2, tower.width, generator=generator).to(weight)
     tokens = tokens.transpose(0, 1).contiguous() if tower.batch_first else tokens
     twin = evaluating(block)  # others may be training the block
-    own = tower.adapter.attend(tower, twin, tokens).tokens
+    args, kwargs = tower.adapter.sample_call(tower, twin, tokens)
+    own = tower.adapter.attend(tower, twin, *args, **kwargs).tokens
     ones = torch.ones(2, tower.num_prefix_tokens + 4, device=weight.device)
-    found = tower.adapter.attend_sized(tower, twin, ones, tokens).tokens
+    found = tower.adapter.attend_sized(tower, twin, ones, *args, **kwargs).tokens
     far = (own - found).abs().max() / (own - tokens).abs().max().clamp(min=torch.finfo(weight.dtype).tiny)
     return bool(far < (0.1 if weight.element_size() < 4 else 0.01))  # TF32 rounds too
 
