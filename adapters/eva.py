@@ -21,18 +21,28 @@ CALL = ("x", "rope", "attn_mask", "is_causal")
 
 
 def why_not(trunk: Any) -> str | None:
-    """What of `trunk` keeps it from being an `Eva` of pre-norm blocks, in words; `None` if it is one."""
+    """What of `trunk` keeps it from being an `Eva`, in words; `None` if it is one."""
     blocks: Any = getattr(trunk, "blocks", None)
     if prefix_of(trunk) is None or not hasattr(trunk, "patch_embed") or not isinstance(blocks, nn.ModuleList):
         return "it is not a vision transformer of plain blocks"
     for block in blocks:
-        if {name for name, _ in block.named_children()} != BLOCK_PARTS or not hasattr(block, "gamma_1"):
-            return f"its blocks ({type(block).__name__}) are not plain pre-norm attention blocks"
+        if {name for name, _ in block.named_children()} != BLOCK_PARTS:
+            return f"its blocks ({type(block).__name__}) are not those of Eva"
         if getattr(block.attn, "num_kv_groups", 1) != 1:
             return "several of its query heads share one key head"
         if not is_linear(getattr(block.attn, "qkv", None)) and not is_linear(getattr(block.attn, "q_proj", None)):
             return f"its attention ({type(block.attn).__name__}) has no query, key and value layers"
     return None
+
+
+def scale_of(block: Any, name: str) -> Tensor | None:
+    """The LayerScale of a branch."""
+    return None if getattr(block, name, None) is None else held(block, name)
+
+
+def normalises_before(block: Any) -> bool:
+    """Tell blocks that normalise what attention and MLP read from those (EVA02-E) that normalise what they give."""
+    return hasattr(block, "gamma_1")
 
 
 class TimmEva(TimmViT):
@@ -54,7 +64,7 @@ class TimmEva(TimmViT):
     def attend(self, tower: Tower, block: Any, *args: Any, **kwargs: Any) -> Attended:
         given = bound(CALL, args, kwargs)
         refuse_masks(tower, {name: given.get(name) for name in CALL[2:]})
-        normed = block.norm1(given["x"])
+        normed = block.norm1(given["x"]) if normalises_before(block) else given["x"]
         return Attended(self.residual(tower, block, given["x"], block.attn(normed, rope=given.get("rope"))), normed)
 
     def attend_sized(self, tower: Tower, block: Any, sizes: Tensor, *args: Any, **kwargs: Any) -> Attended:
@@ -63,9 +73,13 @@ class TimmEva(TimmViT):
         return self.with_sizes(tower, block, sizes, given["x"], turn=self.turn(tower, block, *args, **kwargs))
 
     def residual(self, tower: Tower, block: Any, hidden: Tensor, attended: Tensor) -> Tensor:
+        if not normalises_before(block):
+            return hidden + block.drop_path1(block.norm1(attended))
         return hidden + block.drop_path1(attended if block.gamma_1 is None else block.gamma_1 * attended)
 
     def finish(self, tower: Tower, block: Any, tokens: Tensor, rest: Any) -> Tensor:
+        if not normalises_before(block):
+            return tokens + block.drop_path2(block.norm2(block.mlp(tokens)))
         added = block.mlp(block.norm2(tokens))
         return tokens + block.drop_path2(added if block.gamma_2 is None else block.gamma_2 * added)
 
@@ -93,12 +107,13 @@ class TimmEva(TimmViT):
     def projections(self, block: Any) -> Projections:
         attention = block.attn
         normalised, gated = present(attention.k_norm), getattr(attention, "gate", None) is not None
-        nonlinear = "its attention output is normalised" if present(attention.norm) else None
+        before = normalises_before(block)
+        nonlinear = "its attention output is normalised" if present(attention.norm) or not before else None
         more: dict[str, Any] = dict(
             num_heads=attention.num_heads,
             scale=attention.scale,
-            norm=block.norm1,
-            output_scale=None if block.gamma_1 is None else held(block, "gamma_1"),
+            norm=block.norm1 if before else nn.Identity(),
+            output_scale=scale_of(block, "gamma_1"),
             query_norm=attention.q_norm if normalised else None,
             key_norm=attention.k_norm if normalised else None,
             nonlinear_values="its attention output is gated" if gated else nonlinear,

@@ -54,8 +54,8 @@ def run_block(block: nn.Module, name: str, original: Original, *args: Any, **kwa
     held = None if guidance is None else guidance.prefix
     if held is not None and held.skips(layer):
         return adapter.as_output(tower, hidden)
-    args, kwargs = at_places(layer, block, args, kwargs)
     attended = None if held is None else held.recall(layer, hidden)
+    args, kwargs = at_places(layer, block, args, kwargs)
     counted = counted_for(layer, hidden)
     if attended is None:
         attended = attend(layer, block, counted, args, kwargs)  # 1: self-attention as always
