@@ -46,6 +46,9 @@ HOSTS: dict[str, Callable[[], Case]] = {
         of_prompts.llava,
         of_prompts.vipllava,
         of_prompts.paligemma,
+        of_plain.dinov3,
+        of_open_clip.timm_eva02,
+        of_open_clip.open_clip_perception,
     )
 }
 
