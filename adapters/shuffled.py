@@ -127,7 +127,8 @@ class InternVlTower(Adapter):
             return []
         if any({name for name, _ in block.named_children()} != INTERNVL_BLOCK for block in blocks):
             return []
-        first, norm = blocks[0], model.get_submodule("layernorm")
+        first: Any = blocks[0]
+        norm = model.get_submodule("layernorm")
         if not hasattr(first, "lambda_1") or not is_linear(getattr(first.attention, "projection_layer", None)):
             return []
         width = first.attention.projection_layer.in_features
