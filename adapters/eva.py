@@ -93,7 +93,10 @@ class TimmEva(TimmViT):
 
     def turn(self, tower: Tower, block: Any, *args: Any, **kwargs: Any) -> Turn | None:
         table = bound(CALL, args, kwargs).get("rope")
-        return None if table is None else turning(*table.chunk(2, dim=-1), getattr(block.attn, "rotate_half", False))
+        if table is None:
+            return None
+        sines, cosines = table.chunk(2, dim=-1)
+        return turning(sines, cosines, getattr(block.attn, "rotate_half", False))
 
     def at_places(self, tower: Tower, block: nn.Module, places: Tensor, *args: Any, **kwargs: Any) -> Arguments:
         given = bound(CALL, args, kwargs)

@@ -34,7 +34,7 @@ False, or take last_hidden_state from the model, handle.record() and patchselect
 
 
 def blocks_of(module: Any) -> list[Any]:
-    """The blocks of a tower, wherever its release keeps them."""
+    """Return the blocks of a tower, wherever its release keeps them."""
     for holder in (module, getattr(module, "encoder", None), getattr(module, "model", None)):
         for name in ("layer", "layers"):
             blocks = getattr(holder, name, None)
@@ -44,7 +44,7 @@ def blocks_of(module: Any) -> list[Any]:
 
 
 def linears_of(attention: Any) -> list[Any]:
-    """Query, key, value and output layers of an attention, newer releases or older; `[]` if they are not there."""
+    """Return query, key, value and output layers of an attention, of any release; `[]` if there are none."""
     inner, output = getattr(attention, "attention", None), getattr(attention, "output", None)
     if {name for name, _ in getattr(inner, "named_children", attention.named_children)()} - ATTENTION_PARTS:
         return []
@@ -57,7 +57,7 @@ def linears_of(attention: Any) -> list[Any]:
 
 
 def norms_of(block: Any) -> tuple[Any, Any] | None:
-    """The norms before attention and MLP of a block that is laid out as the plain ones are; `None` of any other."""
+    """Return the norms before attention and MLP of a block that is laid out as the plain ones; `None` of any other."""
     parts = {name for name, _ in block.named_children()}
     if any(True for _ in block.parameters(recurse=False)):
         return None
@@ -68,7 +68,7 @@ def norms_of(block: Any) -> tuple[Any, Any] | None:
 
 
 def patches_of(embeddings: Any) -> nn.Conv2d | None:
-    """The convolution that cuts the image into patches, if nothing else does."""
+    """Return the convolution that cuts the image into patches, if nothing else does."""
     cut = getattr(embeddings, "patch_embeddings", getattr(embeddings, "patch_embed", None))
     found = list(cut.children()) if isinstance(cut, nn.Module) and not isinstance(cut, nn.Conv2d) else [cut]
     return found[0] if len(found) == 1 and isinstance(found[0], nn.Conv2d) else None
@@ -196,13 +196,13 @@ class TransformersPlain(TransformersClip):
         return hidden + branch if hasattr(block, "ffn") else self._around(block, 1, branch) + hidden
 
     def attend_sized(self, tower: Tower, block: Any, sizes: Tensor, *args: Any, **kwargs: Any) -> Attended:
-        """A backbone asks its blocks for hidden states, which they leave to others."""
+        """Leave out the hidden states that a backbone asks its blocks for, which they leave to others."""
         kwargs.pop("output_hidden_states", None)
         return super().attend_sized(tower, block, sizes, *args, **kwargs)
 
     @staticmethod
     def _around(block: Any, number: int, branch: Tensor) -> Tensor:
-        """LayerScale, stochastic depth and dropout of one branch. Releases with `drop_path1` never call it."""
+        """Apply LayerScale, stochastic depth and dropout of one branch. Releases with `drop_path1` never call it."""
         for name in (f"layer_scale{number}", "drop_path", "dropout"):
             if hasattr(block, name):
                 branch = getattr(block, name)(branch)
@@ -251,7 +251,7 @@ class TransformersPlain(TransformersClip):
 
     @staticmethod
     def _dense(tower: Tower) -> nn.Module | None:
-        """The linear layer of the pooler between the class token and a joint space."""
+        """Return the linear layer of the pooler between the class token and a joint space."""
         pooler: Any = getattr(tower.module, "pooler", None)
         return None if tower.head is None or pooler is None else pooler.dense
 

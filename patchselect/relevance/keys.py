@@ -28,7 +28,7 @@ class Keys(Relevance):
 
     def scores(self, seen: Candidates, text: Tensor) -> Tensor:
         weights = seen.weights
-        return self.attention(seen, weights, normalised(weights.norm, seen.tower.adapter.lift(seen.tower, text)))
+        return self.attention(seen, weights, normalised(weights.norm, seen.tower.lift(text)))
 
     def scores_by_image(self, seen: Candidates) -> Tensor:
         return self.attention(seen, seen.weights, seen.guiding(seen.all_normed))
@@ -49,7 +49,7 @@ class Keys(Relevance):
             tower.adapter.projections(tower.blocks[index])
         if guidance == "text" and not tower.single_stream:
             with torch.no_grad():
-                tower.adapter.lift(tower, probe(tower))
+                tower.lift(probe(tower))
 
     def cost(self, tower: Tower, index: int, first: bool, guidance: str) -> tuple[int, int]:
         weights = tower.adapter.projections(tower.blocks[index])

@@ -22,6 +22,8 @@ def run_counting(block: nn.Module, name: str, original: Original, *args: Any, **
     """Run a block that merges or counts sizes: attention, merging where it comes before the first selection, MLP."""
     layer: Layer = block._patchselect  # type: ignore[assignment]
     tower, adapter = layer.tower, layer.tower.adapter
+    if not layer.wiring.patched:  # a copy of a block, which outlived the selection
+        return original(*args, **kwargs)
     args, kwargs, guidance = own_arguments(layer, block, args, kwargs)
     hidden: Tensor = args[0] if args else next(iter(kwargs.values()))
     if guidance is None and layer.plan.guidance == "text" and not in_backward():
@@ -68,6 +70,6 @@ def merge(layer: Layer, block: nn.Module, attended: Attended, counted: Counted) 
         keys = mean_key(tower.adapter.projections(block), normed) if attended.keys is None else attended.keys
         reduced, sizes = merging.reduce(tokens, counted.or_ones(tokens), keys, count, prefix)
     if journey is not None and sources is not None:
-        journey.go_on(sources, reduced, prefix)
+        journey.go_on(layer.index, sources, reduced, prefix)
         journey.sizes = sizes
     return reduced.tokens if tower.batch_first else reduced.tokens.transpose(0, 1)

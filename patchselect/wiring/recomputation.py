@@ -62,7 +62,7 @@ def note_text(hidden: Tensor, reader: object, guidance: Guidance) -> None:
     """Note the text of a block's first run."""
     if not may_be_recomputed(hidden, guidance.text):
         return
-    kept = dataclasses.replace(guidance, outer=None, memo=(), opened_by=None, stashes={})
+    kept = dataclasses.replace(guidance, outer=None, memo=(), opened_by=None, stashes={}, memories={})
     earlier = _noted.get(_key(hidden, reader))
     if earlier is not None and earlier[0].text is not guidance.text:
         kept = dataclasses.replace(kept, pairing="ambiguous")
