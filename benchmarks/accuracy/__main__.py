@@ -17,7 +17,7 @@ from .albef.throughput import throughput
 from .albef.train import Arm
 from .clip import study as clip
 from .leaks import study as leaks
-from .yours import zeroshot
+from .yours import retrieval, zeroshot
 
 
 def curves(
@@ -51,6 +51,7 @@ def main() -> None:
         "clip": (clip, "frozen small CLIP: relevances and rivals at equal tokens"),
         "leaks": (leaks, "what texts alone, or the places of kept patches alone, answer of the questions"),
         "align": (align, "a short alignment under selection, of the small CLIP or of your model and data"),
+        "retrieval": (retrieval, "any CLIP on Flickr30K or COCO, in two passes, with and without selection"),
         "zeroshot": (zeroshot, "any CLIP on a folder of classes, with and without selection"),
     }
     for name, (module, about) in others.items():
