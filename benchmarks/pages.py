@@ -54,10 +54,15 @@ def of(report: dict[str, Any], batch: int, **wanted: Any) -> list[dict[str, Any]
     )
 
 
+def measured(report: dict[str, Any]) -> list[int]:
+    """The batches that there was time for, in the order in which they were asked for."""
+    return list(dict.fromkeys(r["batch"] for r in report["results"]))
+
+
 def speed(report: dict[str, Any]) -> str:
     """What the default run of the speed benchmark found."""
     parts = []
-    for batch in report["settings"]["batch"]:
+    for batch in measured(report):
         rows = [["", "keep rate", "FLOP ratio (the limit)", "speed-up, median [quartiles]", "time spent selecting"]]
         for r in of(report, batch):
             share = r["selecting_share"]
@@ -69,7 +74,7 @@ def speed(report: dict[str, Any]) -> str:
 
 def short(report: dict[str, Any]) -> str:
     """Text guidance at the first batch, and a sentence on the others."""
-    first, *others = report["settings"]["batch"]
+    first, *others = measured(report)
     rows = [["keep rate", "FLOP ratio (the limit)", "speed-up, median [quartiles]"]]
     texts = of(report, first, method="text")
     rows += [[f"{r['keep_rate']:g}", f"{r['flop_ratio']:.2f}", speed_up(r)] for r in texts]
@@ -94,7 +99,7 @@ def precision(report: dict[str, Any]) -> str:
     """Speed-ups in several precisions; `compile` is in the settings."""
     rows = [["both sides", "keep rate", "batch", "speed-up, median [quartiles]", "FLOP ratio"]]
     done = "compiled, " if report["settings"]["compile"] else ""
-    for batch in report["settings"]["batch"]:
+    for batch in measured(report):
         rows += [
             [f"{done}{r['precision']}", f"{r['keep_rate']:g}", str(batch), speed_up(r, 3), f"{r['flop_ratio']:.3f}"]
             for r in of(report, batch, method="text")
@@ -133,7 +138,7 @@ def machines(folder: Path) -> str:
     for path in sorted(folder.glob("*/speed.json")):
         report = read(path)
         seen.add(report["machine"]["device"])
-        shown = " / ".join(speed_up(r) for r in of(report, report["settings"]["batch"][0], method="text"))
+        shown = " / ".join(speed_up(r) for r in of(report, measured(report)[0], method="text"))
         about = [report["machine"]["processor"], report["machine"]["device"], report["versions"]["torch"]]
         rows.append([*about, report["commit"], shown, f"`{path.relative_to(folder.parent.parent)}`"])
     missing = [f"There is no file for {about}." for device, about in DEVICES.items() if device not in seen]

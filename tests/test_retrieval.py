@@ -15,6 +15,7 @@ from PIL import Image
 
 import patchselect
 from benchmarks.accuracy.yours import karpathy, rerank, retrieval
+from benchmarks.accuracy.yours.albef import AlbefHost, load_albef
 from benchmarks.accuracy.yours.signs import Opposite
 from benchmarks.models.loading import load
 
@@ -209,3 +210,45 @@ def test_an_interrupted_pass_goes_on(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(patchselect.pairs.score, "_score_chunk", lambda *_: scored.append(1))
     again = rerank.rescored(host.model, images, lambda chosen: texts[chosen], wanted, 2, "test", tmp_path)
     assert not scored and torch.equal(first, again)
+
+
+def test_albef_ranks_by_its_own_head(flickr, tmp_path, monkeypatch, capsys):
+    """The whole command on a double of ALBEF's structure, against `score_pairs` on all pairs and loops."""
+    model, _, _ = albef()
+    words = albef_words()
+
+    def prepare(picture):
+        return torch.from_numpy(np.asarray(picture.resize((32, 32))).copy()).permute(2, 0, 1) / 255
+
+    host = AlbefHost(model.float(), "ALBEF", "double", 32, "random weights", True, prepare, words)
+    monkeypatch.setattr(retrieval, "load_albef", lambda config, checkpoint, size: host)
+    arguments = f"--data {flickr} --albef config.yaml --random-weights --relevance keys --against random".split()
+    arguments += f"--keep-rate 0.5 --best 3 --batch 2 --device cpu --output {tmp_path}".split()
+    report = retrieval.main(retrieval.parse(arguments))
+    arms = {r["arm"]: r["recall"] for r in report["results"]}
+    assert list(arms) == ["first pass alone", "no selection", "text, keys", "text, -keys", "random"]
+
+    pool = karpathy.read_pool(flickr)
+    pixels, tokens = host.images([pool.open(place) for place in range(IMAGES)]), host.tokens(pool.captions)
+    normal = torch.nn.functional.normalize
+    with torch.no_grad():
+        first = (normal(host.encode_image(pixels), dim=-1) @ normal(host.encode_text(tokens), dim=-1).T).numpy()
+    for name, options in (("no selection", (1.0, None, "random")), ("text, keys", (0.5, None, "text", "keys"))):
+        patchselect.apply(model, *options)
+        second = patchselect.score_pairs(model, pixels, tokens, progress=False)
+        wanted = slow_recalls(first, lambda i, j, second=second: float(second[i, j]), pool.owner, 3)
+        assert arms[name] == {way: pytest.approx(found) for way, found in wanted.items()}
+
+
+def albef_words():
+    def tokenize(captions):
+        ids = torch.tensor([[1] + [3 + sum(map(ord, word)) % 20 for word in caption.split()] for caption in captions])
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+    return tokenize
+
+
+def test_albef_says_what_it_needs(tmp_path, monkeypatch):
+    monkeypatch.delenv("ALBEF_DIR", raising=False)
+    with pytest.raises(ValueError, match="ALBEF_DIR"):
+        load_albef(tmp_path / "config.yaml", None)

@@ -35,6 +35,7 @@ from benchmarks.models.loading import load
 from patchselect.metrics import retrieval_recall
 from patchselect.wiring.towers import find_towers
 
+from .albef import load_albef
 from .evaluate import DTYPES
 from .karpathy import Pool, read_pool
 from .rerank import candidates_of, ranked, rescored
@@ -64,7 +65,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--split", default="test")
     add("--captions", type=int, default=5, help="of each image")
     add("--limit", type=int, help="so many images, the first ones; default: all")
-    command.add_model(parser)
+    command.add_model(parser, "ViT-B-16")
+    about = "a config of ALBEF (configs/Retrieval_flickr.yaml): its own model and head instead, see docs/accuracy.md"
+    add("--albef", type=Path, metavar="CONFIG", help=about)
     add("--random-weights", action="store_true", help="a dry run: go on where weights or tokenizer are missing")
     about = f"of text, {OUTSIDE}"
     add("--relevance", nargs="+", type=named, default=["values", "keys", "joint"], metavar="NAME", help=about)
@@ -120,6 +123,7 @@ class Search:
     def __init__(self, host: Host, pool: Pool, options: argparse.Namespace) -> None:
         self.host, self.pool, self.options = host, pool, options
         self.place = next(host.model.parameters())
+        self.tokens = host.tokens(pool.captions) if host.reads_tokens else {}
         self.texts = self.encoded_texts()
         self.first = self.compared()
         self.of_images, self.of_texts = candidates_of(self.first, options.best)
@@ -145,10 +149,15 @@ class Search:
     def again(self, arm: Arm, host: Host, removed: int) -> Tensor:
         """The second pass: scores of the candidates of both directions."""
         torch.manual_seed(self.options.seed)
-        texts = self.texts.clone()  # inference tensors may not leave their mode
+        features = self.texts.clone()  # inference tensors may not leave their mode
+
+        def texts(chosen: Tensor) -> Any:
+            chosen = chosen.to(features.device)
+            return {name: ids[chosen] for name, ids in self.tokens.items()} if self.tokens else features[chosen]
+
         with patched(host, arm, self.options.layers, removed):
             return rescored(
-                host.model, lambda places: self.pixels(places, host), lambda chosen: texts[chosen.to(texts.device)],
+                host.model, lambda places: self.pixels(places, host), texts,
                 self.of_images | self.of_texts, self.options.batch, f"{arm} {arm.keep_rate:g}",
                 self.options.output / "finished" / f"{arm} {arm.keep_rate:g}",
             )  # fmt: skip
@@ -174,16 +183,30 @@ def smaller(options: argparse.Namespace, target: float, whole: float, host: Host
 
     wanted = target / whole * cost(host.image_size)
     size = min(range(side, host.image_size, side), key=lambda size: abs(cost(size) - wanted))
-    found = load(options.model, size, options.pretrained)
-    found.model.eval().to(next(host.model.parameters()))
+    found = loaded(options, size)
+    found.model.to(next(host.model.parameters()))
     return found
+
+
+def loaded(options: argparse.Namespace, size: int | None = None) -> Host:
+    """The model that was asked for, in evaluation."""
+    if options.albef is not None:
+        return load_albef(options.albef, options.pretrained, size)
+    host = load(options.model, size, options.pretrained)
+    host.model.eval()
+    return host
 
 
 def run(host: Host, pool: Pool, options: argparse.Namespace) -> tuple[list[dict[str, Any]], list[str]]:
     """One record per arm and keep rate, and what had to be left out."""
     search, notes = Search(host, pool, options), []
     whole = flops_of(host, Arm("random", 1.0), options.layers)
-    records = [{"arm": "no selection", "keep_rate": None, "flop_share": 1.0, "recall": search.recalls(None)}]
+    alone = {"keep_rate": None, "flop_share": 1.0}
+    records: list[dict[str, Any]] = [{"arm": "no selection", **alone, "recall": search.recalls(None)}]
+    if host.reads_tokens:  # a head that ranks again tells more than the first pass, without selection too
+        records[0]["arm"] = "first pass alone"
+        again = search.recalls(search.again(Arm("random", 1.0), host, 0))
+        records.append({"arm": "no selection", **alone, "recall": again})
     signs: list[Callable[[Any], Any]] = [lambda x: x] + [Opposite] * (not options.one_sign)
     kinds = [("text", sign(relevance)) for relevance in options.relevance for sign in signs]
     for kind, relevance in [*kinds, *((name, None) for name in options.against)]:
@@ -225,10 +248,10 @@ def table(records: Sequence[dict[str, Any]]) -> str:
 def main(options: argparse.Namespace) -> dict[str, Any]:
     """Search, print the table, write JSON and Markdown; a ValueError where accuracy would mean nothing."""
     pool = read_pool(options.data, options.images, options.split, options.captions, options.limit)
-    host = load(options.model, None, options.pretrained)
+    host = loaded(options)
     if not options.random_weights:
         host.check_accuracy()
-    host.model.eval().to(options.device, DTYPES[options.precision])
+    host.model.to(options.device, DTYPES[options.precision])
     report = command.report_on(options, options.device)
     records, notes = run(host, pool, options)
     report.update(
