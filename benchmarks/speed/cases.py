@@ -101,7 +101,7 @@ class Inputs:
         return Inputs(self.images[:1], {name: ids[:1] for name, ids in self.tokens.items()}, self.text[:1])
 
     def fake(self) -> Inputs:
-        """Zeros of the same shapes, made where they are needed (for counting FLOPs)."""
+        """Return zeros of the same shapes, made where they are needed (for counting FLOPs)."""
 
         def zeros(x: Tensor) -> Tensor:
             return torch.zeros(x.shape, dtype=x.dtype, device=x.device)
@@ -111,7 +111,7 @@ class Inputs:
 
 @contextmanager
 def patched(host: Host, case: Case, selection: Selection) -> Any:
-    """The model as this case wants it, and as it was afterwards."""
+    """Let the model be as this case wants it, and as it was afterwards."""
     if case.method in TOME:
         first = front(len(find_towers(host.model)[0].blocks)) if case.method == "tome front" else None
         with token_merging(host.model, case.removed, fused=case.method != "tome", first=first):
@@ -134,7 +134,7 @@ def patched(host: Host, case: Case, selection: Selection) -> Any:
 
 
 def runner(host: Host, case: Case, setting: Setting, inputs: Inputs) -> Callable[[], Any]:
-    """What is timed: one call with everything that this case costs, but for the encoding of the text (see `Inputs`)."""
+    """Return what is timed: one call with all that this case costs, but for the encoding of the text (see `Inputs`)."""
 
     def guided() -> AbstractContextManager[Any]:
         explicit = case.method in ("text", MERGED) and setting.view == "tower"
@@ -163,7 +163,7 @@ def runner(host: Host, case: Case, setting: Setting, inputs: Inputs) -> Callable
 
 @contextmanager
 def mode(host: Host, work: str) -> Any:
-    """Evaluation or training, with or without gradient checkpointing; evaluation afterwards."""
+    """Put the model into evaluation or training, with or without gradient checkpointing; evaluation afterwards."""
     try:
         host.model.train(work != "forward")
         if work == "checkpointed":

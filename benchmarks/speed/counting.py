@@ -34,19 +34,19 @@ class FlopBook:
         return self.known[view, case]
 
     def tome_removals(self, case: Case, method: str = "tome") -> int:
-        """How many patches this kind of ToMe must remove in all for its FLOPs to come closest to those of `case`."""
+        """Return how many patches this kind of ToMe must remove for its FLOPs to come closest to those of `case`."""
         patches, depth = self.size()
         count = lambda removed: self.of(Case(method, case.keep_rate, removed))  # noqa: E731
         return matching_flops(self.of(case), count, patches - depth)
 
     def merged_rate(self, case: Case) -> float:
-        """Which keep rate one selection after merging needs for its FLOPs to come closest to those of `case`."""
+        """Return which keep rate one selection after merging needs for its FLOPs to come closest to those of `case`."""
         patches, _ = self.size()
         count = lambda removed: self.of(Case(MERGED, case.keep_rate, own_rate=1 - removed / patches))  # noqa: E731
         return 1 - matching_flops(self.of(case), count, patches - 1) / patches
 
     def size(self) -> tuple[int, int]:
-        """Patches of an image, and blocks of the tower."""
+        """Return patches of an image, and blocks of the tower."""
         (tower,) = find_towers(self.host.model)
         height, width = tower.adapter.grid(tower, self.inputs.images)
         return height * width, len(tower.blocks)

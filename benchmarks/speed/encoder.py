@@ -24,7 +24,7 @@ def vit(size: int, depth: int = 12) -> nn.Module:
 
 
 def call_of(model: nn.Module, batch: int, size: int, guided: bool, device: torch.device | None) -> Callable[[], Any]:
-    """One forward; without a device its inputs are made inside of it, as the FLOP counter wants."""
+    """Run one forward; without a device its inputs are made inside of it, as the FLOP counter wants."""
     home = device or torch.device("cpu")
 
     def made() -> tuple[torch.Tensor, torch.Tensor]:

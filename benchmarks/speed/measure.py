@@ -79,7 +79,7 @@ class SelectionClock:
         return event
 
     def read(self) -> float:
-        """Seconds since the last reading; after the device was synchronised."""
+        """Return seconds since the last reading; after the device was synchronised."""
         marks, self.marks = self.marks, []
         if self.device.type != "cuda":
             return sum(end - start for start, end in marks)
@@ -87,7 +87,7 @@ class SelectionClock:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Two readings of the clock per reducing layer: about a microsecond, so it runs in every timed call."""
+        """Read the clock twice per reducing layer: about a microsecond, so it runs in every timed call."""
 
         def timing(function: Callable[..., Any]) -> Callable[..., Any]:
             def timed(*args: Any, **kwargs: Any) -> Any:

@@ -25,7 +25,7 @@ STYLES = {
 
 
 def draw(report: dict[str, Any], path: Path) -> None:
-    """One panel per setting; medians with quartiles."""
+    """Draw one panel per setting; medians with quartiles."""
     keys = ("image_size", "batch", "precision", "work", "view")
     groups = [(k, list(g)) for k, g in groupby(report["results"], key=lambda r: tuple(r[key] for key in keys))]
     columns = min(3, len(groups))

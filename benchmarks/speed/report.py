@@ -38,7 +38,7 @@ PAIR = "Each call is the whole model on images and texts: the text encoder is in
 def summarise(
     measured: Sequence[Measured], flops: dict[tuple[int, str, Case], float], selection: Selection
 ) -> list[dict[str, Any]]:
-    """One record per setting and case: every figure that the table shows, and the times behind it.
+    """Return one record per setting and case: every figure that the table shows, and the times behind it.
 
     Args:
         measured: what `measure` returned, the unpatched case first in each setting.
@@ -130,7 +130,7 @@ def timing(report: dict[str, Any]) -> str:
 
 
 def document(report: dict[str, Any]) -> str:
-    """The whole report in words and tables (Markdown)."""
+    """Write the whole report in words and tables (Markdown)."""
     model, machine = report["model"], report["machine"]
     memory = "CUDA allocator" if machine["device"] == "cuda" else "torch's CPU allocations"
     parts = [

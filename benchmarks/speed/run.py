@@ -101,12 +101,12 @@ def selection_of(options: argparse.Namespace) -> Selection:
 
 
 def weight(batch: int, precision: str, work: str, view: str) -> float:
-    """How the time is shared out: large batches need more of it, small ones gain more from every round."""
+    """Weigh how the time is shared out: large batches need more of it, small ones gain more from every round."""
     return float((batch * (1 if work == "forward" else 3)) ** 0.6)
 
 
 def describe(host: Host, options: argparse.Namespace, found: Found) -> None:
-    """What the report says about the model."""
+    """Write what the report says about the model."""
     (tower,) = find_towers(host.model)
     found.model = {
         "name": host.name,
@@ -121,7 +121,7 @@ def describe(host: Host, options: argparse.Namespace, found: Found) -> None:
 
 
 def cases_of(options: argparse.Namespace, book: FlopBook, view: str) -> list[Case]:
-    """Unpatched first, every guidance at every rate, then merging, with and without one selection, at their cost."""
+    """List unpatched first, each guidance at each rate, then merging, with and without one selection, at their cost."""
     cases = [Case("unpatched"), *(Case(g, rate) for g in options.guidance for rate in options.keep_rate)]
     if view == "tower":
         for rate in options.merge_at or options.keep_rate:
@@ -137,14 +137,14 @@ def cases_of(options: argparse.Namespace, book: FlopBook, view: str) -> list[Cas
 
 
 def suits(case: Case, work: str) -> bool:
-    """Whether a case is measured in this pass. ToMe hands sizes from block to block, which recomputation breaks."""
+    """Tell whether a case is measured in this pass. Recomputation breaks ToMe, which hands sizes on by block."""
     if case.method == "text encoder":
         return work == "forward"
     return case.method not in TOME or work != "checkpointed"
 
 
 def inputs_of(host: Host, photos: Sequence[Photo], batch: int) -> Inputs:
-    """Photographs and captions as the model wants them, the captions already encoded."""
+    """Return photographs and captions as the model wants them, the captions already encoded."""
     pictures, captions = zip(*batch_of(photos, batch))
     tokens = host.tokens(list(captions))
     with torch.no_grad():

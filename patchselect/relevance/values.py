@@ -38,7 +38,7 @@ class Values(Relevance):
         tower, stash, patches = seen.tower, seen.stash, seen.patches
         found = stash.pop(0) if stash and stash[0].layer == seen.index else None
         if found is None:
-            goal = tower.adapter.read_back(tower, text)
+            goal = tower.read_back(text)
             if not is_compiling() and patches.shape[:2].numel() < goal.shape[:2].numel():
                 values = _through_values(tower, seen.index, seen.normed, patches)
                 return linear_scores(goal.to(values.dtype), values)
@@ -78,8 +78,8 @@ class Values(Relevance):
             raise ValueError(f'relevance="values" needs one LayerNorm eps in all blocks, found {sorted(eps)}')
         with torch.no_grad():
             if guidance == "text":
-                tower.adapter.lift(tower, probe(tower))
-            tower.adapter.read_back(tower, probe(tower))
+                tower.lift(probe(tower))
+            tower.read_back(probe(tower))
         if guidance == "image":
             check_projects(tower, self.name, guidance)
 

@@ -151,7 +151,7 @@ def check_text(wiring: Wiring, text: Any, per_image: bool = False) -> None:
     if not isinstance(text, Tensor) or not text.is_floating_point():
         found = text.dtype if isinstance(text, Tensor) else type(text).__name__
         raise TypeError(f"text_features must be a floating-point tensor (features, not token ids), got {found}")
-    width = wiring.towers[0].adapter.text_width(wiring.towers[0])
+    width = wiring.towers[0].text_width()
     if text.dim() not in ((2, 3) if per_image else (2,)) or 0 in text.shape or text.shape[-1] != width:
         wanted = f"(texts, {width})" + (f" or (images, texts, {width})" if per_image else "")
         own = text.dim() == 3 and not per_image
