@@ -103,7 +103,7 @@ def flops_of(host: Host, arm: Arm, layers: Sequence[int] | None, removed: int = 
 
 @contextmanager
 def patched(host: Host, arm: Arm, layers: Sequence[int] | None, removed: int = 0) -> Iterator[None]:
-    """The model as an arm wants it, patched in any case, as `score_pairs` asks."""
+    """Patch the model as an arm wants it; in any case, as `score_pairs` asks."""
     rate = arm.keep_rate if arm.kind in ("text", "image", "random") else 1.0
     guidance = arm.kind if arm.kind in ("text", "image") else "random"
     handle = patchselect.apply(host.model, rate, layers, guidance, arm.relevance)
@@ -141,13 +141,13 @@ class Search:
 
     @torch.inference_mode()
     def compared(self) -> Tensor:
-        """The first pass, `(N, M)`: cosines without selection."""
+        """Make the first pass, `(N, M)`: cosines without selection."""
         places = torch.arange(len(self.pool.paths)).split(self.options.batch)
         found = [self.host.encode_image(self.pixels(some.tolist())) for some in tqdm(places, "images", file=sys.stderr)]
         return (F.normalize(torch.cat(found).float(), dim=-1) @ F.normalize(self.texts.float(), dim=-1).T).cpu()
 
     def again(self, arm: Arm, host: Host, removed: int) -> Tensor:
-        """The second pass: scores of the candidates of both directions."""
+        """Make the second pass: scores of the candidates of both directions."""
         torch.manual_seed(self.options.seed)
         features = self.texts.clone()  # inference tensors may not leave their mode
 
@@ -173,7 +173,7 @@ class Search:
 
 
 def smaller(options: argparse.Namespace, target: float, whole: float, host: Host) -> Host:
-    """The model at the image size whose tokens cost closest to `target`, where its own cost `whole`."""
+    """Load the model at the image size whose tokens cost closest to `target`, where its own cost `whole`."""
     tower = find_towers(host.model)[0]
     side = host.image_size // tower.adapter.grid(tower, torch.zeros(1, 3, host.image_size, host.image_size))[0]
 
@@ -189,7 +189,7 @@ def smaller(options: argparse.Namespace, target: float, whole: float, host: Host
 
 
 def loaded(options: argparse.Namespace, size: int | None = None) -> Host:
-    """The model that was asked for, in evaluation."""
+    """Load the model that was asked for, in evaluation."""
     if options.albef is not None:
         return load_albef(options.albef, options.pretrained, size)
     host = load(options.model, size, options.pretrained)
