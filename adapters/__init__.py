@@ -12,10 +12,12 @@ from .llava import LlavaClip, LlavaSiglip
 from .mplug import Mplug
 from .open_clip import OpenClip, OpenClipTimm
 from .openai_clip import OpenAiClip
+from .plain import TransformersPlain
 from .shuffled import Idefics3, InternVl
 from .timm import TimmViT
 from .transformers import TransformersClip, TransformersSiglip
 from .vilt import TransformersVilt
+from .vit_mae import TransformersMae
 
 ADAPTERS: tuple[Adapter, ...] = (
     LlavaClip(),
@@ -35,4 +37,6 @@ ADAPTERS: tuple[Adapter, ...] = (
     OpenAiClip(),
     TransformersBlip(),
     TransformersVilt(),
+    TransformersPlain(),
+    TransformersMae(),
 )

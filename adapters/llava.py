@@ -209,7 +209,7 @@ class Llava(Prompted):
         pixels: Tensor = given["pixel_values"]
         if pixels.dim() != 4:
             raise ValueError(f"pixel_values must be (images, channels, height, width), got {tuple(pixels.shape)}")
-        grid = self.grid(tower, pixels)
+        grid: Any = self.grid(tower, pixels)
         return [grid[0] * grid[1] + self.extra(core, given)] * len(pixels)
 
 

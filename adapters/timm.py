@@ -101,11 +101,14 @@ def partial_methods(trunk: nn.Module) -> dict[str, Wrapper]:
 
 
 class TimmViT(Adapter):
-    """`timm.models.vision_transformer.VisionTransformer` alone."""
+    """`timm.models.vision_transformer.VisionTransformer` alone, or in a `TimmWrapperModel` of transformers."""
 
     name = "timm"
 
     def towers(self, model: nn.Module) -> list[Tower]:
+        model = getattr(
+            model, "timm_model", model
+        )  # transformers' TimmWrapperModel and TimmWrapperForImageClassification
         if not type(model).__module__.startswith("timm.") and why_not(model) is not None:
             return []
         reason = why_not(model)

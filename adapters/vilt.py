@@ -114,7 +114,7 @@ class TransformersVilt(Adapter):
 
     def attend_sized(
         self, tower: Tower, block: Any, sizes: Tensor, hidden_states: Tensor, attention_mask: Tensor | None = None,
-        *args: Any, text_length: int, **kwargs: Any,
+        *args: Any, text_length: int = 0, **kwargs: Any,
     ) -> Attended:  # fmt: skip
         """Count sizes beside the mask of the text, which counts as before."""
         refuse_extras(args, kwargs)

@@ -123,7 +123,7 @@ def without_modes() -> Any:
 
 
 def watched() -> bool:
-    """Whether something counts, fakes or watches the operations of this thread."""
+    """Tell whether something counts, fakes or watches the operations of this thread."""
     count = getattr(torch._C, "_len_torch_dispatch_stack", None)  # torch 2.0
     if count is not None:
         return bool(count())

@@ -13,9 +13,9 @@ from .prompts.checks import check_prompts, plan_for_prompts
 from .reduction import Reduction
 from .relevance import Relevance
 from .wiring.blocks import call_block, run_block
-from .wiring.changes import place_of_blocks
+from .wiring.changes import check_heard, places_of
 from .wiring.checks import check_counting, check_methods, check_pairing, check_reachable
-from .wiring.guard import check_halves
+from .wiring.guard import check_blocks
 from .wiring.journey import call_tower
 from .wiring.merging import run_counting
 from .wiring.plan import Plan
@@ -166,11 +166,13 @@ def apply(
     plan = plan_for_prompts(plan, host, towers[0])
     join_text_side(towers, text_side)
     check_prompts(plan, host, towers)
+    places = []
     for tower in towers:
         check_reachable(plan, tower)
         check_counting(plan, tower)
+        places.append(places_of(tower, check_blocks(plan, tower)))
+        check_heard(tower, places[-1])
         for index in plan.layers:
-            check_halves(tower, index)
             kind.projections(tower.blocks[index])
         plan.relevance.check(tower, plan.layers, guidance)
     methods: dict[nn.Module, dict[str, Wrapper]] = {tower.module: {"forward": call_tower} for tower in towers}
@@ -179,7 +181,7 @@ def apply(
     check_methods(plan, methods)
     check_pairing(plan, type(host).__name__, methods)
     remove(host)
-    wiring = Wiring(plan, host, towers, [place_of_blocks(tower) for tower in towers])
+    wiring = Wiring(plan, host, towers, places)
     _patch(wiring, methods)
     return Handle(wiring)
 

@@ -91,6 +91,29 @@ TRANSFORMERS = {
     "LLaVA": Feature("transformers", "4.36", "there is no LLaVA", "transformers:LlavaForConditionalGeneration"),
     "SigLIP": Feature("transformers", "4.37", "there is no SigLIP", "transformers:SiglipModel"),
     "SigLIP 2": Feature("transformers", "4.50", "there is no SigLIP 2", "transformers:Siglip2Model"),
+    "dual encoders": Feature(
+        "transformers", "4.13", "there is no dual encoder of any two", "transformers:VisionTextDualEncoderModel"
+    ),
+    "DINOv2": Feature("transformers", "4.31", "there is no DINOv2", "transformers:Dinov2Model"),
+    "DINOv2 with registers": Feature(
+        "transformers", "4.48", "there is no DINOv2 with registers", "transformers:Dinov2WithRegistersModel"
+    ),
+    "ViT-MSN": Feature("transformers", "4.23", "there is no ViT-MSN", "transformers:ViTMSNModel"),
+    "ViTMAE": Feature("transformers", "4.17", "there is no ViTMAE", "transformers:ViTMAEModel"),
+    "FLAVA": Feature("transformers", "4.20", "there is no FLAVA", "transformers:FlavaModel"),
+    "I-JEPA": Feature("transformers", "4.48", "there is no I-JEPA", "transformers:IJepaModel"),
+    "AIMv2": Feature("transformers", "4.54", "there is no AIMv2", "transformers:Aimv2VisionModel"),
+    "timm wrapper": Feature("transformers", "4.48", "there is no wrapper of timm", "transformers:TimmWrapperModel"),
+    "DPT": Feature("transformers", "4.18", "there is no DPT", "transformers:DPTModel"),
+    "YOLOS": Feature("transformers", "4.20", "there is no YOLOS", "transformers:YolosModel"),
+    "BEiT": Feature("transformers", "4.11", "there is no BEiT", "transformers:BeitModel"),
+    "ViViT": Feature("transformers", "4.32", "there is no ViViT", "transformers:VivitModel"),
+    "GroupViT": Feature("transformers", "4.21", "there is no GroupViT", "transformers:GroupViTModel"),
+    "X-CLIP": Feature("transformers", "4.22", "there is no X-CLIP", "transformers:XCLIPModel"),
+    "BridgeTower": Feature("transformers", "4.27", "there is no BridgeTower", "transformers:BridgeTowerModel"),
+    "eager attention by name": Feature(
+        "transformers", "4.48", "a model is not told which attention it uses (4.37: measured)"
+    ),
     "MetaCLIP 2": Feature("transformers", "4.56", "there is no MetaCLIP 2", "transformers:MetaClip2Model"),
     "encoded images": Feature("transformers", "5.0", "models take no images that are encoded already"),
     "checkpoints of CLIP": Feature(

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import patchselect
 
-BARE = {"timm_class_token", "timm_registers", "timm_average", "albef_tower"}
+BARE = {"timm_class_token", "timm_registers", "timm_average", "albef_tower", "vit", "dinov2_registers"}
 FUSED = {"albef", "mplug", "blip"}  # scored by a fusion encoder that reads tokens, not features
 SCORED = [name for name in HOSTS if name not in BARE | FUSED]
 scored = functools.partial(patchselect.score_pairs, progress=False)

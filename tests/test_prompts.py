@@ -169,8 +169,9 @@ def test_records_draw_and_restore_over_the_original_grid():
 def test_a_budget_counts_tower_and_prompt(name):
     """What torch counts of a call, at the rate that a budget asks for, is within a token of the budget."""
     needs("encoded images", "counting")
-    from benchmarks.common.cost import countable
     from test_multimodal import build_prompted, inputs_of
+
+    from benchmarks.common.cost import countable
 
     case = build_prompted(name)
     inputs = inputs_of(case, (1,), (9,))

@@ -65,7 +65,7 @@ def main() -> None:
         curves(
             "quick",
             (0,),
-            tuple(Arm(guidance) for guidance in ("text", "values", "image", "random")),
+            tuple(Arm(guidance) for guidance in ("text", "values", "image", "random", "front", "merged")),
             100,
             640,
             32,

@@ -198,17 +198,18 @@ def _continued(host: Prompted, core: Any, given: dict[str, Any]) -> dict[str, An
     found = getattr(cache, CACHE, None)
     if found is None:
         if given.get("position_ids") is not None and given.get("attention_mask") is None and cache is None:
-            width = given["position_ids"].shape[-1]
+            positions = given["position_ids"]
             rows = len(given["input_ids"] if given.get("input_ids") is not None else given["inputs_embeds"])
-            mask = torch.ones(rows, width, dtype=torch.long, device=given["position_ids"].device)
-            return {**given, "attention_mask": mask}  # else jumps between positions are read as packed sequences
+            seen = torch.ones(rows, positions.shape[-1], dtype=torch.long, device=positions.device)
+            return {**given, "attention_mask": seen}  # else jumps between positions are read as packed sequences
         return given
     (removed, padded), length = found, _length(cache)
     if length == 0:
         delattr(cache, CACHE)
         return given
     tokens = given["input_ids"] if given.get("input_ids") is not None else given["inputs_embeds"]
-    width, mask = tokens.shape[1], given.get("attention_mask")
+    width: int = tokens.shape[1]
+    mask: Any = given.get("attention_mask")
     if given.get("position_ids") is None:
         start = length + removed + host.first_position(core)
         given = {**given, "position_ids": torch.arange(start, start + width, device=tokens.device).unsqueeze(0)}

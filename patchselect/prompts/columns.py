@@ -112,7 +112,7 @@ def shortened(
 class Cut(NamedTuple):
     """How tensors of a batch of prompts are cut to the columns that stay: rows of one length again."""
 
-    index: Tensor
+    source: Tensor
     """`(B, L')`: the column that each column of now was."""
     filled: Tensor | None
     """`(B, L')`, bool: where a column of now is none of the prompt, but padding; `None` is nowhere."""
@@ -120,13 +120,13 @@ class Cut(NamedTuple):
     def __call__(self, tensor: Tensor, fill: float = 0) -> Tensor:
         """Cut `(B, L, …)` to `(B, L', …)`."""
         more = (1,) * (tensor.dim() - 2)
-        index = self.index.view(*self.index.shape, *more).expand(-1, -1, *tensor.shape[2:])
-        found = tensor.expand(len(self.index), *tensor.shape[1:]).gather(1, index)
+        index = self.source.view(*self.source.shape, *more).expand(-1, -1, *tensor.shape[2:])
+        found = tensor.expand(len(self.source), *tensor.shape[1:]).gather(1, index)
         return found if self.filled is None else found.masked_fill(self.filled.view(*self.filled.shape, *more), fill)
 
     def last(self, tensor: Tensor, fill: float = 0) -> Tensor:
         """Cut `(…, B, L)` to `(…, B, L')`."""
-        index = self.index.expand(*tensor.shape[:-2], -1, -1)
+        index = self.source.expand(*tensor.shape[:-2], -1, -1)
         found = tensor.gather(-1, index)
         return found if self.filled is None else found.masked_fill(self.filled, fill)
 

@@ -84,7 +84,7 @@ def shorten_call(wiring: Wiring, given: Mapping[str, Any], positions: Tensor | N
     found["position_ids"] = cut.last(stay.positions)
     for name in host.image_arguments:
         found.pop(name, None)
-    return Short(found, encoded, tokens, stay.columns, length - cut.index.shape[1], cut.filled is not None)
+    return Short(found, encoded, tokens, stay.columns, length - cut.source.shape[1], cut.filled is not None)
 
 
 def padding_of(core: Any) -> int:

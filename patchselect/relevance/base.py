@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from ..adapter import Tower
 from ..compat import FlopCounterMode
-from ..weights import Projections, place_of
-from .kernels import combine_attention, standardise
+from ..weights import Projections, mean_key, place_of
+from .kernels import combine_attention, in_tiles, standardise
 
 
 @dataclass
@@ -46,6 +46,8 @@ class Candidates:
     """`(B, P + n)`: how many patches of the image each token stands for; `None` means one each, or not counted."""
     memory: dict[str, Any] | None = None
     """What lasts until the `guide` block ends, for what depends on text and weights alone; `None`: keep nothing."""
+    keys: Tensor | None = None
+    """`(B, P + n, E)`: the keys of this block's attention, averaged over the heads, where they are at hand."""
 
     @property
     def normed(self) -> Tensor:
@@ -61,6 +63,10 @@ class Candidates:
     def weights(self) -> Projections:
         """The weights of this block's attention."""
         return self.tower.adapter.projections(self.block)
+
+    def mean_keys(self) -> Tensor:
+        """Return the keys `(B, P + n, E)` of this block's attention, averaged over the heads."""
+        return mean_key(self.weights, self.all_normed) if self.keys is None else self.keys
 
     def guiding(self, tokens: Tensor) -> Tensor:
         """Return the token `(B, 1, D)` of `all_normed` or `all_tokens` that guides where no text does (EViT)."""
@@ -118,6 +124,23 @@ class Relevance:
         Here each patch gets its highest weight over all texts.
         """
         return combine_attention(self.weights(scores))
+
+    def weigh(self, seen: Candidates, text: Tensor | None, apart: bool) -> Tensor:
+        """Return the weights of one call: `(B, n)`, one selection per image, or `(B, T, n)` with `apart`.
+
+        Here they follow from `scores` alone, by `weights` or `combine`. Answer this where how texts become one
+        selection depends on the patches too (a diversity among them).
+
+        Args:
+            seen: the patches, their block and their tower.
+            text: `(B', T, D_text)` with B' = 1, B or a divisor of B; `None` where no text guides.
+            apart: whether each text has a selection of its own (`pairing="all"`).
+        """
+        if text is None:
+            scores = self.scores_by_image(seen)
+        else:
+            scores = self.scores(seen, text if self.takes_tiles else in_tiles(text, seen.all_tokens.shape[0]))
+        return self.weights(scores) if apart else self.combine(scores)
 
     def check(self, tower: Tower, layers: Sequence[int], guidance: str) -> None:
         """Raise a ValueError at `apply` if patches of this tower cannot be scored this way; says what to do.

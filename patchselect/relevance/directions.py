@@ -140,3 +140,23 @@ def _pulled_back(tower: Tower, first: int, later: Sequence[int], goal: Tensor) -
         if index in later:
             left.append(Directions(index, own, beyond))
     return Directions(first, own, beyond), left[::-1]
+
+
+def head_directions(tower: Tower, index: int, goal: Tensor) -> Tensor:
+    """Pull directions of the residual stream back through the value-output path of each head of one block.
+
+    Args:
+        tower: the tower.
+        index: 0-based block.
+        goal: `g`, `(B', T, D)`.
+
+    Returns:
+        `w_h = (g W_o)_h W_v^h`, `(B', T, H, D)`; its sum over the heads is what `values` reads patches with.
+    """
+    weights = tower.adapter.projections(tower.blocks[index])
+    output, value = gathered(weights.output), gathered(weights.value)
+    scaled = goal if weights.output_scale is None else goal * gathered(weights.output_scale)
+    read = (scaled.to(output.dtype) @ output).unflatten(-1, (weights.num_heads, -1))  # (B', T, H, E)
+    rows, count, heads, _ = read.shape
+    per_head = read.permute(2, 0, 1, 3).flatten(1, 2) @ value.unflatten(0, (heads, -1))  # (H, B' T, D)
+    return per_head.unflatten(1, (rows, count)).permute(1, 2, 0, 3)

@@ -11,10 +11,9 @@ from torch import Tensor, nn
 from ..adapter import Attended
 from ..compat import baked_in, refuse_old_trace
 from ..functional import num_kept
-from ..reduction import Places, Reduced
+from ..reduction import Alike, Places, Reduced
 from ..relevance import Candidates
 from ..relevance.base import guiding_place
-from ..relevance.kernels import in_tiles
 from .guidance import Guidance, current
 from .journey import Journey, asks, for_rows, journey_of
 from .recomputation import (
@@ -89,7 +88,7 @@ def select(
         reduced = _untouched(tokens, patches, copies)
     else:
         where = _places(layer, hidden, journey, sources) if layer.plan.reduction.reads_places else None
-        reduced = layer.plan.reduction.reduce(tokens, weights, keep, prefix, where)  # 3 and 4: keep, and fuse the rest
+        reduced = _reduce(layer, seen, weights, keep, where, counted)  # 3 and 4
 
     flat = weights.flatten(0, 1) if spread else weights
     if journey is not None and sources is not None:
@@ -109,13 +108,21 @@ def select(
 
 def _weigh(layer: Layer, seen: Candidates, text: Tensor | None, spread: bool) -> Tensor:
     """Weigh the patches, `(B, n)` for one selection per image, `(B, T, n)` for one per image and text."""
-    relevance, tokens = layer.plan.relevance, seen.all_tokens
+    tokens = seen.all_tokens
     with torch.autocast("cpu" if tokens.is_meta else tokens.device.type, enabled=False):
-        if text is None:
-            scores = relevance.scores_by_image(seen)
-        else:
-            scores = relevance.scores(seen, text if relevance.takes_tiles else in_tiles(text, tokens.shape[0]))
-        return relevance.weights(scores) if spread else relevance.combine(scores)
+        return layer.plan.relevance.weigh(seen, text, spread)
+
+
+def _reduce(
+    layer: Layer, seen: Candidates, weights: Tensor, keep: int, where: Places | None, counted: Counted
+) -> Reduced:
+    """Let the reduction shorten the sequence; one that reads keys is told how much alike tokens are."""
+    reduction, tokens = layer.plan.reduction, seen.all_tokens
+    if not reduction.reads_keys:
+        return reduction.reduce(tokens, weights, keep, seen.num_prefix_tokens, where)
+    with torch.autocast("cpu" if tokens.is_meta else tokens.device.type, enabled=False):
+        alike = Alike(seen.mean_keys(), counted.or_ones(tokens))
+        return reduction.reduce(tokens, weights, keep, seen.num_prefix_tokens, where, alike)
 
 
 def _untouched(tokens: Tensor, patches: int, copies: int) -> Reduced:
@@ -155,7 +162,20 @@ def _seen(
     selecting = tuple(index for index in plan.layers if index >= layer.index)
     place = guiding_place(tower, plan.guidance, prefix)
     memory = None if guidance is None else guidance.memory(tower)
-    return Candidates(tower, layer.index, block, normed, tokens, prefix, place, selecting, stash, counted.sizes, memory)
+    return Candidates(
+        tower,
+        layer.index,
+        block,
+        normed,
+        tokens,
+        prefix,
+        place,
+        selecting,
+        stash,
+        counted.sizes,
+        memory,
+        attended.keys,
+    )
 
 
 def _entry(
@@ -239,6 +259,8 @@ def call_block(block: nn.Module, name: str, original: Original, *args: Any, **kw
     Reentrant checkpointing passes gradients to tensor arguments alone, so a text that needs one goes in as such.
     """
     layer: Layer = block._patchselect  # type: ignore[assignment]
+    if not layer.wiring.patched:
+        return original(*args, **kwargs)
     kwargs.update(_carried(layer, args, kwargs))
     if getattr(block, "gradient_checkpointing", False) and block.training and layer.plan.guidance == "text":
         guidance = current(layer.wiring)

@@ -21,6 +21,8 @@ def run_counting(block: nn.Module, name: str, original: Original, *args: Any, **
     """Run a block that merges or counts sizes: attention, merging where it comes before the first selection, MLP."""
     layer: Layer = block._patchselect  # type: ignore[assignment]
     tower, adapter = layer.tower, layer.tower.adapter
+    if not layer.wiring.patched:  # a copy of a block, which outlived the selection
+        return original(*args, **kwargs)
     args, kwargs, guidance = own_arguments(layer, block, args, kwargs)
     hidden: Tensor = args[0] if args else next(iter(kwargs.values()))
     if guidance is None and layer.plan.guidance == "text" and not in_backward():

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .arms import METHODS, reduced
+from .arms import METHODS, RELEVANCE, reduced
 from .base import BATCH, base, train_base, train_sampler
 from .evaluate import Questions, matching_hits, patch_recall, retrieval, without_picture
 from .jobs import call, run_all
@@ -26,6 +26,8 @@ ARMS = (
     Arm("image", aligned=True),
     Arm("values"),
     Arm("values", aligned=True),
+    Arm("front"),
+    Arm("merged"),
 )
 
 
@@ -58,7 +60,7 @@ def measure(curve: Curve) -> list[dict[str, Any]]:
             with reduced(model, method, keep_rate) as encode:
                 hits = matching_hits(model, encode, questions).float()
                 recall = retrieval(model, encode, questions)
-            watched = method in ("text", "values", "image", "random")
+            watched = method in (*RELEVANCE, "image", "random")
             patches = 100 * patch_recall(model, method, keep_rate, questions) if watched else None
             records.append(record(curve, method, keep_rate, hits, recall, patches))
     if curve.arm is None:

@@ -14,7 +14,7 @@ from benchmarks.accuracy.world.sampling import Sampler
 from benchmarks.accuracy.world.scenes import PLAIN, Layout, make_scenes
 from patchselect.metrics import retrieval_recall
 
-from .arms import RELEVANCE, Encode, lifted
+from .arms import RELEVANCE, Encode, lifted, selecting
 from .model import LAYERS, PATCH, MiniAlbef
 
 CHUNK = 128
@@ -84,20 +84,23 @@ def without_picture(questions: Questions) -> tuple[Tensor, dict[str, dict[int, f
 
 @torch.inference_mode()
 def patch_recall(model: MiniAlbef, method: str, keep_rate: float, questions: Questions) -> float:
-    """Return the share of the named objects' patches that the first selection keeps; chance is about the keep rate."""
-    relevance = RELEVANCE.get(method)
-    handle = patchselect.apply(model.vision, keep_rate, LAYERS[:1], "text" if relevance else method, relevance)
-    kept = torch.zeros_like(questions.named)
+    """Return the share of the named objects' patches that the first selection does not fuse; merged ones count.
+
+    Chance is about the keep rate where nothing has merged before.
+    """
+    handle = selecting(model, method, keep_rate, LAYERS[:1])
+    kept = torch.ones_like(questions.named)
     try:
         for rows in torch.arange(len(kept)).split(CHUNK):
             text = model.text(questions.fitting[rows])[:, 0]
             with handle.record() as trace:
-                if relevance:
+                if method in RELEVANCE:
                     with patchselect.guide(model.vision, lifted(model, method, text)):
                         model.encode_image(questions.images[rows])
                 else:
                     model.encode_image(questions.images[rows])
-            kept[rows] = kept[rows].scatter(1, trace[0].kept.clamp_min(0), trace[0].kept >= 0)
+            if trace[0].fused:
+                kept[rows] = trace[0].holders < trace[0].kept.shape[1]
     finally:
         handle.remove()
     return float((kept & questions.named).sum() / questions.named.sum())

@@ -26,6 +26,9 @@ COLOURS = {
     "random": "tab:gray",
     "downsampled": "tab:orange",
     "tome": "tab:green",
+    "front": "tab:olive",
+    "once": "tab:pink",
+    "merged": "tab:brown",
 }
 FREE = "training-free"
 
@@ -113,8 +116,8 @@ def curve_report(records: Sequence[Record], steps: int, queries: int, pool: int)
 def differences(records: Sequence[Record]) -> str:
     """Tabulate how far text guidance is ahead of rivals after the same training: differences by base, in points."""
     arms = {trained: method for trained, method in lines_of(records) if trained != FREE}
-    pairs = [("text", "image"), ("text + alignment", "image + alignment")]
-    pairs += [(arm, rival) for arm in arms if arm.startswith(("text", "values")) for rival in ("none", FREE)]
+    pairs = [("text", "image"), ("text + alignment", "image + alignment"), ("merged", "front")]
+    pairs += [(arm, rival) for arm in arms if arm.startswith(("text", "values", "merged")) for rival in ("none", FREE)]
     rows = []
     for one, other in pairs:
         if one in arms and (other in arms or pick(records, trained=other)):

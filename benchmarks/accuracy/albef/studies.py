@@ -23,6 +23,7 @@ from .curves import TEST_SEED, Curve, methods_of
 from .curves import measure as measure_curve
 from .evaluate import Questions, matching_hits, without_picture
 from .jobs import call, run_all
+from .merging import merging
 from .model import LAYERS, MiniAlbef
 from .report import FREE, Record, asked, cell, curve_table, draw_curves, error, pick, spread, write
 from .scratch import train_from_scratch
@@ -232,5 +233,6 @@ STUDIES: dict[str, Study] = {
     "resolution": resolution,
     "alignment": alignment,
     "scratch": scratch,
+    "merging": merging,
 }
-"""(a) to (i), by name."""
+"""(a) to (j), by name."""

@@ -17,7 +17,7 @@ from benchmarks.accuracy.world.captions import EMOJI, captions
 from benchmarks.accuracy.world.sampling import Batch, Sampler
 from patchselect.losses import itc_loss, itm_loss, selection_alignment_loss
 
-from .arms import RELEVANCE, lifted
+from .arms import RELEVANCE, reduced
 from .model import LAYERS, MiniAlbef
 
 TEMPERATURE = 0.1
@@ -138,7 +138,7 @@ def pretrain(
 
 
 def alignment(model: MiniAlbef, trace: patchselect.Trace, text: Tensor) -> Tensor:
-    """Study (h) selection alignment, with and without, from a base whose text attention was never trained."""
+    """Compute selection alignment, the mean over the selection layers; `text` `(B, JOINT)`."""
     losses = [
         selection_alignment_loss(model.vision.norm(layer.pooled)[: len(text)], text, TEMPERATURE, model.vision_proj)
         for layer in trace
@@ -151,7 +151,7 @@ class Arm:
     """One way to go on training with selection."""
 
     guidance: str
-    """`none`, `text`, `values`, `image` or `random`, as in `arms.reduced`."""
+    """`none`, `values` or one of `METHODS`, as in `arms.reduced`."""
     aligned: bool = False
     """With what makes its relevance mean something: selection alignment, and for `image` ITC on the [CLS] too."""
 
@@ -178,23 +178,15 @@ def tune(
         ids = both(batch)
         text = model.text(ids)
         own = model.text_proj(text[:size, 0])
-        if arm.guidance == "none":
-            tokens = model.encode_image(batch.images).repeat(2, 1, 1)
-            return matching_loss(model.match(tokens, text, ids))
-        relevance = RELEVANCE.get(arm.guidance)
-        guidance = "text" if relevance else arm.guidance
-        handle = patchselect.apply(model.vision, draw.choice(keep_rates), layers, guidance, relevance)
-        with handle.record() if arm.aligned else nullcontext() as trace:
-            if relevance:
-                with patchselect.guide(model.vision, lifted(model, arm.guidance, text[:, 0])):
-                    tokens = model.encode_image(batch.images.repeat(2, 1, 1, 1))
-            else:
-                tokens = model.encode_image(batch.images).repeat(2, 1, 1)
-        handle.remove()
-        total = matching_loss(model.match(tokens, text, ids))
+        by_text = arm.guidance in RELEVANCE
+        images = batch.images.repeat(2, 1, 1, 1) if by_text else batch.images
+        with reduced(model, arm.guidance, draw.choice(keep_rates), layers) as encode:
+            with patchselect.handle_of(model.vision).record() if arm.aligned else nullcontext() as trace:
+                tokens = encode(images, text[:, 0])
+        total = matching_loss(model.match(tokens if by_text else tokens.repeat(2, 1, 1), text, ids))
         if arm.aligned:
             total = total + alignment(model, trace, own)
-            if not relevance:
+            if not by_text:
                 total = total + itc_loss(model.vision_proj(tokens[:size, 0]), own, TEMPERATURE)
         return total
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from benchmarks.accuracy import CHECKPOINTS
 from benchmarks.accuracy.world.captions import PAD, caption_ids, vocabulary_size
 
-SIZE, PATCH, WIDTH, DEPTH = 64, 8, 64, 6
+SIZE, PATCH, WIDTH, DEPTH, HEADS = 64, 8, 64, 6, 4
 LAYERS = (2, 4)
 """Selection inside the 3rd and the 5th of 6 blocks."""
 CONTEXT = 25
@@ -39,8 +39,8 @@ def build() -> Any:
     """Build an `open_clip.model.CLIP`: ViT of 6 blocks, width 64, 64 patches; text of 2 layers; 0.44 M parameters."""
     from open_clip.model import CLIP
 
-    vision = dict(layers=DEPTH, width=WIDTH, head_width=16, patch_size=PATCH, image_size=SIZE)
-    text = dict(context_length=CONTEXT, vocab_size=END + 1, width=WIDTH, heads=4, layers=2)
+    vision = dict(layers=DEPTH, width=WIDTH, head_width=WIDTH // HEADS, patch_size=PATCH, image_size=SIZE)
+    text = dict(context_length=CONTEXT, vocab_size=END + 1, width=WIDTH, heads=HEADS, layers=2)
     model = CLIP(WIDTH, vision, text)
     model.visual.conv1 = Stem(WIDTH)
     return model

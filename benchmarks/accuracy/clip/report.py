@@ -8,7 +8,7 @@ from typing import Any
 from benchmarks.accuracy.world.candidates import LEAKY
 from benchmarks.common.show import aligned, canvas
 
-from .arms import SHARED
+from .arms import EARLY, SHARED
 
 
 def _lookup(report: dict[str, Any]) -> tuple[list[str], list[float], dict[tuple[str, float], dict[str, Any]]]:
@@ -31,15 +31,15 @@ def accuracies(report: dict[str, Any]) -> str:
     return aligned(rows)
 
 
-def differences(report: dict[str, Any]) -> str:
-    """Return accuracy minus that without selection on the same questions, ± its standard error."""
+def differences(report: dict[str, Any], key: str, head: str) -> str:
+    """Show a difference of accuracies on the same questions, ± its standard error; nothing where no record has it."""
     names, rates, found = _lookup(report)
-    rows = [["against no selection", *(f"keep {rate:g}" for rate in rates)]]
+    rows = [[head, *(f"keep {rate:g}" for rate in rates)]]
     for name in names:
-        cells = [found[name, rate].get("against_none") for rate in rates]
+        cells = [found[name, rate].get(key) for rate in rates]
         if all(cells):
             rows.append([name, *(f"{gap:+.3f} ± {error:.3f}" for gap, error in cells)])  # type: ignore[misc]
-    return aligned(rows)
+    return aligned(rows) if len(rows) > 1 else ""
 
 
 def each_model(report: dict[str, Any]) -> str:
@@ -55,17 +55,6 @@ def each_model(report: dict[str, Any]) -> str:
             ]
         )
     return aligned(rows)
-
-
-def ahead(report: dict[str, Any]) -> str:
-    """Return accuracy of `SHARED` minus that of each rival on the same questions, ± its standard error."""
-    names, rates, found = _lookup(report)
-    rows = [[f"{SHARED}, minus", *(f"keep {rate:g}" for rate in rates)]]
-    for name in names:
-        cells = [found[name, rate].get("shared_values_ahead") for rate in rates]
-        if all(cells):
-            rows.append([name, *(f"{gap:+.3f} ± {error:.3f}" for gap, error in cells)])  # type: ignore[misc]
-    return aligned(rows) if len(rows) > 1 else ""
 
 
 def by_objects(report: dict[str, Any]) -> str:
@@ -99,9 +88,10 @@ def document(report: dict[str, Any]) -> str:
         f"{about['processor']}, {about['threads']} threads, torch {report['versions']['torch']}.",
         WARNING if settings["questions"] == LEAKY else "",
         accuracies(report),
-        differences(report),
+        differences(report, "against_none", "against no selection"),
+        differences(report, "against_merging", f"against {EARLY}"),
         # On leaky questions that row is no measure of anything, and what it is ahead of none of its merit.
-        ahead(report) if settings["questions"] != LEAKY else "",
+        differences(report, "shared_values_ahead", f"{SHARED}, minus") if settings["questions"] != LEAKY else "",
         by_objects(report),
         each_model(report),
     ]
