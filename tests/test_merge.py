@@ -218,9 +218,7 @@ def test_copies_and_pickles_are_models_of_their_own(name):
         twins.append(loaded(io.BytesIO(buffer.getvalue())))
     except (pickle.PicklingError, AttributeError):
         with pytest.raises((pickle.PicklingError, AttributeError)):
-            unpatched = build(name)
-            encode(unpatched, images)  # transformers hangs hooks on models that were asked for hidden states
-            pickle.dumps(unpatched.model)
+            pickle.dumps(build(name).model)
     for twin in twins:
         assert torch.equal(encode(case, images, text, model=twin), expected)
         patchselect.remove(twin)
@@ -269,7 +267,7 @@ def test_training_reaches_the_tower_and_the_text(name, dtype):
         with patchselect.guide(case.model, text):
             case.image_side(case.model, case.images(2)).float().square().sum().backward()
     assert text.grad is not None and text.grad.abs().sum() > 0
-    for block in find_towers(case.model)[0].blocks[: case.extra.get("read")]:
+    for block in find_towers(case.model)[0].blocks:
         first = next(iter(block.parameters()))
         assert first.grad is not None and first.grad.isfinite().all() and first.grad.abs().sum() > 0
 

@@ -169,11 +169,11 @@ def test_records_draw_and_restore_over_the_original_grid():
 def test_a_budget_counts_tower_and_prompt(name):
     """What torch counts of a call, at the rate that a budget asks for, is within a token of the budget."""
     needs("encoded images", "counting")
-    from test_multimodal import build_prompted, inputs_of
+    from test_multimodal import inputs_of
 
     from benchmarks.common.cost import countable
 
-    case = build_prompted(name)
+    case = build(name)
     inputs = inputs_of(case, (1,), (9,))
     inputs["pixel_values"] = inputs["pixel_values"][:1]
 

@@ -45,9 +45,7 @@ def _llava(kind: str, vision: Any, **more: Any) -> nn.Module:
 
 
 def llava() -> Case:
-    case = _case(_llava("Llava", _needs().CLIPVisionConfig(**VISION)), 1)
-    case.extra["read"] = VISION["num_hidden_layers"] - 1  # blocks: nobody reads the last one
-    return case
+    return _case(_llava("Llava", _needs().CLIPVisionConfig(**VISION)), 1)
 
 
 def llava_siglip() -> Case:
