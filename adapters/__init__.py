@@ -7,6 +7,8 @@ from patchselect.adapter import Adapter
 from .albef import Albef
 from .blip import TransformersBlip
 from .blip_salesforce import SalesforceBlip
+from .dinov3 import TransformersDinov3
+from .eva import OpenClipEva, TimmEva
 from .lavis import Lavis, LavisClip
 from .llava import LlavaClip, LlavaSiglip
 from .mplug import Mplug
@@ -29,7 +31,9 @@ ADAPTERS: tuple[Adapter, ...] = (
     LavisClip(),
     OpenClip(),
     OpenClipTimm(),
+    OpenClipEva(),
     TimmViT(),
+    TimmEva(),
     Lavis(),
     SalesforceBlip(),
     Albef(),
@@ -39,4 +43,5 @@ ADAPTERS: tuple[Adapter, ...] = (
     TransformersVilt(),
     TransformersPlain(),
     TransformersMae(),
+    TransformersDinov3(),
 )

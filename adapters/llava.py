@@ -73,7 +73,7 @@ class Llava(Prompted):
     reads: tuple[str, ...] = READS_LAYERS + READS_LAST
     call_tower: Wrapper = staticmethod(call_tower_evenly)
     call_features: Wrapper = staticmethod(call_features)
-    image_arguments = ("pixel_values", "vision_feature_layer", "vision_feature_layers",
+    image_arguments: tuple[str, ...] = ("pixel_values", "vision_feature_layer", "vision_feature_layers",
                        "vision_feature_select_strategy", "image_sizes")  # fmt: skip
 
     def core(self, model: nn.Module) -> Any:

@@ -130,10 +130,12 @@ class InternVlTower(Adapter):
             return []
         if any({name for name, _ in block.named_children()} != INTERNVL_BLOCK for block in blocks):
             return []
-        if not hasattr(blocks[0], "lambda_1") or not is_linear(getattr(blocks[0].attention, "projection_layer", None)):
+        first: Any = blocks[0]
+        norm = model.get_submodule("layernorm")
+        if not hasattr(first, "lambda_1") or not is_linear(getattr(first.attention, "projection_layer", None)):
             return []
-        width = blocks[0].attention.projection_layer.in_features
-        return [Tower(self, model, list(blocks), 1, True, width, final_norm=model.layernorm)]
+        width = first.attention.projection_layer.in_features
+        return [Tower(self, model, list(blocks), 1, True, width, final_norm=norm)]
 
     def attend(self, tower: Tower, block: Any, hidden_states: Tensor) -> Attended:
         normed = block.layernorm_before(hidden_states)

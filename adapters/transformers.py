@@ -172,7 +172,7 @@ class TransformersClip(Adapter):
             num_heads=attention.num_heads,
             scale=attention.scale,
             norm=block.layer_norm1,
-            dropout=rate(attention.dropout),
+            dropout=rate(getattr(attention, "dropout", getattr(attention, "attention_dropout", None))),
         )
 
     def text_width(self, tower: Tower) -> int:

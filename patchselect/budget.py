@@ -81,7 +81,7 @@ class Cost:
             embedding=embedding.weight.numel(),  # type: ignore[union-attr, operator]
             pooling=kind.pooling_cost(tower),
             projection=projection_cost(tower),
-            relevance=relevance_of(kind.default_relevance) if plan is None else plan.relevance,
+            relevance=relevance_of(kind.relevance_for(tower)) if plan is None else plan.relevance,
             reduction=usual if plan is None else plan.reduction,
             guidance="text" if plan is None else plan.guidance,
             num_heads=weights.num_heads,

@@ -114,6 +114,8 @@ TRANSFORMERS = {
     "eager attention by name": Feature(
         "transformers", "4.48", "a model is not told which attention it uses (4.37: measured)"
     ),
+    "plain layers": Feature("transformers", "5.0", "the layers of plain ViTs have other names (4.57: seen)"),
+    "DINOv3": Feature("transformers", "4.56", "there is no DINOv3", "transformers:DINOv3ViTModel"),
     "MetaCLIP 2": Feature("transformers", "4.56", "there is no MetaCLIP 2", "transformers:MetaClip2Model"),
     "encoded images": Feature("transformers", "5.0", "models take no images that are encoded already"),
     "checkpoints of CLIP": Feature(
@@ -145,6 +147,9 @@ OTHERS = {
     "timm switch": Feature("timm", "0.6", "a ViT of timm has no switch for checkpointing"),
     "timm checkpoints": Feature("timm", "1.0.15", "checkpointing is reentrant and takes no options"),
     "registers": Feature("timm", "0.9.8", "a ViT of timm has no register tokens and no pool by attention"),
+    "rotary towers": Feature("timm", "1.0.15", "Eva has fewer ways to attend", "timm.models.eva:Eva"),
+    "kinds of rotary towers": Feature("timm", "1.0.20", "Eva knows fewer kinds of rotary positions"),
+    "perception encoders": Feature("timm", "1.0.15", "there is no Perception Encoder", "timm.models.eva:Eva"),
     "intermediates": Feature("timm", "1.0", "a ViT of timm has no forward_intermediates"),
 }
 """Features of the other hosts, and what tests need besides."""

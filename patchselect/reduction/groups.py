@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .base import Places, Reduced, Reduction
+from .base import Alike, Places, Reduced, Reduction
 
 
 class Grouped(Reduction):
@@ -18,11 +18,16 @@ class Grouped(Reduction):
     Args:
         inner: the reduction, which sees each square as one token.
         side: patches along an edge of a square.
+
+    Raises:
+        ValueError: the other reduction reads the keys of patches.
     """
 
     reads_places = True
 
     def __init__(self, inner: Reduction, side: int) -> None:
+        if inner.reads_keys:
+            raise ValueError(f"{inner.name!r} reads the keys of single patches, and here whole squares stay or go")
         self.inner, self.side = inner, side
         self.name = inner.name
 
@@ -32,7 +37,13 @@ class Grouped(Reduction):
         return self.side**2
 
     def reduce(
-        self, tokens: Tensor, relevance: Tensor, num_keep: int, num_prefix_tokens: int, places: Places | None = None
+        self,
+        tokens: Tensor,
+        relevance: Tensor,
+        num_keep: int,
+        num_prefix_tokens: int,
+        places: Places | None = None,
+        alike: Alike | None = None,
     ) -> Reduced:
         assert places is not None
         prefix, patches = tokens[:, :num_prefix_tokens], tokens[:, num_prefix_tokens:]

@@ -16,6 +16,7 @@ from ..relevance import Candidates
 from ..relevance.base import guiding_place
 from .guidance import Guidance, current
 from .journey import Journey, asks, for_rows, journey_of
+from .places import at_places
 from .recomputation import (
     carried_over,
     in_backward,
@@ -53,12 +54,14 @@ def run_block(block: nn.Module, name: str, original: Original, *args: Any, **kwa
     if held is not None and held.skips(layer):
         return adapter.as_output(tower, hidden)
     attended = None if held is None else held.recall(layer, hidden)
+    args, kwargs = at_places(layer, block, args, kwargs)
     counted = counted_for(layer, hidden)
     if attended is None:
         attended = attend(layer, block, counted, args, kwargs)  # 1: self-attention as always
         if held is not None and held.take(layer, attended):
             return adapter.as_output(tower, hidden)
-    seen = _seen(layer, block, attended, guidance, counted)
+    turn = adapter.turn(tower, block, *args, **kwargs) if tower.rotary else None
+    seen = dataclasses.replace(_seen(layer, block, attended, guidance, counted), turn=turn)
     tokens = select(layer, seen, hidden, guidance, counted)  # 2, 3 and 4
     tokens = tokens if tower.batch_first else tokens.transpose(0, 1)
     return adapter.finish(tower, block, tokens, attended.rest)  # 5: the MLP
@@ -212,10 +215,12 @@ def own_arguments(
     if not hasattr(block, "gradient_checkpointing"):  # else call_block has done it
         kwargs = {**_carried(layer, args, kwargs), **kwargs}
     carried: Guidance | None = kwargs.pop("_patchselect_guidance", None)
-    if carried is None:
-        return args, kwargs, None
-    found = dataclasses.replace(carried, text=args[-1], outer=None, memo=(), opened_by=None, stashes={}, memories={})
-    return args[:-1], kwargs, found
+    if carried is not None:
+        carried = dataclasses.replace(
+            carried, text=args[-1], outer=None, memo=(), opened_by=None, stashes={}, memories={}
+        )
+        args = args[:-1]
+    return args, kwargs, carried
 
 
 def _guidance(layer: Layer, hidden: Tensor, carried: Guidance | None) -> Guidance | None:

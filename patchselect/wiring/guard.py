@@ -40,6 +40,7 @@ def check_blocks(plan: Plan, tower: Tower) -> dict[int, tuple[str, ...]]:
             kind = likeness(block)
             if kind not in seen:
                 seen[kind] = check_halves(tower, index, plan)
+                _check_weights(tower, index)
             found[index] = seen[kind]
     return found
 
@@ -89,6 +90,16 @@ def check_halves(tower: Tower, index: int, plan: Plan | None = None) -> tuple[st
         if _difference(attended, counted, tokens, COUNTED) is not None:
             raise ValueError(cannot_count(plan, tower, index, "computes it otherwise than the block does"))
     return tuple(sorted(called ^ by_us))
+
+
+def _check_weights(tower: Tower, index: int) -> None:
+    try:
+        tower.adapter.projections(tower.blocks[index])
+    except AttributeError as error:
+        raise TypeError(
+            f"block {index} of {type(tower.module).__name__} computes as the adapter {tower.adapter.name!r} says, but "
+            f"its weights are not where it looks for them: {error}"
+        ) from error
 
 
 def cannot_count(plan: Plan, tower: Tower, index: int, why: str) -> str:

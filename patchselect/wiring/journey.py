@@ -158,9 +158,9 @@ def call_tower(module: nn.Module, name: str, original: Callable[..., Any], *args
     for tower, place in zip(wiring.towers, wiring.places):
         if tower.module is module:
             check_unchanged(wiring.plan, tower, place)
-    if not asks(wiring) and not wiring.plan.follows_sizes:
-        return original(*args, **kwargs)
     tower = next(tower for tower in wiring.towers if tower.module is module)
+    if not asks(wiring) and not wiring.plan.follows_sizes and not (tower.rotary and wiring.plan.selects):
+        return original(*args, **kwargs)
     journey = Journey(tower, tower.adapter.grid(tower, *args, **kwargs) if asks(wiring) else None)
     if is_dynamo_compiling():
         outer, wiring.traced_journey = wiring.traced_journey, journey

@@ -43,6 +43,9 @@ HOSTS: dict[str, Callable[[], Case]] = {
         of_plain.vit,
         of_plain.dinov2_registers,
         of_plain.dual_encoder,
+        of_plain.dinov3,
+        of_open_clip.timm_eva02,
+        of_open_clip.open_clip_perception,
     )
 }
 PROMPTED: dict[str, Callable[[], Case]] = {
