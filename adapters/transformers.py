@@ -54,7 +54,7 @@ def is_tower(module: Any) -> bool:
 
 
 def takes_return_dict(encoder: nn.Module | None) -> dict[str, bool]:
-    """The flag that makes a text encoder return named outputs, where it takes one."""
+    """Return the flag that makes a text encoder return named outputs, where it takes one."""
     parameters = {} if encoder is None else inspect.signature(encoder.forward).parameters
     named = "return_dict" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     return {"return_dict": True} if named else {}
@@ -220,7 +220,7 @@ class TransformersClip(Adapter):
 
 
 def call_without_full_mask(module: Any, name: str, original: Original, *args: Any, **kwargs: Any) -> Any:
-    """SigLIP 2 sends a padding mask through all blocks and the head; one that hides nothing is left out.
+    """Leave out a mask that hides nothing: SigLIP 2 sends a padding mask through all blocks and the head.
 
     A real one is refused by the first selecting block. A compiled graph cannot look at the mask and keeps it.
     """

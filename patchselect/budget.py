@@ -71,7 +71,7 @@ class Cost:
             embedding=embedding.weight.numel(),  # type: ignore[union-attr, operator]
             pooling=kind.pooling_cost(tower),
             projection=projection_cost(tower),
-            relevance=relevance_of(kind.default_relevance) if plan is None else plan.relevance,
+            relevance=relevance_of(kind.relevance_for(tower)) if plan is None else plan.relevance,
             reduction=reduction_of("mean") if plan is None else plan.reduction,
             guidance="text" if plan is None else plan.guidance,
             num_heads=weights.num_heads,
@@ -132,8 +132,9 @@ def keep_rate_for_budget(
         rate = patchselect.keep_rate_for_budget(model, 1.0, image_size=384)    # 384 px at the price of 224
 
     Counted exactly in tokens: products with weights and attention in every block, patch embedding, pooling, relevance
-    and fusing; no forward is run. Norms, activations and biases are left out, as FLOP counters do. A cost moves in
-    steps of one patch, so it may stay under the budget by one step.
+    and fusing; no forward is run. Norms, activations and biases are left out, as FLOP counters do, and so is fitting
+    positions to an image's grid, before the first block. A cost moves in steps of one patch, so it may stay under the
+    budget by one step.
 
     Args:
         model: a supported model or tower, patched or not; of several towers the first counts.

@@ -81,7 +81,7 @@ def destinations(kept: Tensor, num_patches: int, num_prefix_tokens: int, rest: T
     return torch.cat([prefix, patches], dim=1)
 
 
-def _most_relevant(weights: Tensor, num_keep: int) -> Tensor:
+def most_relevant(weights: Tensor, num_keep: int) -> Tensor:
     """Return ascending indices of the `num_keep` largest weights of each row; the first of equals stay."""
     if is_exporting():  # exporters know topk, which ONNX defines with the same order of equals
         return weights.topk(num_keep, dim=-1).indices.sort(dim=-1).values
@@ -112,7 +112,7 @@ def keep_and_fuse(
     single = relevance.dim() == 2
     weights = relevance.unsqueeze(1) if single else relevance
     num_patches, width = weights.shape[-1], tokens.shape[-1]
-    kept = _most_relevant(weights, num_keep)
+    kept = most_relevant(weights, num_keep)
     unknown = weights.isnan().any(dim=-1, keepdim=True)
     prefix = torch.arange(num_prefix_tokens, device=tokens.device).expand(*kept.shape[:2], -1)
     start = torch.arange(tokens.shape[0], device=tokens.device).view(-1, 1, 1) * tokens.shape[1]
@@ -197,7 +197,7 @@ def merge_pairs(
     wide = torch.promote_types(keys.dtype, torch.float32)
     compared = F.normalize(keys[:, prefix:].detach().to(wide), dim=-1)
     best, target = (compared[:, ::2] @ compared[:, 1::2].transpose(1, 2)).max(dim=-1)
-    picked = _most_relevant(best, num_merge)  # (B, r), among the even patches
+    picked = most_relevant(best, num_merge)  # (B, r), among the even patches
     target = target.gather(1, picked)  # (B, r), among the odd ones
 
     even, odd = tokens[:, prefix::2], tokens[:, prefix + 1 :: 2]

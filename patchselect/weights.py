@@ -101,6 +101,11 @@ class _Hidden(Projections):
         return found[name]
 
 
+def shown(weights: Projections) -> bool:
+    """Tell whether the layers showed their weights, so that to read them again costs nothing."""
+    return not isinstance(weights, _Hidden)
+
+
 def is_linear(module: Any) -> bool:
     """Tell a linear layer, whatever stands around it or became of its weight, by its widths."""
     widths = (getattr(module, name, None) for name in ("in_features", "out_features"))

@@ -91,7 +91,33 @@ TRANSFORMERS = {
     "LLaVA": Feature("transformers", "4.36", "there is no LLaVA", "transformers:LlavaForConditionalGeneration"),
     "SigLIP": Feature("transformers", "4.37", "there is no SigLIP", "transformers:SiglipModel"),
     "SigLIP 2": Feature("transformers", "4.50", "there is no SigLIP 2", "transformers:Siglip2Model"),
+    "dual encoders": Feature(
+        "transformers", "4.13", "there is no dual encoder of any two", "transformers:VisionTextDualEncoderModel"
+    ),
+    "DINOv2": Feature("transformers", "4.31", "there is no DINOv2", "transformers:Dinov2Model"),
+    "DINOv2 with registers": Feature(
+        "transformers", "4.48", "there is no DINOv2 with registers", "transformers:Dinov2WithRegistersModel"
+    ),
+    "ViT-MSN": Feature("transformers", "4.23", "there is no ViT-MSN", "transformers:ViTMSNModel"),
+    "ViTMAE": Feature("transformers", "4.17", "there is no ViTMAE", "transformers:ViTMAEModel"),
+    "FLAVA": Feature("transformers", "4.20", "there is no FLAVA", "transformers:FlavaModel"),
+    "I-JEPA": Feature("transformers", "4.48", "there is no I-JEPA", "transformers:IJepaModel"),
+    "AIMv2": Feature("transformers", "4.54", "there is no AIMv2", "transformers:Aimv2VisionModel"),
+    "timm wrapper": Feature("transformers", "4.48", "there is no wrapper of timm", "transformers:TimmWrapperModel"),
+    "DPT": Feature("transformers", "4.18", "there is no DPT", "transformers:DPTModel"),
+    "YOLOS": Feature("transformers", "4.20", "there is no YOLOS", "transformers:YolosModel"),
+    "BEiT": Feature("transformers", "4.11", "there is no BEiT", "transformers:BeitModel"),
+    "ViViT": Feature("transformers", "4.32", "there is no ViViT", "transformers:VivitModel"),
+    "GroupViT": Feature("transformers", "4.21", "there is no GroupViT", "transformers:GroupViTModel"),
+    "X-CLIP": Feature("transformers", "4.22", "there is no X-CLIP", "transformers:XCLIPModel"),
+    "BridgeTower": Feature("transformers", "4.27", "there is no BridgeTower", "transformers:BridgeTowerModel"),
+    "eager attention by name": Feature(
+        "transformers", "4.48", "a model is not told which attention it uses (4.37: measured)"
+    ),
+    "plain layers": Feature("transformers", "5.0", "the layers of plain ViTs have other names (4.57: seen)"),
+    "DINOv3": Feature("transformers", "4.56", "there is no DINOv3", "transformers:DINOv3ViTModel"),
     "MetaCLIP 2": Feature("transformers", "4.56", "there is no MetaCLIP 2", "transformers:MetaClip2Model"),
+    "encoded images": Feature("transformers", "5.0", "models take no images that are encoded already"),
     "checkpoints of CLIP": Feature(
         "transformers", "4.33", "CLIP throws away what its checkpointed layers compute, selection or not (4.15: seen)"
     ),
@@ -121,6 +147,9 @@ OTHERS = {
     "timm switch": Feature("timm", "0.6", "a ViT of timm has no switch for checkpointing"),
     "timm checkpoints": Feature("timm", "1.0.15", "checkpointing is reentrant and takes no options"),
     "registers": Feature("timm", "0.9.8", "a ViT of timm has no register tokens and no pool by attention"),
+    "rotary towers": Feature("timm", "1.0.15", "Eva has fewer ways to attend", "timm.models.eva:Eva"),
+    "kinds of rotary towers": Feature("timm", "1.0.20", "Eva knows fewer kinds of rotary positions"),
+    "perception encoders": Feature("timm", "1.0.15", "there is no Perception Encoder", "timm.models.eva:Eva"),
     "intermediates": Feature("timm", "1.0", "a ViT of timm has no forward_intermediates"),
 }
 """Features of the other hosts, and what tests need besides."""

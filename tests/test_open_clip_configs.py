@@ -11,12 +11,16 @@ from since import needs, since
 
 import patchselect
 from patchselect.functional import num_kept
+from patchselect.wiring.towers import find_towers
 
 needs("open_clip", "timm", module=True)
 import open_clip
 import timm
 
 TIMM_SMALL = dict(img_size=64, patch_size=16, embed_dim=32, depth=4, num_heads=2)
+ROTARY = ("eva", "vit_pe")
+VITS = ("vit_base", "vit_large", "vit_so400m", "vit_giantopt", "vit_medium", "vitamin", *ROTARY)
+"""How the names of timm's vision transformers begin; all other trunks are refused."""
 CONFIGS = {name: open_clip.get_model_config(name) for name in open_clip.list_models()}
 
 
@@ -26,15 +30,13 @@ def kind(config) -> str:
     if "audio_cfg" in config or "genlip_cfg" in config or not vision:
         return "other"
     if name is None:
-        return "resnet" if isinstance(vision.get("layers"), list) else "own"
-    plain = name.startswith(
-        ("vit_base_patch", "vit_large_patch", "vit_so400m", "vit_giantopt", "vit_medium_patch16_gap")
-    )
-    return "timm" if plain else "other"
+        return "refused" if isinstance(vision.get("layers"), list) else "own"
+    return "timm" if name.startswith(VITS) else "refused"
 
 
 OWN = [name for name, config in CONFIGS.items() if kind(config) == "own"]
 TIMM = [name for name, config in CONFIGS.items() if kind(config) == "timm"]
+REFUSED = [name for name, config in CONFIGS.items() if kind(config) == "refused"]
 TRANSFORMERS_TEXT = [name for name in OWN if CONFIGS[name]["text_cfg"].get("hf_model_name")]
 
 
@@ -93,7 +95,9 @@ def check(model, images: torch.Tensor, prefix: int, patches: int) -> None:
 
 @since("56 configurations")
 def test_the_lists_are_what_the_readme_says():
-    assert len(OWN) >= 56 and len(TRANSFORMERS_TEXT) >= 8 and len(TIMM) >= 20
+    assert len(OWN) >= 56 and len(TRANSFORMERS_TEXT) >= 8 and len(TIMM) >= 58 and len(REFUSED) <= 30
+    neither = [name for name in CONFIGS if name not in {*OWN, *TIMM, *REFUSED}]
+    assert all("vision_cfg" not in CONFIGS[name] or "genlip_cfg" in CONFIGS[name] for name in neither), neither
 
 
 @pytest.mark.parametrize("name", OWN)
@@ -103,7 +107,7 @@ def test_own_vision_transformer(name):
     model = shrunk(name)
     size = model.visual.image_size
     height, width = size if isinstance(size, (tuple, list)) else (size, size)
-    assert patchselect.wiring.towers.find_towers(model)[0].adapter.name == "open_clip"
+    assert find_towers(model)[0].adapter.name == "open_clip"
     check(model, torch.randn(2, 3, height, width), 1, 9)
 
 
@@ -124,8 +128,24 @@ def test_timm_tower(name):
     config["embed_dim"] = 24 if projected else 32
     with mock.patch.object(timm, "create_model", create_small):
         model = open_clip.CustomTextCLIP(**config)
-    assert patchselect.wiring.towers.find_towers(model)[0].adapter.name == "open_clip-timm"
+    rotary = CONFIGS[name]["vision_cfg"]["timm_model_name"].startswith(ROTARY)
+    assert find_towers(model)[0].adapter.name == ("open_clip-eva" if rotary else "open_clip-timm")
     check(model, torch.randn(2, 3, 64, 64), model.visual.trunk.num_prefix_tokens, 16)
+
+
+@since("towers on meta")
+@pytest.mark.parametrize("name", REFUSED)
+def test_everything_else_is_refused_by_name(name):
+    config = copy.deepcopy(CONFIGS[name])
+    for extra in ("custom_text", "tokenizer_cfg"):
+        config.pop(extra, None)
+    config["text_cfg"] = dict(width=32, heads=2, layers=1, context_length=8, vocab_size=99)
+    with torch.device("meta"):
+        trunk = config["vision_cfg"].get("timm_model_name")
+        model = (open_clip.CustomTextCLIP if trunk else open_clip.CLIP)(**config)
+    kind = type(model.visual.trunk if trunk else model.visual).__name__
+    with pytest.raises(TypeError, match=f"{kind} of .* cannot be patched: (it|its) "):
+        patchselect.apply(model, 0.5)
 
 
 @pytest.mark.parametrize("name", TRANSFORMERS_TEXT)

@@ -79,9 +79,10 @@ def test_compiled_paired_calls_take_their_text_from_the_call(name):
 
 @since("compile")
 @pytest.mark.parametrize("relevance", ["keys", "values"])
-def test_plain_compile_takes_new_texts(relevance):
+@pytest.mark.parametrize("name", ["clip", "openai_clip"])
+def test_plain_compile_takes_new_texts(name, relevance):
     """With graph breaks: on releases that trace no guided call whole, and on the newest."""
-    case = ready("clip", relevance=relevance)
+    case = ready(name, relevance=relevance)
     torch._dynamo.reset()
     compiled = torch.compile(lambda images: case.image_side(case.model, images), backend="aot_eager")
     images = case.images(3)

@@ -23,7 +23,7 @@ from .yours import zeroshot
 def curves(
     name: str, seeds: tuple[int, ...], arms: tuple[Arm, ...], steps: int, queries: int, pool: int, folder: Path
 ) -> None:
-    """Curves over the keep rates: as it is, and after `steps` of training with selection."""
+    """Draw curves over the keep rates: as it is, and after `steps` of training with selection."""
     records = run(seeds, arms, steps, queries, pool, folder)
     speeds = throughput(base(seeds[0], folder))
     folder.mkdir(parents=True, exist_ok=True)
@@ -65,7 +65,7 @@ def main() -> None:
         curves(
             "quick",
             (0,),
-            tuple(Arm(guidance) for guidance in ("text", "values", "image", "random")),
+            tuple(Arm(guidance) for guidance in ("text", "values", "image", "random", "front", "merged")),
             100,
             640,
             32,

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from ..functional import FUSIONS
-from .base import Places, Reduced, Reduction
+from .base import Alike, Places, Reduced, Reduction
 from .fuse import Fuse
 from .merge import Merge
+from .protect import Protect
 
 REDUCTIONS: dict[str, Reduction] = {name: Fuse(name) for name in FUSIONS}  # type: ignore[arg-type]
 """A new built-in reduction is one new file and one entry here."""
@@ -30,4 +31,4 @@ def reduction_of(value: Any) -> Reduction:
     return REDUCTIONS[value]
 
 
-__all__ = ["REDUCTIONS", "Fuse", "Merge", "Places", "Reduced", "Reduction", "reduction_of"]
+__all__ = ["REDUCTIONS", "Alike", "Fuse", "Merge", "Places", "Protect", "Reduced", "Reduction", "reduction_of"]

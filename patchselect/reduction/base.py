@@ -33,6 +33,16 @@ class Places:
     """Height and width of that grid, in patches."""
 
 
+@dataclass
+class Alike:
+    """How much alike the tokens that came are; for reductions that ask for it (`reads_keys`)."""
+
+    keys: Tensor
+    """`(B, P + n, E)`: the keys of the block's attention, averaged over the heads: what tokens are compared by."""
+    sizes: Tensor
+    """`(B, P + n)`: how many patches of the image each token stands for."""
+
+
 class Reduction:
     """What becomes of the patches that do not stay. Instances hold settings, never tensors of one call."""
 
@@ -40,9 +50,17 @@ class Reduction:
     """What error messages, records and tables call it."""
     reads_places: bool = False
     """Whether `reduce` wants to know where each patch stands in the image."""
+    reads_keys: bool = False
+    """Whether `reduce` takes a sixth argument, `alike`, and wants to know how much alike the tokens are."""
 
     def reduce(
-        self, tokens: Tensor, relevance: Tensor, num_keep: int, num_prefix_tokens: int, places: Places | None = None
+        self,
+        tokens: Tensor,
+        relevance: Tensor,
+        num_keep: int,
+        num_prefix_tokens: int,
+        places: Places | None = None,
+        alike: Alike | None = None,
     ) -> Reduced:
         """Keep `num_keep` patches of each image and do something with the others. Shapes must be static.
 
@@ -53,6 +71,7 @@ class Reduction:
             num_keep: `k`, at least 1 and less than n.
             num_prefix_tokens: `P`.
             places: where the patches stand; `None` unless `reads_places`.
+            alike: how much alike the tokens are; passed with `reads_keys` alone.
         """
         raise NotImplementedError
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..functional import Fusion, destinations, keep_and_fuse, num_fused
-from .base import Places, Reduced, Reduction
+from .base import Alike, Places, Reduced, Reduction
 
 
 class Fuse(Reduction):
@@ -20,7 +20,13 @@ class Fuse(Reduction):
         self.name: Fusion = fusion  # type: ignore[assignment]
 
     def reduce(
-        self, tokens: Tensor, relevance: Tensor, num_keep: int, num_prefix_tokens: int, places: Places | None = None
+        self,
+        tokens: Tensor,
+        relevance: Tensor,
+        num_keep: int,
+        num_prefix_tokens: int,
+        places: Places | None = None,
+        alike: Alike | None = None,
     ) -> Reduced:
         found, kept = keep_and_fuse(tokens, relevance, num_keep, num_prefix_tokens, self.name)  # type: ignore[arg-type]
         patches = tokens.shape[1] - num_prefix_tokens

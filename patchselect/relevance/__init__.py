@@ -5,9 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from .base import Candidates, Relevance
+from .contrast import Contrast
 from .features import Features
+from .influence import Influence
 from .joint import Joint
 from .keys import Keys
+from .peek import Peek
 from .random import Random
 from .values import Values
 
@@ -32,4 +35,17 @@ def relevance_of(value: Any) -> Relevance:
     return RELEVANCES[value]()
 
 
-__all__ = ["RELEVANCES", "Candidates", "Features", "Joint", "Keys", "Random", "Relevance", "Values", "relevance_of"]
+__all__ = [
+    "RELEVANCES",
+    "Candidates",
+    "Contrast",
+    "Features",
+    "Influence",
+    "Joint",
+    "Keys",
+    "Peek",
+    "Random",
+    "Relevance",
+    "Values",
+    "relevance_of",
+]

@@ -12,10 +12,10 @@ from typing import Any, Sequence
 import torch
 from torch import Tensor, nn
 
-from ..adapter import Tower
+from ..adapter import Tower, Turn
 from ..compat import FlopCounterMode
-from ..weights import Projections, place_of
-from .kernels import combine_attention, standardise
+from ..weights import Projections, mean_key, place_of
+from .kernels import combine_attention, in_tiles, standardise
 
 
 @dataclass
@@ -44,6 +44,12 @@ class Candidates:
     """Where the first selection layer of an inference pass may leave what later ones would compute again."""
     sizes: Tensor | None = None
     """`(B, P + n)`: how many patches of the image each token stands for; `None` means one each, or not counted."""
+    memory: dict[str, Any] | None = None
+    """What lasts until the `guide` block ends, for what depends on text and weights alone; `None`: keep nothing."""
+    keys: Tensor | None = None
+    """`(B, P + n, E)`: the keys of this block's attention, averaged over the heads, where they are at hand."""
+    turn: Turn | None = None
+    """How the block turns keys `(B, n, H, E)` of the patches by their places; `None` where it does not."""
 
     @property
     def normed(self) -> Tensor:
@@ -60,6 +66,10 @@ class Candidates:
         """The weights of this block's attention."""
         return self.tower.adapter.projections(self.block)
 
+    def mean_keys(self) -> Tensor:
+        """Return the keys `(B, P + n, E)` of this block's attention, averaged over the heads."""
+        return mean_key(self.weights, self.all_normed) if self.keys is None else self.keys
+
     def guiding(self, tokens: Tensor) -> Tensor:
         """Return the token `(B, 1, D)` of `all_normed` or `all_tokens` that guides where no text does (EViT)."""
         if self.place is None:
@@ -73,8 +83,8 @@ class Candidates:
 
 def projected(tower: Tower, tokens: Tensor) -> Tensor:
     """Map tokens into the joint space, fed to the final norm in the dtype of its weights."""
-    weight = getattr(tower.final_norm, "weight", None)
-    return tower.adapter.project(tower, tokens if weight is None else tokens.to(weight.dtype))
+    weight = getattr(tower.half.final_norm, "weight", None)
+    return tower.project(tokens if weight is None else tokens.to(weight.dtype))
 
 
 class Relevance:
@@ -117,12 +127,29 @@ class Relevance:
         """
         return combine_attention(self.weights(scores))
 
+    def weigh(self, seen: Candidates, text: Tensor | None, apart: bool) -> Tensor:
+        """Return the weights of one call: `(B, n)`, one selection per image, or `(B, T, n)` with `apart`.
+
+        Here they follow from `scores` alone, by `weights` or `combine`. Answer this where how texts become one
+        selection depends on the patches too (a diversity among them).
+
+        Args:
+            seen: the patches, their block and their tower.
+            text: `(B', T, D_text)` with B' = 1, B or a divisor of B; `None` where no text guides.
+            apart: whether each text has a selection of its own (`pairing="all"`).
+        """
+        if text is None:
+            scores = self.scores_by_image(seen)
+        else:
+            scores = self.scores(seen, text if self.takes_tiles else in_tiles(text, seen.all_tokens.shape[0]))
+        return self.weights(scores) if apart else self.combine(scores)
+
     def check(self, tower: Tower, layers: Sequence[int], guidance: str) -> None:
         """Raise a ValueError at `apply` if patches of this tower cannot be scored this way; says what to do.
 
         The default scores a few random tokens, so that a host that lacks something is refused before its first batch.
         """
-        self.scored(tower, layers[0], 4, guidance)
+        self._scored(tower, layers[0], 4, guidance)
 
     def cost(self, tower: Tower, index: int, first: bool, guidance: str) -> tuple[int, int]:
         """Return the multiply-adds of one text in one selection layer: once an image, and per patch.
@@ -138,27 +165,42 @@ class Relevance:
         counts = []
         for patches in (8, 16):
             with FlopCounterMode(display=False) as counter:
-                self.scored(tower, index, patches, guidance)
+                self._scored(tower, index, patches, guidance)
             counts.append(counter.get_total_flops() // 2)
         each = (counts[1] - counts[0]) // 8
         return counts[0] - 8 * each, each
 
     @torch.no_grad()
-    def scored(self, tower: Tower, index: int, patches: int, guidance: str, rows: int = 1, texts: int = 1) -> Tensor:
-        """Score made-up patches of `rows` images for `texts` texts as block `index` would: `(rows, texts, patches)`."""
+    def _scored(self, tower: Tower, index: int, patches: int, guidance: str) -> Tensor:
+        seen, text = self.sample(tower, index, patches, guidance)
+        kind = seen.all_tokens.device.type
+        with torch.autocast("cpu" if kind == "meta" else kind, enabled=False):
+            return self.scores_by_image(seen) if text is None else self.scores(seen, text)
+
+    def sample(
+        self, tower: Tower, index: int, patches: int, guidance: str, rows: int = 1, texts: int = 1
+    ) -> tuple[Candidates, Tensor | None]:
+        """Return made-up patches of `rows` images, as block `index` would see them, and as many texts for each.
+
+        The text `(rows, texts, D_text)` is `None` where no text guides.
+        """
         place = place_of(tower.blocks[index])
         tokens = torch.linspace(-1, 1, rows * (tower.num_prefix_tokens + patches) * tower.width, **place)
         tokens = tokens.view(rows, -1, tower.width)
         seen = Candidates(
             tower, index, tower.blocks[index], tokens, tokens, tower.num_prefix_tokens,
-            guiding_place(tower, guidance), (index,),
+            guiding_place(tower, guidance), (index,), turn=self._sample_turn(tower, index, tokens),
         )  # fmt: skip
-        kind = torch.device(place["device"]).type
-        with torch.autocast("cpu" if kind == "meta" else kind, enabled=False):
-            if guidance != "text" or tower.single_stream:
-                return self.scores_by_image(seen)
-            text = torch.ones(1, texts, tower.adapter.text_width(tower), **place)
-            return self.scores(seen, text if rows == 1 else text.expand(rows, -1, -1))
+        if guidance != "text" or tower.single_stream:
+            return seen, None
+        return seen, torch.ones(1, texts, tower.text_width(), **place).expand(rows, -1, -1)
+
+    @staticmethod
+    def _sample_turn(tower: Tower, index: int, tokens: Tensor) -> Turn | None:
+        if not tower.rotary:
+            return None
+        args, kwargs = tower.adapter.sample_call(tower, tower.blocks[index], tokens)
+        return tower.adapter.turn(tower, tower.blocks[index], *args, **kwargs)
 
     def __repr__(self) -> str:
         settings = ", ".join(f"{name}={value!r}" for name, value in sorted(vars(self).items()))
@@ -178,7 +220,7 @@ def guiding_place(tower: Tower, guidance: str, num_prefix_tokens: int | None = N
 
 def probe(tower: Tower) -> Tensor:
     """Return a text of zeros `(1, D_text)` on the device and in the dtype of the tower."""
-    return torch.zeros(1, tower.adapter.text_width(tower), **place_of(tower.blocks[0]))
+    return torch.zeros(1, tower.text_width(), **place_of(tower.blocks[0]))
 
 
 @torch.no_grad()
@@ -186,7 +228,7 @@ def check_projects(tower: Tower, name: str, guidance: str) -> None:
     """Raise a ValueError if a token of this tower does not reach the joint space."""
     token = torch.zeros(1, 1, tower.width, **place_of(tower.blocks[0]))
     try:
-        tower.adapter.project(tower, token)
+        tower.project(token)
     except ValueError as error:
         if guidance != "image":
             raise
@@ -207,5 +249,5 @@ def lift_cost(tower: Tower, guidance: str, read_back: bool = False) -> int:
     """Count the multiply-adds that lift one text to the tower's width, or read it back into the residual stream."""
     if guidance != "text" or tower.single_stream:
         return 0
-    way = tower.adapter.read_back if read_back else tower.adapter.lift
-    return multiply_adds(lambda: way(tower, probe(tower)))
+    way = tower.read_back if read_back else tower.lift
+    return multiply_adds(lambda: way(probe(tower)))

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from ..adapter import Attended
 from ..compat import baked_in, refuse_old_trace
 from ..functional import num_kept
-from ..reduction import Places, Reduced
+from ..reduction import Alike, Places, Reduced
 from ..relevance import Candidates
 from ..relevance.base import guiding_place
-from ..relevance.kernels import in_tiles
 from .guidance import Guidance, current
 from .journey import Journey, asks, for_rows, journey_of
+from .places import at_places
 from .recomputation import (
     carried_over,
     in_backward,
@@ -54,12 +54,14 @@ def run_block(block: nn.Module, name: str, original: Original, *args: Any, **kwa
     if held is not None and held.skips(layer):
         return adapter.as_output(tower, hidden)
     attended = None if held is None else held.recall(layer, hidden)
+    args, kwargs = at_places(layer, block, args, kwargs)
     counted = counted_for(layer, hidden)
     if attended is None:
         attended = attend(layer, block, counted, args, kwargs)  # 1: self-attention as always
         if held is not None and held.take(layer, attended):
             return adapter.as_output(tower, hidden)
-    seen = _seen(layer, block, attended, guidance, counted)
+    turn = adapter.turn(tower, block, *args, **kwargs) if tower.rotary else None
+    seen = dataclasses.replace(_seen(layer, block, attended, guidance, counted), turn=turn)
     tokens = select(layer, seen, hidden, guidance, counted)  # 2, 3 and 4
     tokens = tokens if tower.batch_first else tokens.transpose(0, 1)
     return adapter.finish(tower, block, tokens, attended.rest)  # 5: the MLP
@@ -89,13 +91,13 @@ def select(
         reduced = _untouched(tokens, patches, copies)
     else:
         where = _places(layer, hidden, journey, sources) if layer.plan.reduction.reads_places else None
-        reduced = layer.plan.reduction.reduce(tokens, weights, keep, prefix, where)  # 3 and 4: keep, and fuse the rest
+        reduced = _reduce(layer, seen, weights, keep, where, counted)  # 3 and 4
 
     flat = weights.flatten(0, 1) if spread else weights
     if journey is not None and sources is not None:
         rows, recorder = reduced.tokens.shape[0], active_recorder(layer.wiring)
         sources, members = for_rows(sources, rows), None if recorder is None else journey.holders()
-        journey.go_on(sources, reduced, prefix)
+        journey.go_on(layer.index, sources, reduced, prefix)
         if layer.plan.follows_sizes and keep < patches:
             journey.sizes = layer.plan.reduction.sizes(for_rows(counted.or_ones(tokens), rows), reduced)
         if recorder is not None:
@@ -109,13 +111,21 @@ def select(
 
 def _weigh(layer: Layer, seen: Candidates, text: Tensor | None, spread: bool) -> Tensor:
     """Weigh the patches, `(B, n)` for one selection per image, `(B, T, n)` for one per image and text."""
-    relevance, tokens = layer.plan.relevance, seen.all_tokens
+    tokens = seen.all_tokens
     with torch.autocast("cpu" if tokens.is_meta else tokens.device.type, enabled=False):
-        if text is None:
-            scores = relevance.scores_by_image(seen)
-        else:
-            scores = relevance.scores(seen, text if relevance.takes_tiles else in_tiles(text, tokens.shape[0]))
-        return relevance.weights(scores) if spread else relevance.combine(scores)
+        return layer.plan.relevance.weigh(seen, text, spread)
+
+
+def _reduce(
+    layer: Layer, seen: Candidates, weights: Tensor, keep: int, where: Places | None, counted: Counted
+) -> Reduced:
+    """Let the reduction shorten the sequence; one that reads keys is told how much alike tokens are."""
+    reduction, tokens = layer.plan.reduction, seen.all_tokens
+    if not reduction.reads_keys:
+        return reduction.reduce(tokens, weights, keep, seen.num_prefix_tokens, where)
+    with torch.autocast("cpu" if tokens.is_meta else tokens.device.type, enabled=False):
+        alike = Alike(seen.mean_keys(), counted.or_ones(tokens))
+        return reduction.reduce(tokens, weights, keep, seen.num_prefix_tokens, where, alike)
 
 
 def _untouched(tokens: Tensor, patches: int, copies: int) -> Reduced:
@@ -154,7 +164,21 @@ def _seen(
     stash = None if guidance is None else guidance.stash(tower)
     selecting = tuple(index for index in plan.layers if index >= layer.index)
     place = guiding_place(tower, plan.guidance, prefix)
-    return Candidates(tower, layer.index, block, normed, tokens, prefix, place, selecting, stash, counted.sizes)
+    memory = None if guidance is None else guidance.memory(tower)
+    return Candidates(
+        tower,
+        layer.index,
+        block,
+        normed,
+        tokens,
+        prefix,
+        place,
+        selecting,
+        stash,
+        counted.sizes,
+        memory,
+        attended.keys,
+    )
 
 
 def _entry(
@@ -191,10 +215,12 @@ def own_arguments(
     if not hasattr(block, "gradient_checkpointing"):  # else call_block has done it
         kwargs = {**_carried(layer, args, kwargs), **kwargs}
     carried: Guidance | None = kwargs.pop("_patchselect_guidance", None)
-    if carried is None:
-        return args, kwargs, None
-    found = dataclasses.replace(carried, text=args[-1], outer=None, memo=(), opened_by=None, stashes={})
-    return args[:-1], kwargs, found
+    if carried is not None:
+        carried = dataclasses.replace(
+            carried, text=args[-1], outer=None, memo=(), opened_by=None, stashes={}, memories={}
+        )
+        args = args[:-1]
+    return args, kwargs, carried
 
 
 def _guidance(layer: Layer, hidden: Tensor, carried: Guidance | None) -> Guidance | None:

@@ -22,7 +22,7 @@ class Places:
 
     blocks: Path | None
     final_norm: Path | None
-    unheard: tuple[tuple[int, Path, type], ...] = ()
+    unheard: tuple[tuple[int, Path, Any], ...] = ()
     """Block, place in it and class of each part that the host calls where attention that counts sizes does not."""
 
 
@@ -96,7 +96,7 @@ def check_heard(tower: Tower, places: Places) -> None:
 def _unheard(tower: Tower, places: Places) -> str | None:
     kind: Any
     for index, path, kind in places.unheard:
-        part = _at(tower.blocks[index], path)
+        part: Any = _at(tower.blocks[index], path)
         what = f"the {'.'.join(path)} of block {index}"
         instead = "and attention that counts sizes computes without it: use sizes=False, or take that away"
         if part is None or (type(part).forward is not kind.forward and own_class(type(part)) is not kind):

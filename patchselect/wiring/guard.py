@@ -254,7 +254,7 @@ def _difference(own: Any, found: Any, tokens: Tensor, share: float = 1e-3) -> st
 
 
 def _largest(tensor: Tensor) -> float:
-    """The largest finite magnitude; what is not a number in one is none in the other where both compute alike."""
+    """Return the largest finite magnitude; where both compute alike, what is no number in one is none in the other."""
     return float(tensor.abs().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).max()) if tensor.numel() else 0.0
 
 

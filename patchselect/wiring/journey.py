@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
-from typing import Any, Callable
+from dataclasses import dataclass, field
+from typing import Any, Callable, List
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,8 @@ class Journey:
     """`(B, n)`: the patch token of now that each patch token of the image is in; -1 is in none."""
     sizes: Tensor | None = None
     """`(B, P + m)`: how many patches of the image each token of now stands for; `None` means one each."""
+    stages: dict[int, Tensor] = field(default_factory=dict)
+    """`within` after each block that shortened the sequence, by the index of the block."""
     outer: Journey | None = None
 
     @property
@@ -78,8 +80,8 @@ class Journey:
         self.within = torch.arange(num_patches, device=device).expand(rows, -1)
         return self.sources
 
-    def go_on(self, sources: Tensor, reduced: Reduced, num_prefix_tokens: int) -> None:
-        """Follow the patches through a reduction; `sources` `(R, n)` are their places before it."""
+    def go_on(self, index: int, sources: Tensor, reduced: Reduced, num_prefix_tokens: int) -> None:
+        """Follow the patches through the reduction of block `index`; `sources` `(R, n)` are their places before it."""
         rows = sources.shape[0]
         kept = sources.gather(1, reduced.kept)
         fused = reduced.tokens.shape[1] - num_prefix_tokens - kept.shape[1]
@@ -89,6 +91,7 @@ class Journey:
             held = for_rows(self.within, rows)
             moved = (reduced.into[:, num_prefix_tokens:] - num_prefix_tokens).clamp(min=-1)
             self.within = moved.gather(1, held.clamp(min=0)).masked_fill(held < 0, -1)
+            self.stages[index] = self.within
 
 
 def for_rows(per_image: Tensor, rows: int) -> Tensor:
@@ -113,9 +116,40 @@ def journey_of(layer: Layer) -> Journey | None:
     return recorder.loose.setdefault(id(layer.tower), Journey(layer.tower))  # type: ignore[no-any-return]
 
 
+_followed: ContextVar[Followed | None] = ContextVar("patchselect_followed", default=None)
+
+
+class Followed(List[Journey]):
+    """The journeys of the calls of the towers of one selection, as they begin."""
+
+    def __init__(self, owner: Wiring, outer: Followed | None) -> None:
+        super().__init__()
+        self.owner, self.outer = owner, outer
+
+
+@contextmanager
+def followed(owner: Wiring) -> Iterator[Followed]:
+    """Collect the journeys of the calls of the towers of `owner` until the end of the `with` block."""
+    found = Followed(owner, _followed.get())
+    token = _followed.set(found)
+    try:
+        yield found
+    finally:
+        _followed.reset(token)
+
+
+def _followers(wiring: Wiring) -> list[Followed]:
+    found, mine = _followed.get(), []
+    while found is not None:
+        mine += [found] if found.owner is wiring else []
+        found = found.outer
+    return mine
+
+
 def asks(wiring: Wiring) -> bool:
     """Tell whether somebody wants to know where in the image the tokens come from."""
-    return active_recorder(wiring) is not None or wiring.plan.reduction.reads_places
+    watched = active_recorder(wiring) is not None or bool(_followers(wiring))
+    return watched or wiring.plan.reduction.reads_places
 
 
 def call_tower(module: nn.Module, name: str, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -124,15 +158,17 @@ def call_tower(module: nn.Module, name: str, original: Callable[..., Any], *args
     for tower, place in zip(wiring.towers, wiring.places):
         if tower.module is module:
             check_unchanged(wiring.plan, tower, place)
-    if not asks(wiring) and not wiring.plan.follows_sizes:
-        return original(*args, **kwargs)
     tower = next(tower for tower in wiring.towers if tower.module is module)
+    if not asks(wiring) and not wiring.plan.follows_sizes and not (tower.rotary and wiring.plan.selects):
+        return original(*args, **kwargs)
     journey = Journey(tower, tower.adapter.grid(tower, *args, **kwargs) if asks(wiring) else None)
     if is_dynamo_compiling():
         outer, wiring.traced_journey = wiring.traced_journey, journey
         found = original(*args, **kwargs)
         wiring.traced_journey = outer
         return found
+    for follower in _followers(wiring):
+        follower.append(journey)
     journey.outer = _journey.get()
     _journey.set(journey)
     try:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import of_doubles, of_open_clip, of_transformers
+from . import of_doubles, of_open_clip, of_plain, of_prompts, of_transformers
 from .case import Case, ids
 from .of_open_clip import vision_transformer
 from .of_transformers import VISION, clip_config
@@ -40,6 +40,15 @@ HOSTS: dict[str, Callable[[], Case]] = {
         of_doubles.albef_tower,
         of_doubles.mplug,
         of_transformers.blip,
+        of_plain.vit,
+        of_plain.dinov2_registers,
+        of_plain.dual_encoder,
+        of_prompts.llava,
+        of_prompts.vipllava,
+        of_prompts.paligemma,
+        of_plain.dinov3,
+        of_open_clip.timm_eva02,
+        of_open_clip.open_clip_perception,
     )
 }
 

@@ -1,0 +1,1 @@
+"""One file a method. Each lists its rows in `METHODS`; nothing else knows them."""
