@@ -57,7 +57,8 @@ def test_blocks_before_the_selection_do_not_run_again_and_later_ones_not_for_the
     ran: list[int] = []
     for index, block in enumerate(blocks):
         # Of the two images; what tells whether a prefix still fits are a few tokens in one row.
-        block.mlp.register_forward_hook(lambda _, x, y, index=index: ran.append(index) if 2 in x[0].shape[:2] else None)
+        mlp = block.mlp if hasattr(block, "mlp") else block.intermediate  # ViT before transformers 5
+        mlp.register_forward_hook(lambda _, x, y, index=index: ran.append(index) if 2 in x[0].shape[:2] else None)
     prefix = patchselect.encode_prefix(case.model, pixels, **options)
     assert ran == [0, 1]
     ran.clear()
