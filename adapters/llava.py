@@ -20,7 +20,8 @@ from patchselect.prompts.host import Prompted
 from patchselect.prompts.layers import call_tower_evenly, check_read, evening
 from patchselect.weights import is_linear
 
-from .transformers import TransformersClip, TransformersSiglip
+from .siglip import TransformersSiglip
+from .transformers import TransformersClip
 
 READS_LAYERS = ("LlavaModel", "VipLlavaModel")
 """Read the hidden states of the layers that `vision_feature_layer` names."""
