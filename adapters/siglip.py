@@ -77,9 +77,11 @@ class TransformersSiglip(TransformersClip):
 
     def images(self, tower: Tower, *args: Any, **kwargs: Any) -> list[tuple[int, int]] | None:
         mask, shapes = given_to_siglip2(args, kwargs)
-        if mask is None or is_compiling() or bool(mask.all()):
+        if shapes is None or is_compiling():
             return None
         sizes = [(int(height), int(width)) for height, width in shapes.tolist()]
+        if mask is None or bool(mask.all()):
+            return sizes if len(set(sizes)) > 1 else None  # several grids of as many patches: nothing is padding
         counts = torch.tensor([height * width for height, width in sizes], device=mask.device)
         if not torch.equal(mask.bool(), torch.arange(mask.shape[1], device=mask.device) < counts[:, None]):
             raise ValueError(

@@ -86,6 +86,28 @@ def test_guidance_by_the_image_and_a_prefix(case):
     torch.testing.assert_close(again, run(case, images, text), rtol=1e-5, atol=1e-5)
 
 
+def test_scores_of_pairs(case):
+    patchselect.apply(case.model, 0.5, [1, 3])
+    text = texts(case, 3)
+    found = patchselect.score_pairs(case.model, batch(), text, progress=False)
+    for row in range(len(SHAPES)):
+        own = patchselect.score_pairs(case.model, alone(row), text, progress=False)
+        torch.testing.assert_close(found[row : row + 1], own, rtol=1e-4, atol=1e-5)
+
+
+def test_several_grids_of_as_many_patches(case):
+    handle = patchselect.apply(case.model, 0.5, [1, 3], guidance="image")
+    images = batch()
+    images = {name: value[:2] for name, value in images.items()}
+    images["spatial_shapes"] = torch.tensor([[3, 5], [5, 3]])
+    images["pixel_values"] = images["pixel_values"][:, :15]
+    images["pixel_attention_mask"] = torch.ones(2, 15, dtype=torch.long)
+    plain = run(case, images)
+    with handle.record() as trace:
+        torch.testing.assert_close(run(case, images), plain, rtol=1e-5, atol=1e-6)
+    assert [entry.grid for entry in trace[0].images] == [(3, 5), (5, 3)]
+
+
 def test_records_and_restored_grids_are_those_of_each_image(case):
     handle = patchselect.apply(case.model, 0.5, [1, 3])
     text = texts(case, len(SHAPES))
