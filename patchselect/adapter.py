@@ -122,6 +122,20 @@ class Adapter:
         """
         raise NotImplementedError
 
+    # Padded towers: images of several sizes in one batch, the patches of each in front of its padding.
+
+    def images(self, tower: Tower, *args: Any, **kwargs: Any) -> list[tuple[int, int]] | None:
+        """Return height and width, in patches, of each image that the tower is called with; `None` without padding.
+
+        Raises:
+            ValueError: padding comes before a patch.
+        """
+        return None
+
+    def fit_masks(self, tower: Tower, block: nn.Module, real: Tensor, *args: Any, **kwargs: Any) -> Arguments:
+        """Return a block's own arguments with masks that show the tokens `real` `(B, N)` of now, and hide padding."""
+        raise NotImplementedError
+
     def projections(self, block: nn.Module) -> Projections:
         """Return the weights of the block's attention."""
         raise NotImplementedError
