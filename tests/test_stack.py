@@ -242,7 +242,8 @@ def _distributed(rank: int, world: int, path: str, kind: str, relevance: str, me
             fully_shard(block, mesh=mesh)
         fully_shard(model, mesh=mesh)
     found = loss(model if kind == "ddp" else Embeds(model), mine)
-    found.backward()
+    averages = kind == "ddp" or missing("averages of FSDP2") is None
+    (found if averages else found / world).backward()
     expected = dict(reference.model.named_parameters())
     for name, parameter in case.model.named_parameters():
         gradient = parameter.grad
