@@ -31,6 +31,9 @@ class Feature(NamedTuple):
 
 TORCH = {
     "compile": Feature("torch", "2.0", "torch.compile does not exist", "torch:compile"),
+    "compiled selection": Feature(
+        "torch", "2.1", "dynamo fails on a guided call, and does not see that a class is swapped (2.0: seen)"
+    ),
     "function transforms": Feature("torch", "2.0", "torch.func does not exist", "torch:func"),
     "fused attention": Feature(
         "torch", "2.0", "there is no fused attention", "torch.nn.functional:scaled_dot_product_attention"
@@ -100,6 +103,7 @@ TRANSFORMERS = {
     "checkpointed layers": Feature(
         "transformers", "4.53", "a checkpointed layer gets its arguments from outside, and no text"
     ),
+    "fused CLIP": Feature("transformers", "4.53", "CLIP computes the map of its attention itself (4.37: seen)"),
     "other sizes of CLIP": Feature("transformers", "4.45", "CLIP takes images of one size"),
 }
 """Features of transformers."""
