@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import sys
 from contextlib import nullcontext
 from typing import Any
 
@@ -36,6 +37,13 @@ else:
 
     def is_exporting() -> bool:
         return bool(torch.onnx.is_in_onnx_export())
+
+
+def forget_compiled() -> None:
+    """Let dynamo look at all modules again; before torch 2.7 it does not see that one has another class (2.1: seen)."""
+    dynamo = sys.modules.get("torch._dynamo")
+    if dynamo is not None and RELEASE < (2, 7):
+        dynamo.reset()
 
 
 KEEPS_GRAPH = (

@@ -31,9 +31,7 @@ class Feature(NamedTuple):
 
 TORCH = {
     "compile": Feature("torch", "2.0", "torch.compile does not exist", "torch:compile"),
-    "compiled selection": Feature(
-        "torch", "2.1", "dynamo fails on a guided call, and does not see that a class is swapped (2.0: seen)"
-    ),
+    "compiled selection": Feature("torch", "2.1", "dynamo fails on a block that selects (2.0: seen)"),
     "function transforms": Feature("torch", "2.0", "torch.func does not exist", "torch:func"),
     "fused attention": Feature(
         "torch", "2.0", "there is no fused attention", "torch.nn.functional:scaled_dot_product_attention"
