@@ -19,8 +19,8 @@ from patchselect.weights import Projections, is_linear, rate
 from patchselect.wiring.journey import followed
 
 from .llava import Llava
+from .siglip import TransformersSiglip
 from .switches import advice_of_transformers
-from .transformers import TransformersSiglip
 
 INTERNVL_BLOCK = {"attention", "mlp", "layernorm_before", "layernorm_after", "dropout"}
 
@@ -77,6 +77,9 @@ class Idefics3(Shuffled, TransformersSiglip):
 
     def projector_of(self, core: Any) -> nn.Module:
         return core.connector.modality_projection
+
+    def language(self, core: Any) -> Any:
+        return core.text_model
 
     def side(self, core: Any) -> int:
         return int(core.connector.scale_factor)
