@@ -27,6 +27,7 @@ AROUND_BRANCHES = {"layer_scale1", "layer_scale2", "drop_path", "drop_path1", "d
 FINAL_NORMS = ("layernorm", "norm", "rms_norm")
 EMBEDDING_PARTS = {"patch_embeddings", "patch_embed", "dropout", "rms_norm", "position_embedding"}
 EMBEDDING_TOKENS = {"cls_token", "distillation_token", "register_tokens", "mask_token", "position_embeddings"}
+TOWER_PARTS = {"embeddings", "encoder", "model", "layer", "layers", "pooler", "head", "rope_embeddings", "dropout"}
 HEADS = {"classifier", "cls_classifier", "distillation_classifier"}
 DUAL_PARTS = {"vision_model", "text_model", "visual_projection", "text_projection"}
 DENSE = "{} reshapes the states of {} to a dense grid (reshape_hidden_states), but selection removed patches: set {} = \
@@ -83,6 +84,8 @@ def is_tower(module: Any) -> bool:
     embeddings, blocks = getattr(module, "embeddings", None), blocks_of(module)
     if not blocks or not isinstance(embeddings, nn.Module) or patches_of(embeddings) is None:
         return False
+    if {name for name, _ in module.named_children()} - TOWER_PARTS - {*FINAL_NORMS}:
+        return False  # somebody in it may read a dense grid: segmentation (EoMT)
     known = {name for name, _ in embeddings.named_children()} <= EMBEDDING_PARTS
     known = known and {name for name, _ in embeddings.named_parameters(recurse=False)} <= EMBEDDING_TOKENS
     known = known and "pixel_values" in inspect.signature(module.forward).parameters

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -10,6 +13,23 @@ from torch import Tensor, nn
 
 from .compat import is_compiling
 from .reading import held, place_of
+
+_unheard: ContextVar[bool] = ContextVar("patchselect_unheard", default=False)
+
+
+@contextmanager
+def unheard() -> Iterator[None]:
+    """Read weights without asking hooks, which would see what they are asked with: `apply` calls nobody's hooks."""
+    token = _unheard.set(True)
+    try:
+        yield
+    finally:
+        _unheard.reset(token)
+
+
+def asks_hooks(module: nn.Module) -> bool:
+    """Tell whether a module has hooks of users, and now is a time to ask them."""
+    return hooks_of_users(module) and (is_compiling() or not _unheard.get())
 
 
 def hooks_of_users(module: nn.Module) -> bool:
@@ -28,7 +48,7 @@ def _harmless(hook: Any) -> bool:
 
 def changed_by_hooks(linear: nn.Linear) -> bool:
     """Tell whether hooks of users change what a linear layer returns, by one token of ones; they see that token."""
-    if not hooks_of_users(linear):
+    if not asks_hooks(linear):
         return False
     if is_compiling():
         return True

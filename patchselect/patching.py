@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from .adapter import Adapter, Tower, Wrapper
+from .hooked import unheard
 from .prompts.checks import check_prompts, plan_for_prompts
 from .reduction import Reduction
 from .relevance import Relevance
@@ -168,12 +169,13 @@ def apply(
     check_prompts(plan, host, towers)
     places = []
     for tower in towers:
-        check_reachable(plan, tower)
-        check_counting(plan, tower)
-        places.append(places_of(tower, check_blocks(plan, tower)))
-        check_heard(tower, places[-1])
-        plan.relevance.check(tower, plan.layers, guidance)
-        check_objects(plan, tower)
+        with unheard():
+            check_reachable(plan, tower)
+            check_counting(plan, tower)
+            places.append(places_of(tower, check_blocks(plan, tower)))
+            check_heard(tower, places[-1])
+            plan.relevance.check(tower, plan.layers, guidance)
+            check_objects(plan, tower)
     methods: dict[nn.Module, dict[str, Wrapper]] = {tower.module: {"forward": call_tower} for tower in towers}
     for module, wrappers in kind.methods(host, towers):
         methods.setdefault(module, {}).update(wrappers)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .compat import is_compiling
-from .hooked import changed_by_hooks, hooks_of_users, refuse_bent, refuse_changed_norm
+from .hooked import asks_hooks, changed_by_hooks, hooks_of_users, refuse_bent, refuse_changed_norm
 from .reading import accelerate_hooks, evaluating, gathered, held, place_of, remade_by_hook
 
 UNIT = 256.0
@@ -235,7 +235,7 @@ def norm_scale(norm: nn.Module) -> Tensor | None:
     if getattr(norm, "weight", None) is None:
         return None
     scale = gathered(held(norm, "weight"))
-    if hooks_of_users(norm) and not is_compiling() and not scale.is_meta:
+    if asks_hooks(norm) and not is_compiling() and not scale.is_meta:
         refuse_changed_norm(norm, scale)
     return scale
 

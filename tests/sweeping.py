@@ -101,4 +101,7 @@ def small(name: str) -> tuple[nn.Module, int]:
         for key, value in {**sizes, "image_size": 64, "patch_size": 16, "vocab_size": 99}.items():
             if hasattr(part, key):
                 setattr(part, key, value)
+    if hasattr(config, "reshape_hidden_states"):  # a backbone, which makes dense maps of its tokens otherwise
+        config.reshape_hidden_states = False
+        config.out_features = [f"stage{config.num_hidden_layers}"]
     return found(config), 64
