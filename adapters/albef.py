@@ -27,6 +27,8 @@ def is_tower(module: Any) -> bool:
     embed, positions = getattr(module, "patch_embed", None), getattr(module, "pos_embed", None)
     if not isinstance(blocks, nn.ModuleList) or len(blocks) == 0 or not hasattr(module, "cls_token"):
         return False
+    if not hasattr(module, "norm"):
+        return False
     if positions is None or positions.shape[1] != getattr(embed, "num_patches", -1) + 1:
         return False
     parts: list[Any] = list(blocks)

@@ -240,7 +240,7 @@ class TransformersBlip(Adapter):
             norm=block.layer_norm1,
             qkv=thirds(attention.qkv),
             out=attention.projection,
-            dropout=rate(attention.dropout),
+            dropout=rate(getattr(attention, "dropout", getattr(attention, "attention_dropout", None))),
         )
 
     # The way between text and image.

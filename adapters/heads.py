@@ -57,9 +57,15 @@ def trained(found: list[nn.Module]) -> nn.Module | None:
     return next(iter(trained or found), None)
 
 
+def _build(tower: nn.Module) -> tuple[Any, ...]:
+    """How long its sequences are and how deep it is, whatever adapters are in one of two twins."""
+    shapes = sorted((name, tuple(weight.shape)) for name, weight in tower.named_parameters(recurse=False))
+    return shapes, [len(part) for part in tower.modules() if isinstance(part, (nn.ModuleList, nn.Sequential))]
+
+
 def check_twins(model: nn.Module, towers: list[nn.Module]) -> None:
     """Raise a `TypeError` unless all towers of a head (the trained one and its momentum twin) are built alike."""
-    if any(len(tower.state_dict()) != len(towers[0].state_dict()) for tower in towers):
+    if any(_build(tower) != _build(towers[0]) for tower in towers):
         names = [name for name, part in model.named_modules() if any(part is tower for tower in towers)]
         raise TypeError(
             f"{type(model).__name__} holds vision towers of different shapes ({', '.join(names)}), which one call "

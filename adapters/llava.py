@@ -19,62 +19,16 @@ from patchselect.prompts.calls import call_prompted, generate_prompted
 from patchselect.prompts.host import Prompted
 from patchselect.prompts.layers import call_tower_evenly, check_read, evening
 from patchselect.weights import is_linear
+from patchselect.wiring.guard import bare_twin
 
-from .transformers import TransformersClip, TransformersSiglip
+from .readers import core_of, names_of, refuse_others
+from .siglip import TransformersSiglip
+from .transformers import TransformersClip
 
 READS_LAYERS = ("LlavaModel", "VipLlavaModel")
 """Read the hidden states of the layers that `vision_feature_layer` names."""
 READS_LAST = ("PaliGemmaModel",)
 """Read what the tower returns."""
-GRID = "its projector joins neighbours of a whole grid of patches"
-TILES = "it cuts images into tiles and packs their whole grids (padding taken off, a newline after each row)"
-REASONS = {
-    "LlavaNext": TILES,
-    "LlavaOnevision": TILES,
-    "Granite4Vision": TILES,
-    "Gemma3": "it averages squares of a whole grid of patches",
-    "AyaVision": GRID,
-    "Cohere2Vision": GRID,
-    "Mistral3": GRID,
-    "GotOcr2": "its tower attends in windows of the grid",
-    "VideoLlava": "it reads images and videos with two towers",
-    "Ovis2": "it reads patches as words of a visual vocabulary, joined in squares of a whole grid",
-    "PerceptionLM": "it averages squares of a whole grid of patches",
-    "Qwen2VL": "its images are packed into one sequence with rotary positions",
-    "Qwen2_5_VL": "its images are packed into one sequence with rotary positions, and its tower attends in windows",
-    "Qwen3VL": "its images are packed into one sequence, and layers of its language model read tokens of its tower",
-    "Glm4v": "its images are packed into one sequence with rotary positions",
-    "Idefics2": "a resampler reads its tower through a mask over a whole grid of patches",
-    "Idefics3": "it joins squares of a whole grid of patches",
-    "SmolVLM": "it joins squares of a whole grid of patches",
-    "InternVL": "it joins squares of a whole grid of patches",
-    "Llama4": "it joins squares of a whole grid of patches",
-    "Janus": "its tower returns tokens for an aligner of its own, and its generation draws images too",
-    "Florence2": "it reads features of a convolutional tower",
-}
-"""Why others cannot be patched as a whole, by the beginning of the name of their class."""
-
-
-def core_of(model: Any) -> Any:
-    """Return the part of a model that holds its tower and its language model: the model itself, or its `model`."""
-    inner = getattr(model, "model", None)
-    return inner if isinstance(inner, nn.Module) and hasattr(inner, "get_image_features") else model
-
-
-def names_of(module: Any) -> list[str]:
-    return [kind.__name__ for kind in type(module).__mro__]
-
-
-def refuse_others(model: nn.Module) -> None:
-    """Raise a TypeError for a model of images and words that needs a whole grid, with the reason."""
-    core = core_of(model)
-    name = type(core).__name__
-    reason = next((why for start, why in REASONS.items() if name.startswith(start)), None)
-    if reason is not None and (hasattr(core, "get_image_features") or hasattr(core, "inputs_merger")):
-        raise TypeError(
-            f"{type(model).__name__} cannot be patched: {reason}, which a selection of single patches would break. "
-            f"Supported are {', '.join(READS_LAYERS + READS_LAST)}, with their heads"
-        )
 
 
 def call_features(module: Any, name: str, original: Any, *args: Any, **kwargs: Any) -> Any:
@@ -101,9 +55,10 @@ def check_projector(model: nn.Module, projector: nn.Module) -> None:
         return
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randn(1, 5, first.in_features, generator=generator).to(weight)
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
         try:
-            whole, part = projector(tokens), projector(tokens[:, 3:])
+            twin = bare_twin(projector)
+            whole, part = twin(tokens), twin(tokens[:, 3:])
             alike = whole.shape[:2] == (1, 5) and torch.allclose(whole[:, 3:], part, rtol=0.02, atol=0.02)
         except (RuntimeError, ValueError, AssertionError):
             alike = False
@@ -116,7 +71,10 @@ def check_projector(model: nn.Module, projector: nn.Module) -> None:
 class Llava(Prompted):
     """What the models of this family share, whichever tower they have."""
 
-    image_arguments = ("pixel_values", "vision_feature_layer", "vision_feature_layers",
+    reads: tuple[str, ...] = READS_LAYERS + READS_LAST
+    call_tower: Wrapper = staticmethod(call_tower_evenly)
+    call_features: Wrapper = staticmethod(call_features)
+    image_arguments: tuple[str, ...] = ("pixel_values", "vision_feature_layer", "vision_feature_layers",
                        "vision_feature_select_strategy", "image_sizes")  # fmt: skip
 
     def core(self, model: nn.Module) -> Any:
@@ -124,10 +82,10 @@ class Llava(Prompted):
 
     def towers(self, model: nn.Module) -> list[Tower]:
         core = core_of(model)
-        if not set(names_of(core)) & {*READS_LAYERS, *READS_LAST} or not hasattr(core, "vision_tower"):
+        if not set(names_of(core)) & set(self.reads):
             refuse_others(model)
             return []
-        found = super().towers(core.vision_tower)
+        found = super().towers(self.tower_of(core))
         if not found:
             return []
         if "mm_encoder_outputs" not in inspect.signature(type(core).forward).parameters:
@@ -139,8 +97,14 @@ class Llava(Prompted):
             raise TypeError(
                 f"{type(model).__name__} cannot be patched: its tower takes patches that are cut out already"
             )
-        check_projector(model, core.multi_modal_projector)
+        check_projector(model, self.projector_of(core))
         return found
+
+    def tower_of(self, core: Any) -> nn.Module:
+        return core.vision_tower
+
+    def projector_of(self, core: Any) -> nn.Module:
+        return core.multi_modal_projector
 
     def takes_flat_patches(self, tower: Tower) -> bool:
         return is_linear(tower.module.embeddings.patch_embedding)  # type: ignore[union-attr]
@@ -148,8 +112,8 @@ class Llava(Prompted):
     def methods(self, model: nn.Module, towers: list[Tower]) -> list[tuple[nn.Module, Mapping[str, Wrapper]]]:
         core = core_of(model)
         found: list[tuple[nn.Module, Mapping[str, Wrapper]]] = [
-            (core, {"forward": call_prompted, "get_image_features": call_features}),
-            (towers[0].module, {"forward": call_tower_evenly}),
+            (core, {"forward": call_prompted, "get_image_features": self.call_features}),
+            (towers[0].module, {"forward": self.call_tower}),
         ]
         if core is not model:
             outer: dict[str, Wrapper] = {"forward": call_prompted}
@@ -194,7 +158,7 @@ class Llava(Prompted):
         return int(has_class_token and strategy == "full")
 
     def _embeddings(self, core: Any) -> Any:
-        tower = core.vision_tower
+        tower: Any = self.tower_of(core)
         return (tower.vision_model if hasattr(tower, "vision_model") else tower).embeddings
 
     def sizes(self, tower: Tower, core: Any, given: Mapping[str, Any]) -> list[int]:

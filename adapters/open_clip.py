@@ -28,7 +28,7 @@ from patchselect.wiring.text_calls import call_with_text, recall_text
 from patchselect.wiring.wording import refuse_masks
 
 from .switches import advice_of_set_grad_checkpointing
-from .timm import TimmViT, partial_methods, why_not
+from .timm import TimmViT, partial_methods
 
 BLOCK_PARTS = {"ln_1", "attn", "ls_1", "ln_2", "mlp", "ls_2"}
 
@@ -261,7 +261,7 @@ class OpenClipTimm(_Paired, TimmViT):
         trunk = getattr(visual, "trunk", None)
         if not isinstance(trunk, nn.Module) or not isinstance(getattr(visual, "head", None), nn.Module):
             return []
-        reason = why_not(trunk)
+        reason = self.why_not(trunk)
         if reason is not None:
             raise TypeError(f"the {type(trunk).__name__} of this {type(model).__name__} cannot be patched: {reason}")
         tower = self.tower(trunk)

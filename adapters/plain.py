@@ -89,6 +89,10 @@ def is_tower(module: Any) -> bool:
     return known and final_norm_of(module) is not None and all(norms_of(block) is not None for block in blocks)
 
 
+def rotary(module: Any) -> bool:
+    return getattr(module, "rope_embeddings", None) is not None
+
+
 def num_prefix(embeddings: Any) -> int:
     tokens = (getattr(embeddings, name, None) for name in ("cls_token", "distillation_token", "register_tokens"))
     return sum(token.shape[1] for token in tokens if token is not None)
@@ -167,7 +171,7 @@ class TransformersPlain(TransformersClip):
 
     def knows(self, module: Any) -> bool:
         """Tell whether a module is a tower of this family."""
-        return is_tower(module) and not hasattr(module.embeddings, "random_masking")
+        return is_tower(module) and not hasattr(module.embeddings, "random_masking") and not rotary(module)
 
     def methods(self, model: nn.Module, towers: list[Tower]) -> list[tuple[nn.Module, Mapping[str, Wrapper]]]:
         core = towers[0].module

@@ -109,12 +109,16 @@ class TimmViT(Adapter):
         model = getattr(
             model, "timm_model", model
         )  # transformers' TimmWrapperModel and TimmWrapperForImageClassification
-        if not type(model).__module__.startswith("timm.") and why_not(model) is not None:
+        reason = self.why_not(model)
+        if not type(model).__module__.startswith("timm.") and reason is not None:
             return []
-        reason = why_not(model)
         if reason is not None:
             raise TypeError(f"{type(model).__name__} cannot be patched: {reason}")
         return [self.tower(model)]
+
+    def why_not(self, trunk: nn.Module) -> str | None:
+        """Return what keeps `trunk` from being a tower of this family, in words; `None` if it is one."""
+        return why_not(trunk)
 
     def tower(self, trunk: Any) -> Tower:
         return Tower(

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from .adapter import Adapter, Tower, Wrapper
-from .prompts.checks import check_prompts
+from .prompts.checks import check_prompts, plan_for_prompts
 from .reduction import Reduction
 from .relevance import Relevance
 from .wiring.blocks import call_block, run_block
@@ -17,7 +17,9 @@ from .wiring.changes import check_heard, places_of
 from .wiring.checks import check_counting, check_methods, check_pairing, check_reachable
 from .wiring.guard import check_blocks
 from .wiring.journey import call_tower
-from .wiring.merging import run_counting
+from .wiring.merging import run_counting, run_placed
+from .wiring.outside import check_objects
+from .wiring.places import follows
 from .wiring.plan import Plan
 from .wiring.recorder import Trace, recording
 from .wiring.state import STATE, Layer, Wiring, forget, wiring_of
@@ -159,10 +161,9 @@ def apply(
     host = unwrapped(model)
     towers = find_towers(host, adapter)
     kind = towers[0].adapter
-    depth = min(len(tower.blocks) for tower in towers)
-    plan = Plan.of(
-        depth, keep_rate, layers, guidance, relevance, fusion, kind.default_relevance, pairing, merge, sizes, positions
-    )
+    depth, chosen = min(len(tower.blocks) for tower in towers), kind.relevance_for(towers[0])
+    plan = Plan.of(depth, keep_rate, layers, guidance, relevance, fusion, chosen, pairing, merge, sizes, positions)
+    plan = plan_for_prompts(plan, host, towers[0])
     join_text_side(towers, text_side)
     check_prompts(plan, host, towers)
     places = []
@@ -171,9 +172,8 @@ def apply(
         check_counting(plan, tower)
         places.append(places_of(tower, check_blocks(plan, tower)))
         check_heard(tower, places[-1])
-        for index in plan.layers:
-            kind.projections(tower.blocks[index])
         plan.relevance.check(tower, plan.layers, guidance)
+        check_objects(plan, tower)
     methods: dict[nn.Module, dict[str, Wrapper]] = {tower.module: {"forward": call_tower} for tower in towers}
     for module, wrappers in kind.methods(host, towers):
         methods.setdefault(module, {}).update(wrappers)
@@ -190,9 +190,10 @@ def _patch(wiring: Wiring, methods: Mapping[nn.Module, Mapping[str, Wrapper]]) -
     for tower in wiring.towers:
         ratios = dict(zip(plan.layers, plan.ratios))
         for index, block in enumerate(tower.blocks):
-            if index not in ratios and not plan.counts(index):
+            if index not in ratios and not plan.counts(index) and not follows(plan, tower, index):
                 continue
-            overrides: dict[str, Wrapper] = {"forward": run_block if index in ratios else run_counting}
+            other = run_counting if plan.counts(index) else run_placed
+            overrides: dict[str, Wrapper] = {"forward": run_block if index in ratios else other}
             if hasattr(block, "gradient_checkpointing"):
                 overrides["__call__"] = call_block
             ratio = ratios.get(index, (1, 1))

@@ -15,6 +15,9 @@ from .texts import TextCall, Texts
 Wrapper = Callable[..., Any]
 """`wrapper(module, name, original, *args, **kwargs)`: a module-level function that stands in for method `name`."""
 
+Turn = Callable[[Tensor], Tensor]
+"""Queries or keys `(B, N, H, E)`, of which the last are those of the patches, to the same, turned by their places."""
+
 
 class Attended(NamedTuple):
     """A block half done: between its attention and its MLP."""
@@ -95,6 +98,10 @@ class Tower:
     """Whether token 0 is an image [CLS]."""
     width: int
     batch_first: bool = True
+    rotary: bool = False
+    """Whether attention turns queries and keys by the place of each patch: `turn` and `at_places` say how."""
+    padded: bool = False
+    """Whether a call may bring images of several sizes, padded to one length: `images` and `fit_masks` say how."""
     single_stream: bool = False
     """Whether text and image share one sequence: token 0 is the text [CLS], the last prefix token the image [CLS]."""
     head: nn.Module | None = None

@@ -39,10 +39,12 @@ def base():
 def test_command_line(tiny, tmp_path, capsys):
     main(
         f"--model {tiny} --batch 2 --keep-rate 0.5 --pass forward train checkpointed "
-        f"--tome published fused front --rounds 2 --output {tmp_path}".split()
+        "--guidance text image random "
+        f"--tome published fused front --text-encoder --memory --merge-at --rounds 2 --output {tmp_path}".split()
     )
     report = json.loads((tmp_path / "speed.json").read_text())
-    assert {"created", "machine", "versions", "model", "notes", "settings", "flop_limit", "results"} <= set(report)
+    assert {"schema", "created", "commit", "machine", "versions", "settings"} <= set(report)
+    assert {"model", "notes", "flop_limit", "results"} <= set(report)
     assert {"processor", "threads", "cores", "device"} <= set(report["machine"])
     assert {"torch", "patchselect", "open_clip_torch"} <= set(report["versions"])
     assert report["model"]["random_weights"] and report["model"]["layers"] == [1, 2]

@@ -78,6 +78,23 @@ def test_real_code_that_looks_like_albef(kind):
     refused(tower_of(kind), rf"the forward of .*{kind.__name__} ran where they raised .*apply\(model, adapter=…\)")
 
 
+def test_a_tower_that_lacks_what_an_adapter_looks_for_is_refused_in_words():
+    """LAVIS `eva_vit`: blocks as of ALBEF, and no final norm; weights under other names; an attribute that is gone."""
+    model = Vit().eval()
+    del model.norm
+    refused(model, "no adapter knows")
+    model = Vit().eval()
+    del model.blocks[1].attn.scale
+    refused(model, "block 1 of Vit .*has no attribute 'scale'")
+
+    class Lost(Albef):
+        def towers(self, model):
+            return model.nowhere
+
+    with pytest.raises(TypeError, match="looks like a host of the adapter 'albef', which does not find.*'nowhere'"):
+        patchselect.apply(Vit(), 0.5, adapter=Lost())
+
+
 def test_a_forward_replaced_on_the_class(monkeypatch):
     model = Vit().eval()
     plain = Block.forward

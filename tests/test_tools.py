@@ -64,10 +64,25 @@ METHODS = {
 }
 
 
-def tuned(model: nn.Module, method: str) -> nn.Module:
+PACKED = r"(visual|visual_encoder|eyes|trunk)?\.?(trunk\.)?blocks\.\d+\.attn\.(qkv|proj)"
+OWN_TARGETS = {
+    "open_clip_siglip": PACKED,
+    "timm_class_token": PACKED,
+    "timm_average": PACKED,
+    "albef": PACKED + "|vision_proj|text_proj|see|read",
+}
+"""What adapters are put on in hosts whose attention has one layer for queries, keys and values."""
+
+
+def tuned(model: nn.Module, method: str, targets: str | None = None) -> nn.Module:
     """The model under an adapter that does something."""
     peft = tool("peft")
     kind, settings = METHODS[method]
+    if targets is not None:
+        settings = {key: value for key, value in settings.items() if not key.endswith("_modules")}
+        settings = {**settings, "target_modules": targets}
+        if method == "IA3":
+            settings["feedforward_modules"] = r".*attn\.proj"
     found = peft.get_peft_model(model, getattr(peft, kind)(**{"target_modules": PROJECTIONS, **settings}))
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
@@ -100,6 +115,32 @@ def test_adapters_count_as_if_merged_whether_they_come_before_apply_or_after(met
     patchselect.apply(case.model, 0.5, relevance=relevance)
     after = tuned(case.model, method)
     check_alike(look(case, after), expected)
+
+
+@pytest.mark.parametrize("name", OWN_TARGETS)
+@pytest.mark.parametrize("method", METHODS)
+def test_adapters_on_packed_projections_count_as_if_merged(method, name):
+    """In both orders, for both relevances; the head of ALBEF is called with image and text as its own code does."""
+    for relevance in ("values", "keys"):
+        reference, targets = build(name), OWN_TARGETS[name]
+        patchselect.apply(reference.model, 0.5, relevance=relevance, layers=[1, 3])
+        plain = look(reference, reference.model)
+        patchselect.remove(reference.model)
+        merged = tuned(reference.model, method, targets).merge_and_unload()
+        patchselect.apply(merged, 0.5, relevance=relevance, layers=[1, 3])
+        expected = look(reference, merged)
+        for order in ("before", "after"):
+            case = build(name)
+            if order == "after":
+                patchselect.apply(case.model, 0.5, relevance=relevance, layers=[1, 3])
+            model = tuned(case.model, method, targets)
+            if order == "before":
+                patchselect.apply(model, 0.5, relevance=relevance, layers=[1, 3])
+            check_alike(look(case, case.model), expected, plain)
+            with model.disable_adapter():
+                check_alike(look(case, case.model), plain)
+            unloaded = model.unload()
+            check_alike(look(case, unloaded), plain)
 
 
 def test_the_dropout_of_an_adapter_does_not_hide_its_matrix():

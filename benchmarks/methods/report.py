@@ -18,12 +18,12 @@ HEAD = """\
 
 <!-- made from benchmarks/methods/leaderboard.json by `python -m benchmarks.methods --page` -->
 
-Every method spends the FLOPs that the paper's two selections (TRIPS) spend at keep rates 0.7, 0.5, 0.3 and 0.15: its own
-knob is set so that the FLOPs of the vision tower, counted with relevance, merging and all, are within 1 % of them; a
-cell that cannot get so near says where it is. Where several texts guide one selection, they are counted as one list for
-8 images. Accuracy in %, ± one standard error over questions; in brackets the difference to {baseline} on the same
-questions, ± its standard error. **Bold**: the best of a column, and what is behind it by less than one standard error of
-its own difference to {baseline}. Nothing was trained for a method: models are frozen. They are the small ones of
+Every method spends the FLOPs that the paper's two selections (TRIPS) spend at keep rates 0.7, 0.5, 0.3 and 0.15: its
+own knob is set so that the FLOPs of the vision tower, counted with relevance, merging and all, are within 1 % of them;
+a cell that cannot get so near says where it is. Where several texts guide one selection, they are counted as one list
+for 8 images. Accuracy in %, ± one standard error over questions; in brackets the difference to {baseline} on the same
+questions, ± its standard error. **Bold**: the best of a column, and what is behind it by less than one standard error
+of its own difference to {baseline}. Nothing was trained for a method: models are frozen. They are the small ones of
 [benchmarks/accuracy/](../benchmarks/accuracy/), on scenes whose contents are known: they say which way things go, not
 what your model will lose. With their width of 64, a text costs far more beside a patch than in a ViT-B.
 
@@ -32,9 +32,10 @@ what your model will lose. With their width of 64, a text costs far more beside 
 python -m benchmarks.methods --method mine   # yours: one file in benchmarks/methods/ways/
 ```
 
-A method is one file: what ranks patches (`patchselect.Relevance`), what becomes of the others (`patchselect.Reduction`)
-or both, from outside of the package. Copy one of [benchmarks/methods/ways/](../benchmarks/methods/ways/). The tests make
-this page anew from the file of figures, and ask a part of the questions again.
+A method is one file: what ranks patches (`patchselect.Relevance`), what becomes of the others
+(`patchselect.Reduction`) or both, from outside of the package. Copy one of
+[benchmarks/methods/ways/](../benchmarks/methods/ways/). The tests make this page anew from the file of figures, and ask
+a part of the questions again.
 """
 
 

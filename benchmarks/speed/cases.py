@@ -22,7 +22,9 @@ VIEWS = ("tower", "pair")
 GUIDED = ("text", "image", "random")
 MERGED = "merged"
 """Merging without a text, then one selection by it, whose sizes attention counts (docs/merging.md)."""
-SELECTING = (*GUIDED, MERGED)
+AGAIN = "again"
+"""Guided by a text that has guided an image before: from the second image of a `guide` block on."""
+SELECTING = (*GUIDED, AGAIN, MERGED)
 TOME = {
     "tome": "ToMe as published",
     "fused tome": "ToMe, fused attention",
@@ -78,9 +80,10 @@ class Selection:
 
     def label(self, method: str) -> str:
         """Name a method with the relevance and the fusion that were asked for."""
-        relevance = name_of(self.relevance) if method in ("text", MERGED) else None
+        relevance = name_of(self.relevance) if method in ("text", AGAIN, MERGED) else None
         fusion = f"fusion {name_of(self.fusion)}" if method in SELECTING and self.fusion != "mean" else None
-        name = f"text, merge {self.merge:g}" if method == MERGED else TOME.get(method, method)
+        names = {MERGED: f"text, merge {self.merge:g}", AGAIN: "text, from its second image on", **TOME}
+        name = names.get(method, method)
         return ", ".join(part for part in (name, relevance, fusion) if part)
 
 
@@ -92,6 +95,10 @@ class Inputs:
     tokens: Tokens
     text: Tensor
     """`(B, E)`"""
+
+    def first(self) -> Inputs:
+        """Return the first image and its text alone."""
+        return Inputs(self.images[:1], {name: ids[:1] for name, ids in self.tokens.items()}, self.text[:1])
 
     def fake(self) -> Inputs:
         """Return zeros of the same shapes, made where they are needed (for counting FLOPs)."""
@@ -110,7 +117,7 @@ def patched(host: Host, case: Case, selection: Selection) -> Any:
         with token_merging(host.model, case.removed, fused=case.method != "tome", first=first):
             yield
     elif case.method in SELECTING:
-        guidance = "text" if case.method == MERGED else case.method
+        guidance = "text" if case.method in (AGAIN, MERGED) else case.method
         chosen = selection.relevance if guidance == "text" else None
         rate, layers, merge = case.keep_rate, selection.layers, 0.0
         if case.method == MERGED:

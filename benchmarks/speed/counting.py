@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
+
 from benchmarks.common.cost import count_flops
 from benchmarks.common.tome import matching_flops
 from benchmarks.models.host import Host
 from patchselect.wiring.towers import find_towers
 
-from .cases import MERGED, Case, Inputs, Selection, Setting, patched, runner
+from .cases import AGAIN, MERGED, Case, Inputs, Selection, Setting, patched, runner
 
 
 class FlopBook:
@@ -18,7 +21,8 @@ class FlopBook:
         self.known: dict[tuple[str, Case], float] = {}
 
     def of(self, case: Case, view: str = "tower") -> float:
-        """Return FLOPs per image (or per text, for the text encoder)."""
+        """FLOPs per image (or per text, for the text encoder); those of `AGAIN` are those of a first image."""
+        case = dataclasses.replace(case, method="text") if case.method == AGAIN else case
         if (view, case) not in self.known:
             setting = Setting(self.host.image_size, len(self.inputs.images), "fp32", view=view)
 
@@ -47,9 +51,8 @@ class FlopBook:
         height, width = tower.adapter.grid(tower, self.inputs.images)
         return height * width, len(tower.blocks)
 
-    def limit(self, lowest: float, view: str) -> list[dict[str, float]]:
-        """Return the FLOP ratio of text guidance over the keep rates that a plot shows."""
-        rates = sorted({lowest, *(rate / 10 for rate in range(1, 10) if rate / 10 > lowest)})
+    def limit(self, rates: Sequence[float], view: str) -> list[dict[str, float]]:
+        """Return the FLOP ratio of text guidance at these keep rates, and at 1."""
         base = self.of(Case("unpatched"), view)
         points = [{"keep_rate": rate, "flop_ratio": base / self.of(Case("text", rate), view)} for rate in rates]
         return [*points, {"keep_rate": 1.0, "flop_ratio": 1.0}]

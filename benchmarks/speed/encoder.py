@@ -11,12 +11,12 @@ from torch import nn
 import patchselect
 
 
-def vit(size: int) -> nn.Module:
-    """Return a ViT-B/16 of real size with random weights, as in CLIP and (up to its norms) in ALBEF."""
+def vit(size: int, depth: int = 12) -> nn.Module:
+    """Build a ViT-B/16 of real size with random weights, as in CLIP and (up to its norms) in ALBEF."""
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
     config = CLIPVisionConfig(
-        hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, patch_size=16,
+        hidden_size=768, intermediate_size=3072, num_hidden_layers=depth, num_attention_heads=12, patch_size=16,
         image_size=size, projection_dim=512,
     )  # fmt: skip
     torch.manual_seed(0)

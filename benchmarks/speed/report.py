@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from itertools import groupby, product
 from typing import Any
 
-from benchmarks.common.show import aligned, quartiles, spread
+from benchmarks.common.show import aligned, apart, quartiles, spread
 
 from .cases import MERGED, SELECTING, TOME, Case, Selection
-from .measure import Measured
+from .measure import FEWEST_ROUNDS, SETTLED, Measured, ratios, settled
 
 COLUMNS = (
     "method", "keep", "images/s", "speed-up", "GFLOPs each", "FLOP ratio", "efficiency", "peak MB", "selecting",
@@ -17,7 +17,9 @@ COLUMNS = (
 
 LEGEND = """\
 Unpatched, guided by text (TRIPS), by the image's [CLS] (EViT) and at random ran in turns, in a new order each round.
-images/s and speed-up: median [quartiles]; the speed-up of a round is its unpatched time over its own time.
+images/s and speed-up: median [quartiles]; the speed-up of a round is its unpatched time over its own time. Rounds go
+on until the quartiles of every speed-up are within {settled:.0%} of its median, or the time is up: "not settled" are
+those that are further apart, by ± so much. Times are {clock}.
 FLOP ratio: unpatched FLOPs over FLOPs of the forward pass, the selection's own counted in: the limit of the speed-up.
 efficiency: speed-up over FLOP ratio. selecting: share of the time spent on merging, relevance, selection and fusion.
 ToMe (token merging) removes as many patches, evenly over all blocks, as make its FLOPs those of the text-guided case;
@@ -66,10 +68,11 @@ def summarise(
                 "own_keep_rate": case.own_rate if case.method == MERGED else None,
             }
             if case.method != "text encoder":
-                record["speed_up"] = spread([b / s for b, s in zip(base.seconds, entry.seconds)])
+                record["speed_up"] = spread(ratios(base, entry))
+                record["settled"] = entry is base or settled(base, entry)
                 record["flop_ratio"] = flops[setting.image_size, setting.view, base.case] / cost
                 record["efficiency"] = record["speed_up"]["median"] / record["flop_ratio"]
-            if case.method in SELECTING and setting.work == "forward":
+            if case.method in SELECTING and entry.selecting and setting.work == "forward":
                 record["selecting_share"] = spread([p / s for p, s in zip(entry.selecting, entry.seconds)])
             if case.method in ("text", MERGED) and tome:
                 rivals = {name: tome[name, case.keep_rate].seconds for name in TOME if (name, case.keep_rate) in tome}
@@ -96,18 +99,34 @@ def _cells(record: dict[str, Any]) -> tuple[str, ...]:
         record["label"],
         "–" if plain else f"{record['keep_rate']:g}",
         shown("images_per_second", 2),
-        "1" if method == "unpatched" else shown("speed_up", 3),
+        "1" if method == "unpatched" else shown("speed_up", 3) if record.get("settled", True) else unsettled(record),
         f"{record['gflops_per_image']:.4g}",
         "1" if method == "unpatched" else shown("flop_ratio", 3),
         "–" if plain else shown("efficiency", 3),
-        f"{record['peak_memory_bytes'] / 1e6:.4g}",
+        "–" if record["peak_memory_bytes"] is None else f"{record['peak_memory_bytes'] / 1e6:.4g}",
         "–" if share is None else f"{100 * share['median']:.2f} %",
     )
+
+
+def unsettled(record: dict[str, Any]) -> str:
+    """Say of a speed-up that it is none yet."""
+    if record["rounds"] < FEWEST_ROUNDS:
+        return f"not settled: {record['rounds']} round(s)"
+    return f"not settled: {record['speed_up']['median']:.2f} ±{apart(record['speed_up']):.0%}"
 
 
 def table(records: Sequence[dict[str, Any]]) -> str:
     """Write one row per case."""
     return aligned([COLUMNS, *map(_cells, records)])
+
+
+def timing(report: dict[str, Any]) -> str:
+    """Say what the times are, and what was done to the calls."""
+    settings, machine = report["settings"], report["machine"]
+    threads = "one thread" if machine["threads"] == 1 else f"{machine['threads']} threads"
+    clock = f"CPU seconds of {threads}, which other work hardly changes" if settings["clock"] == "cpu" else "wall clock"
+    done = [name for name, flag in (("compiled", "compile"), ("CUDA graphs", "cuda_graphs")) if settings[flag]]
+    return "; ".join([clock, *(f"all cases, the unpatched one too, are {name}" for name in done)])
 
 
 def document(report: dict[str, Any]) -> str:
@@ -119,7 +138,7 @@ def document(report: dict[str, Any]) -> str:
         f"{model['library']}; selection in blocks {model['layers']} (0-based) of {model['depth']}; {model['weights']}.",
         f"{machine['processor']}, {machine['threads']} threads, torch {report['versions']['torch']}.",
         *(f"Note: {note}." for note in report["notes"]),
-        LEGEND.format(memory=memory),
+        LEGEND.format(memory=memory, settled=SETTLED, clock=timing(report)),
     ]
     keys = ("image_size", "batch", "precision", "work", "view")
     for values, group in groupby(report["results"], key=lambda record: tuple(record[key] for key in keys)):

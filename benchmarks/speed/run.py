@@ -20,7 +20,7 @@ from patchselect.wiring.towers import find_towers
 
 from .cases import MERGED, TOME, Case, Inputs, Selection, Setting, dtype_of
 from .counting import FlopBook
-from .measure import Measured, measure
+from .measure import How, Measured, measure
 
 KINDS = {"tome": "published", "fused tome": "fused", "tome front": "front"}
 """Cases of ToMe, as `--tome` names them."""
@@ -41,39 +41,58 @@ class Found:
 
 def run(options: argparse.Namespace, bar: tqdm[Any]) -> Found:
     """Measure what the options of `benchmarks.speed` ask for."""
-    photos, found, end = load_photos(), Found(), 0.0
+    photos, found, end = load_photos(), Found(), time.monotonic() + options.seconds
     selection = selection_of(options)
     sizes = options.image_size or [None]
     combinations = list(product(options.batch, options.precision, options.work, options.view))
     ahead = len(sizes) * sum(weight(*combination) for combination in combinations)
+    how = how_of(options)
+    pace = 0.0  # seconds of a round per image, of what was measured so far
     for size in sizes:
         bar.set_description_str(f"loading {options.model}")
         host = load(options.model, size, options.pretrained)
         host.model.to(options.device)
-        end = end or time.monotonic() + options.seconds
         describe(host, options, found)
         bar.set_description_str("counting FLOPs")
         book = FlopBook(host, selection, inputs_of(host, photos, 1))
         cases = {view: cases_of(options, book, view) for view in options.view}
         for view in options.view:
-            found.limits[f"{host.image_size}/{view}"] = book.limit(min(options.keep_rate), view)
+            found.limits[f"{host.image_size}/{view}"] = book.limit(options.keep_rate, view)
             found.flops.update({(host.image_size, view, case): book.of(case, view) for case in cases[view]})
-        for batch, precision, work, view in combinations:
-            host.model.to(dtype=dtype_of(precision))
+        measured = {}
+        # The short ones first: they settle, and leave the rest of their time to the long ones.
+        for batch, precision, work, view in sorted(combinations, key=lambda combination: weight(*combination)):
             mine = weight(batch, precision, work, view)
-            found.measured += measure(
+            needed = pace * batch
+            if options.rounds is None and time.monotonic() + needed > end:
+                found.notes.append(
+                    f"no time was left for batch {batch}, {precision}, {work}, {view}, of which one round takes about "
+                    f"{needed:.0f} s here: give more --seconds"
+                )
+                ahead -= mine
+                continue
+            host.model.to(dtype=dtype_of(precision))
+            start = time.monotonic()
+            measured[batch, precision, work, view] = measure(
                 host,
                 Setting(host.image_size, batch, precision, work, view),
                 [case for case in cases[view] if suits(case, work)],
                 inputs_of(host, photos, batch),
                 selection,
-                seconds=mine / ahead * (end - time.monotonic()),
-                rounds=options.rounds,
-                bar=bar,
-                seed=options.seed,
+                how,
+                time.monotonic() + mine / ahead * (end - time.monotonic()),
+                bar,
             )
             ahead -= mine
+            rounds = 1 + len(measured[batch, precision, work, view][0].seconds)
+            pace = max(pace, (time.monotonic() - start) / rounds / batch)
+        found.measured += [entry for combination in combinations for entry in measured.get(combination, ())]
     return found
+
+
+def how_of(options: argparse.Namespace) -> How:
+    """Return how calls are timed."""
+    return How(options.clock, options.rounds, options.memory, options.compile, options.cuda_graphs, options.seed)
 
 
 def selection_of(options: argparse.Namespace) -> Selection:
@@ -105,14 +124,15 @@ def cases_of(options: argparse.Namespace, book: FlopBook, view: str) -> list[Cas
     """List unpatched first, each guidance at each rate, then merging, with and without one selection, at their cost."""
     cases = [Case("unpatched"), *(Case(g, rate) for g in options.guidance for rate in options.keep_rate)]
     if view == "tower":
-        for rate in options.keep_rate:
+        for rate in options.merge_at or options.keep_rate:
             text = Case("text", rate)
             if options.merge:
                 cases.append(Case(MERGED, rate, own_rate=book.merged_rate(text)))
             for name, kind in KINDS.items():
                 if kind in options.tome:
                     cases.append(Case(name, rate, book.tome_removals(text, name)))
-        cases.append(Case("text encoder"))
+        if options.text_encoder:
+            cases.append(Case("text encoder"))
     return cases
 
 

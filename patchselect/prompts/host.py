@@ -9,6 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter import Adapter, Texts, Tower
+from ..weights import products_of
+from ..wiring.journey import Journey
+from .squares import squares_of
 
 
 class Prompted(Adapter):
@@ -53,9 +56,48 @@ class Prompted(Adapter):
     def check(self, model: nn.Module, tower: Tower, layers: tuple[int, ...]) -> None:
         """Raise a ValueError if what a selection in these layers leaves would not be read."""
 
+    def side(self, core: Any) -> int:
+        """Return how many patches high and wide the square is that becomes one token of the prompt."""
+        return 1
+
+    def sources(self, core: Any, journey: Journey) -> Tensor | None:
+        """Return which placeholder of its image `(I, m)` each token of now is, from 0; -1 is a fused one."""
+        if self.side(core) == 1 or journey.sources is None:
+            return journey.sources
+        found = squares_of(journey, self.side(core))
+        if found is not None:
+            return found
+        squares = journey.sources.shape[1] // self.side(core) ** 2
+        return torch.arange(squares, device=journey.sources.device).expand(len(journey.sources), -1)
+
     def extra(self, core: Any, given: Mapping[str, Any]) -> int:
         """Return how many tokens in front of the patches have placeholders too."""
         return 0
+
+    def language(self, core: Any) -> Any:
+        """Return the language model, whose `layers` are its blocks."""
+        return core.language_model
+
+    def projector_of(self, core: Any) -> nn.Module:
+        """Return what takes each token of an image to the width of the language model."""
+        raise NotImplementedError
+
+    def prompt_cost(self, core: Any, image_tokens: int, words: int) -> int:
+        """Return the multiply-adds of a prompt with one image, in projector and language model.
+
+        Products with weights, and the attention of each token to all: `2 L^2` times the width of the queries.
+
+        Raises:
+            ValueError: not every token meets every weight (a mixture of experts).
+        """
+        tokens, total = image_tokens + words, image_tokens * products_of(self.projector_of(core))
+        for block in self.language(core).layers:
+            if any("experts" in name for name, _ in block.named_modules()):
+                raise ValueError(
+                    f"{type(block).__name__} sends each token to some experts alone: its cost is not known"
+                )
+            total += tokens * products_of(block) + 2 * tokens**2 * block.self_attn.q_proj.out_features
+        return total
 
     # A pair has no score here, and what reads the patches needs them all.
 

@@ -107,7 +107,8 @@ def places(
         ValueError: the tokens are not those that the selection left.
     """
     extra = host.extra(core, given)
-    rows = [row for journey in journeys if journey.sources is not None for row in journey.sources.unbind()]
+    known = [host.sources(core, journey) for journey in journeys]
+    rows = [row for found in known if found is not None for row in found.unbind()]
     if len(rows) != len(sizes) or any(extra + len(row) != len(each) for row, each in zip(rows, tokens)):
         raise ValueError(
             f"the images have {[len(each) for each in tokens]} tokens, and the selection left "

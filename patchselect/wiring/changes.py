@@ -94,6 +94,7 @@ def check_heard(tower: Tower, places: Places) -> None:
 
 
 def _unheard(tower: Tower, places: Places) -> str | None:
+    kind: Any
     for index, path, kind in places.unheard:
         part: Any = _at(tower.blocks[index], path)
         what = f"the {'.'.join(path)} of block {index}"

@@ -8,6 +8,7 @@ from torch import nn
 
 from ..adapter import Tower, Wrapper
 from .guard import cannot_count
+from .places import follows
 from .plan import Plan
 from .state import STATE
 from .swapping import is_stuck
@@ -17,7 +18,7 @@ from .text_calls import call_with_text, recall_text
 def check_reachable(plan: Plan, tower: Tower) -> None:
     """Raise a TypeError if a block carries a `forward` of its own, which goes before that of its class."""
     for index, block in enumerate(tower.blocks):
-        if index not in plan.layers and not plan.counts(index):
+        if index not in plan.layers and not plan.counts(index) and not follows(plan, tower, index):
             continue
         _refuse_stuck(block)
         if "forward" in vars(block):

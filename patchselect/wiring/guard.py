@@ -40,6 +40,7 @@ def check_blocks(plan: Plan, tower: Tower) -> dict[int, tuple[str, ...]]:
             kind = likeness(block)
             if kind not in seen:
                 seen[kind] = check_halves(tower, index, plan)
+                _check_weights(tower, index)
             found[index] = seen[kind]
     return found
 
@@ -91,6 +92,16 @@ def check_halves(tower: Tower, index: int, plan: Plan | None = None) -> tuple[st
     return tuple(sorted(called ^ by_us))
 
 
+def _check_weights(tower: Tower, index: int) -> None:
+    try:
+        tower.adapter.projections(tower.blocks[index])
+    except AttributeError as error:
+        raise TypeError(
+            f"block {index} of {type(tower.module).__name__} computes as the adapter {tower.adapter.name!r} says, but "
+            f"its weights are not where it looks for them: {error}"
+        ) from error
+
+
 def cannot_count(plan: Plan, tower: Tower, index: int, why: str) -> str:
     """Say that the attention of a block cannot count sizes, and what to do."""
     return (
@@ -124,6 +135,11 @@ def _is_elsewhere(block: nn.Module) -> bool:
     mixed = len({tensor.device for tensor in block.parameters()}) != 1
     hooked = any(hasattr(part, "_hf_hook") for part in block.modules()) and any(tensor.is_meta for tensor in tensors)
     return away or lazy or empty or mixed or hooked
+
+
+def bare_twin(module: nn.Module) -> Any:
+    """Copy a module without its weights and the hooks of its users, in evaluation mode; vectors get some noise."""
+    return _twin(module, torch.Generator().manual_seed(0), {})
 
 
 def _twin(module: nn.Module, generator: torch.Generator, seen: dict[int, nn.Module]) -> Any:

@@ -65,3 +65,13 @@ def dual_encoder() -> Case:
         patches=16,
         grid=(4, 4),
     )
+
+
+def dinov3() -> Case:
+    """Build a DINOv3 with all that its layers may have; its grid is not square."""
+    transformers = transformers_with("DINOv3")
+    more = dict(num_register_tokens=3, use_gated_mlp=True, layerscale_value=0.5, drop_path_rate=0.1)
+    model = transformers.DINOv3ViTModel(transformers.DINOv3ViTConfig(**{**WIDE, "image_size": (48, 80)}, **more))
+    case = bare(model, 4)
+    case.images, case.patches, case.grid = pixels(48, 80), 15, (3, 5)
+    return case

@@ -26,13 +26,13 @@ def _needs() -> Any:
     return importlib.import_module("transformers")
 
 
-def _case(model: nn.Module, prefix: int) -> Case:
+def _case(model: nn.Module, prefix: int, tower: str = "model.vision_tower") -> Case:
     def image_side(m: Any, x: Tensor) -> Tensor:
         found = m.get_image_features(pixel_values=x).pooler_output
         return torch.stack([each.mean(dim=0) for each in found])
 
-    core = model.model.vision_tower
-    path = "model.vision_tower" + (".vision_model" if hasattr(core, "vision_model") else "")
+    core = model.get_submodule(tower)
+    path = tower + (".vision_model" if hasattr(core, "vision_model") else "")
     return Case(model, image_side, 48, pixels(), lambda m: m.get_submodule(path), prefix, 16, (4, 4))
 
 
@@ -75,8 +75,56 @@ def paligemma() -> Case:
     return _case(transformers.PaliGemmaForConditionalGeneration(config), 0)
 
 
+SQUARES = {**VISION, "image_size": 96}
+"""Six by six patches, which are nine squares."""
+
+
+def _squares(model: nn.Module, tower: str, prefix: int, side: int = 2) -> Case:
+    case = _case(model, prefix, tower)
+    case.images, case.patches, case.grid = pixels(96, 96), 36, (6, 6)
+    case.extra.update(side=side, size=36 // side**2)
+    return case
+
+
+def _idefics(kind: str) -> Case:
+    transformers = _needs()
+    vision = {**SQUARES, "initializer_range": 0.2}
+    config = getattr(transformers, f"{kind}Config")(
+        vision_config=vision, text_config=transformers.LlamaConfig(**LANGUAGE), image_token_id=IMAGE, scale_factor=2,
+        pad_token_id=PAD,
+    )  # fmt: skip
+    case = _squares(getattr(transformers, f"{kind}ForConditionalGeneration")(config), "model.vision_model", 0)
+    images = case.images
+    case.images = lambda batch: images(batch).unsqueeze(1)
+    return case
+
+
+def smolvlm() -> Case:
+    return _idefics("SmolVLM")
+
+
+def idefics3() -> Case:
+    return _idefics("Idefics3")
+
+
+def internvl() -> Case:
+    transformers = _needs()
+    vision = {**SQUARES, "image_size": [96, 96], "patch_size": [16, 16], "layer_scale_init_value": 0.7}
+    config = transformers.InternVLConfig(
+        vision_config=transformers.InternVLVisionConfig(**vision), text_config=transformers.LlamaConfig(**LANGUAGE),
+        image_token_id=IMAGE, downsample_ratio=0.5,
+    )  # fmt: skip
+    return _squares(transformers.InternVLForConditionalGeneration(config), "model.vision_tower", 1)
+
+
 def prompts(
-    rows: Sequence[int], words: Sequence[int], tokens: int = 16, side: str = "left", seed: int = 0, **more: Any
+    rows: Sequence[int],
+    words: Sequence[int],
+    tokens: int = 16,
+    side: str = "left",
+    seed: int = 0,
+    pixels: int = 64,
+    **more: Any,
 ) -> dict[str, Tensor]:
     """Return `input_ids`, `attention_mask` and `pixel_values` of prompts with so many images and words a row."""
     generator = torch.Generator().manual_seed(seed)
@@ -95,5 +143,5 @@ def prompts(
         ids[row, place], mask[row, place] = each, 1
     found = {"input_ids": ids, "attention_mask": mask}
     if sum(rows):
-        found["pixel_values"] = torch.randn(sum(rows), 3, 64, 64, generator=generator)
+        found["pixel_values"] = torch.randn(sum(rows), 3, pixels, pixels, generator=generator)
     return {**found, **more}
