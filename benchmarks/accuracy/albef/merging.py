@@ -25,7 +25,7 @@ STEPS = 100
 BEYOND = {2.3: ("front", "once", "merged"), 2.8: ("front", "merged")}
 """What gets to so many times fewer FLOPs of the blocks than without reduction; two selections cannot."""
 TRIED = ("text", "values", "tome", "front", "once", "merged")
-TRAINED = ("none", "text", "front", "merged")
+TRAINED = ("none", "front", "merged")
 RIVALS = ("none", "front")
 
 
@@ -94,9 +94,9 @@ def shown(values: Tensor, sign: str = "") -> str:
 
 
 def over_questions(values: Tensor) -> str:
-    """Show the mean difference ± its standard error over the questions, each the mean of the bases."""
+    """Show the standard error over the questions, each the mean of the bases; nothing of one base."""
     each = values.mean(0)
-    return f"{float(each.mean()):+.1f} ± {float(each.std() / len(each) ** 0.5):.1f}"
+    return f" [± {float(each.std() / len(each) ** 0.5):.1f}]" if len(values) > 1 else ""
 
 
 def names(records: Sequence[Record]) -> list[tuple[str, str]]:
@@ -109,9 +109,9 @@ def title(trained: str, method: str) -> str:
     return about if trained == FREE else f"{about}, trained"
 
 
-def accuracies(records: Sequence[Record], trained: Sequence[str]) -> str:
-    """Tabulate one line per method, one column per cost."""
-    rows = [["", *columns()]]
+def accuracies(records: Sequence[Record], trained: Sequence[str], blind: Tensor) -> str:
+    """Tabulate one line per method, one column per cost; `blind` `(1, questions)` is of the texts alone."""
+    rows = [["", *columns()], [LABELS["words"], *[shown(blind)] * len(columns())]]
     for one, method in names(records):
         if one in trained:
             cells = []
@@ -133,7 +133,7 @@ def differences(records: Sequence[Record], trained: Sequence[str], rival: str, r
             own = of_questions(records, trained=one, method=method, column=column)
             where = "" if rival == "none" else column
             gap = own - of_questions(records, trained=rival_trained, method=rival, column=where) if len(own) else own
-            cells.append(f"{shown(gap, '+')} [{over_questions(gap)}]" if len(gap) else "–")
+            cells.append(shown(gap, "+") + over_questions(gap) if len(gap) else "–")
         rows.append([title(one, method), *cells])
     return markdown(rows)
 
@@ -160,17 +160,16 @@ def merging(folder: Path, seeds: Seeds) -> None:
     records.sort(key=lambda record: record["trained"] != FREE)
     questions = Questions.make(QUERIES // 2, 8, TEST_SEED)
     blind = 100 * without_picture(questions)[0].double().unsqueeze(0)
-    bases = "over the bases" if len(seeds) > 1 else "over the questions of this base"
+    bases = "over the bases [± over the questions]" if len(seeds) > 1 else "over the questions"
     parts = [
-        f"Matching accuracy, %, {QUERIES} questions (chance 50), ± {bases}; {LABELS['words']} | {shown(blind)}. "
-        f"Nothing is trained here:",
-        accuracies(records, [FREE]),
-        "FLOPs:",
+        f"Matching accuracy of bases as they are, %, {QUERIES} questions (chance 50), ± {bases}:",
+        accuracies(records, [FREE], blind),
+        "FLOPs, counted, those without reduction being 1:",
         costs(),
-        f"Differences in points on the same questions, ± {bases} [± over the questions]:",
+        f"Differences in points on the same questions, ± {bases}:",
         *(differences(records, [FREE], rival, FREE) for rival in RIVALS),
         f"After {STEPS} steps of training with each, the keep rate drawn per step from {KEEP_RATES}:",
-        accuracies(records, TRAINED),
+        accuracies(records, TRAINED, blind),
         differences(records, TRAINED, "none", "none"),
         differences(records, TRAINED, "none", FREE),
         differences(records, TRAINED, "front", "front"),
