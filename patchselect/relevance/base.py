@@ -172,18 +172,28 @@ class Relevance:
 
     @torch.no_grad()
     def _scored(self, tower: Tower, index: int, patches: int, guidance: str) -> Tensor:
+        seen, text = self.sample(tower, index, patches, guidance)
+        kind = seen.all_tokens.device.type
+        with torch.autocast("cpu" if kind == "meta" else kind, enabled=False):
+            return self.scores_by_image(seen) if text is None else self.scores(seen, text)
+
+    def sample(
+        self, tower: Tower, index: int, patches: int, guidance: str, rows: int = 1, texts: int = 1
+    ) -> tuple[Candidates, Tensor | None]:
+        """Return made-up patches of `rows` images, as block `index` would see them, and as many texts for each.
+
+        The text `(rows, texts, D_text)` is `None` where no text guides.
+        """
         place = place_of(tower.blocks[index])
-        tokens = torch.linspace(-1, 1, (tower.num_prefix_tokens + patches) * tower.width, **place)
-        tokens = tokens.view(1, -1, tower.width)
+        tokens = torch.linspace(-1, 1, rows * (tower.num_prefix_tokens + patches) * tower.width, **place)
+        tokens = tokens.view(rows, -1, tower.width)
         seen = Candidates(
             tower, index, tower.blocks[index], tokens, tokens, tower.num_prefix_tokens,
             guiding_place(tower, guidance), (index,), turn=self._sample_turn(tower, index, tokens),
         )  # fmt: skip
-        kind = torch.device(place["device"]).type
-        with torch.autocast("cpu" if kind == "meta" else kind, enabled=False):
-            if guidance != "text" or tower.single_stream:
-                return self.scores_by_image(seen)
-            return self.scores(seen, torch.ones(1, 1, tower.text_width(), **place))
+        if guidance != "text" or tower.single_stream:
+            return seen, None
+        return seen, torch.ones(1, texts, tower.text_width(), **place).expand(rows, -1, -1)
 
     @staticmethod
     def _sample_turn(tower: Tower, index: int, tokens: Tensor) -> Turn | None:
