@@ -109,9 +109,11 @@ class TimmEva(TimmViT):
 
     def projections(self, block: Any) -> Projections:
         attention = block.attn
-        normalised, gated = present(attention.k_norm), getattr(attention, "gate", None) is not None
+        normalised, gated = present(getattr(attention, "k_norm", None)), getattr(attention, "gate", None) is not None
         before = normalises_before(block)
-        nonlinear = "its attention output is normalised" if present(attention.norm) or not before else None
+        nonlinear = (
+            "its attention output is normalised" if present(getattr(attention, "norm", None)) or not before else None
+        )
         more: dict[str, Any] = dict(
             num_heads=attention.num_heads,
             scale=attention.scale,

@@ -113,6 +113,9 @@ TRANSFORMERS = {
     "GroupViT": Feature("transformers", "4.21", "there is no GroupViT", "transformers:GroupViTModel"),
     "X-CLIP": Feature("transformers", "4.22", "there is no X-CLIP", "transformers:XCLIPModel"),
     "BridgeTower": Feature("transformers", "4.27", "there is no BridgeTower", "transformers:BridgeTowerModel"),
+    "attention by switch": Feature(
+        "transformers", "4.56", "a model that is made cannot be told to attend in another way (4.53: seen)"
+    ),
     "eager attention by name": Feature(
         "transformers", "4.48", "a model is not told which attention it uses (4.37: measured)"
     ),
@@ -155,7 +158,9 @@ OTHERS = {
     "registers": Feature("timm", "0.9.8", "a ViT of timm has no register tokens and no pool by attention"),
     "rotary towers": Feature("timm", "1.0.15", "Eva has fewer ways to attend", "timm.models.eva:Eva"),
     "kinds of rotary towers": Feature("timm", "1.0.20", "Eva knows fewer kinds of rotary positions"),
-    "perception encoders": Feature("timm", "1.0.15", "there is no Perception Encoder", "timm.models.eva:Eva"),
+    "perception encoders": Feature(
+        "timm", "1.0.20", "Eva has no attention of the Perception Encoder (1.0.15: seen)", "timm.models.eva:Eva"
+    ),
     "intermediates": Feature("timm", "1.0", "a ViT of timm has no forward_intermediates"),
 }
 """Features of the other hosts, and what tests need besides."""

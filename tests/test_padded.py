@@ -53,7 +53,7 @@ def case() -> Case:
 @pytest.mark.parametrize("relevance", ["keys", "features", "values", "joint"])
 def test_a_batch_of_mixed_sizes_equals_the_images_one_by_one(case, relevance, attention):
     if attention == "eager":
-        needs("eager attention by name")
+        needs("attention by switch")
         case.model.set_attn_implementation("eager")
     text = texts(case, len(SHAPES))
     for rates, layers, fusion in (((0.5, 0.5), [1, 3], "mean"), ((0.7,), [2], "none"), ((1.0, 0.4), [0, 4], "sum")):
@@ -113,12 +113,12 @@ def test_records_and_restored_grids_are_those_of_each_image(case):
     text = texts(case, len(SHAPES))
     with handle.record() as trace:
         with torch.no_grad(), patchselect.guide(case.model, text):
-            tokens = case.tower(case.model)(**batch()).last_hidden_state
+            tokens = case.tower(case.model)(*batch().values()).last_hidden_state
     assert [entry.num_tokens for entry in trace] == [num_kept(15, 0.5) + 1, num_kept(num_kept(15, 0.5) + 1, 0.5) + 1]
     grids = patchselect.restore(tokens, trace, fill=float("nan"))
     for row, (height, width) in enumerate(SHAPES):
         with handle.record() as single, torch.no_grad(), patchselect.guide(case.model, text[row : row + 1]):
-            own = case.tower(case.model)(**alone(row)).last_hidden_state
+            own = case.tower(case.model)(*alone(row).values()).last_hidden_state
         for entry, other in zip(trace.of_image(row), single):
             assert torch.equal(entry.kept, other.kept) and entry.grid == other.grid == (height, width)
             assert torch.equal(entry.holders, other.holders) and entry.num_tokens == other.num_tokens
