@@ -19,59 +19,15 @@ from patchselect.prompts.calls import call_prompted, generate_prompted
 from patchselect.prompts.host import Prompted
 from patchselect.prompts.layers import call_tower_evenly, check_read, evening
 from patchselect.weights import is_linear
+from patchselect.wiring.guard import bare_twin
 
+from .readers import core_of, names_of, refuse_others
 from .transformers import TransformersClip, TransformersSiglip
 
 READS_LAYERS = ("LlavaModel", "VipLlavaModel")
 """Read the hidden states of the layers that `vision_feature_layer` names."""
 READS_LAST = ("PaliGemmaModel",)
 """Read what the tower returns."""
-GRID = "its projector joins neighbours of a whole grid of patches"
-TILES = "it cuts images into tiles and packs their whole grids (padding taken off, a newline after each row)"
-REASONS = {
-    "LlavaNext": TILES,
-    "LlavaOnevision": TILES,
-    "Granite4Vision": TILES,
-    "Gemma3": "it averages squares of a whole grid of patches",
-    "AyaVision": GRID,
-    "Cohere2Vision": GRID,
-    "Mistral3": GRID,
-    "GotOcr2": "its tower attends in windows of the grid",
-    "VideoLlava": "it reads images and videos with two towers",
-    "Ovis2": "it reads patches as words of a visual vocabulary, joined in squares of a whole grid",
-    "PerceptionLM": "it averages squares of a whole grid of patches",
-    "Qwen2VL": "its images are packed into one sequence with rotary positions",
-    "Qwen2_5_VL": "its images are packed into one sequence with rotary positions, and its tower attends in windows",
-    "Qwen3VL": "its images are packed into one sequence, and layers of its language model read tokens of its tower",
-    "Glm4v": "its images are packed into one sequence with rotary positions",
-    "Idefics2": "a resampler reads its tower through a mask over a whole grid of patches",
-    "Llama4": "it joins squares of a whole grid of patches",
-    "Janus": "its tower returns tokens for an aligner of its own, and its generation draws images too",
-    "Florence2": "it reads features of a convolutional tower",
-}
-"""Why others cannot be patched as a whole, by the beginning of the name of their class."""
-
-
-def core_of(model: Any) -> Any:
-    """Return the part of a model that holds its tower and its language model: itself, or its `model`."""
-    inner = getattr(model, "model", None)
-    return inner if isinstance(inner, nn.Module) and hasattr(inner, "get_image_features") else model
-
-
-def names_of(module: Any) -> list[str]:
-    return [kind.__name__ for kind in type(module).__mro__]
-
-
-def refuse_others(model: nn.Module) -> None:
-    """Raise a TypeError for a model of images and words that needs a whole grid, with the reason."""
-    core = core_of(model)
-    name = type(core).__name__
-    reason = next((why for start, why in REASONS.items() if name.startswith(start)), None)
-    if reason is not None and (hasattr(core, "get_image_features") or hasattr(core, "inputs_merger")):
-        raise TypeError(
-            f"{type(model).__name__} cannot be patched: {reason}, which a selection of single patches would break. "
-            f"Supported are {', '.join(READS_LAYERS + READS_LAST)}, with their heads"
-        )
 
 
 def call_features(module: Any, name: str, original: Any, *args: Any, **kwargs: Any) -> Any:
@@ -98,9 +54,10 @@ def check_projector(model: nn.Module, projector: nn.Module) -> None:
         return
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randn(1, 5, first.in_features, generator=generator).to(weight)
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
         try:
-            whole, part = projector(tokens), projector(tokens[:, 3:])
+            twin = bare_twin(projector)
+            whole, part = twin(tokens), twin(tokens[:, 3:])
             alike = whole.shape[:2] == (1, 5) and torch.allclose(whole[:, 3:], part, rtol=0.02, atol=0.02)
         except (RuntimeError, ValueError, AssertionError):
             alike = False

@@ -78,6 +78,9 @@ class Idefics3(Shuffled, TransformersSiglip):
     def projector_of(self, core: Any) -> nn.Module:
         return core.connector.modality_projection
 
+    def language(self, core: Any) -> Any:
+        return core.text_model
+
     def side(self, core: Any) -> int:
         return int(core.connector.scale_factor)
 

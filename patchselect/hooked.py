@@ -15,15 +15,15 @@ from .reading import held, place_of
 def hooks_of_users(module: nn.Module) -> bool:
     """Tell whether hooks of somebody stand around the forward of a module, who may change what it computes.
 
-    Those of torch that make weights or bring them do not.
+    Those of torch that make weights or bring them do not, nor those with which transformers collects outputs.
     """
     hooks = module._forward_hooks, module._forward_pre_hooks
-    return any(not _of_torch(hook) for held in hooks for hook in held.values())
+    return any(not _harmless(hook) for held in hooks for hook in held.values())
 
 
-def _of_torch(hook: Any) -> bool:
+def _harmless(hook: Any) -> bool:
     place = getattr(getattr(hook, "func", hook), "__module__", None) or ""
-    return place.startswith(("torch.nn.utils.", "torch.distributed."))
+    return place.startswith(("torch.nn.utils.", "torch.distributed.", "transformers.utils.output_capturing"))
 
 
 def changed_by_hooks(linear: nn.Linear) -> bool:

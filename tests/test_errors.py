@@ -252,7 +252,6 @@ READERS = {
     "LlavaNext": "packs their whole grids",
     "LlavaOnevision": "packs their whole grids",
     "Gemma3": "averages squares of a whole grid",
-    "AyaVision": "joins neighbours of a whole grid",
     "Mistral3": "joins neighbours of a whole grid",
     "Qwen2VL": "packed into one sequence with rotary positions",
     "Qwen2_5_VL": "its tower attends in windows",

@@ -110,21 +110,10 @@ def by_hand(case, twin, inputs, text=None, first: int = 0, renumber: bool = Fals
 
 
 def patched(name: str, **options: Any):
-    case = build_prompted(name)
+    case = build(name)
     twin = copy.deepcopy(case.model)
     handle = patchselect.apply(case.model, RATE, **options)
     return case, twin, handle
-
-
-def build_prompted(name: str):
-    from hosts import HOSTS, of_prompts
-
-    HOSTS.setdefault(name, getattr(of_prompts, name))
-    try:
-        return build(name)
-    finally:
-        if name not in ("llava", "vipllava", "paligemma"):
-            del HOSTS[name]
 
 
 def first_of(name: str) -> int:
@@ -155,6 +144,17 @@ def test_logits_are_those_of_dropping_by_hand(name):
         assert found.shape[1] < inputs["input_ids"].shape[1]
         width = hand["attention_mask"].shape[1]  # padding that all rows keep
         compare(found[:, -width:], twin(**hand).logits, hand["attention_mask"])
+
+
+@pytest.mark.parametrize(("merge", "fusion"), [(0.5, "mean"), (0.0, "none"), (0.0, "sum")])
+@pytest.mark.parametrize("name", ["llava", "vipllava", "paligemma"])
+@torch.no_grad()
+def test_other_ways_of_shortening_the_tower(name, merge, fusion):
+    case, twin, handle = patched(name, merge=merge, fusion=fusion, layers=[2])
+    text, inputs = texts(case, 3), inputs_of(case)
+    hand = by_hand(case, twin, inputs, text, first_of(name))
+    compare(guided(case, text, **inputs).logits, twin(**hand).logits, hand["attention_mask"])
+    assert handle.plan.merge == merge
 
 
 @each
@@ -248,7 +248,7 @@ def loss_by_hand(case, twin, inputs, text, first: int) -> Tensor:
 def test_squares_are_joined_as_in_the_whole_image(name):
     """Put the squares that stay where they were, nothing elsewhere: the host makes the same tokens of them there."""
     for layers, rate in (([1], 0.5), ([1, 4], 0.5), ([2], 0.1)):
-        case = build_prompted(name)
+        case = build(name)
         twin = copy.deepcopy(case.model)
         handle = patchselect.apply(case.model, rate, layers=layers, guidance="image")
         pixels, seen = case.images(2), []
@@ -286,7 +286,7 @@ def test_squares_are_joined_as_in_the_whole_image(name):
 @pytest.mark.parametrize("name", SQUARES)
 @torch.no_grad()
 def test_a_rate_that_leaves_every_square_changes_nothing(name):
-    case = build_prompted(name)
+    case = build(name)
     expected = case.model.get_image_features(pixel_values=case.images(2)).pooler_output
     for rate in (0.9, 0.8):  # nine squares; eight, and the ninth alone
         patchselect.apply(case.model, rate, layers=[1], guidance="image")
@@ -296,7 +296,7 @@ def test_a_rate_that_leaves_every_square_changes_nothing(name):
 
 @pytest.mark.parametrize("name", SQUARES)
 def test_squares_stay_whole_with_their_own_terms(name):
-    case = build_prompted(name)
+    case = build(name)
     before = [type(part) for part in case.model.modules()]
     for message, options in (
         ("leave merge and sizes out", dict(merge=0.5)),

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from hosts import texts
+from hosts import build, texts
 from hosts.of_prompts import IMAGE, PAD, prompts
 from since import needs
-from test_multimodal import build_prompted, by_hand, compare, each, encoded, guided, inputs_of, patched
+from test_multimodal import by_hand, compare, each, encoded, guided, inputs_of, patched
 
 import patchselect
 
@@ -28,7 +28,7 @@ def answers(case, text, inputs, **options: Any) -> torch.Tensor:
 @each
 @torch.no_grad()
 def test_a_rate_of_one_and_removing_are_bit_equal(name):
-    case = build_prompted(name)
+    case = build(name)
     inputs, text = inputs_of(case), texts(case, 3)
     logits = case.model(**inputs).logits
     ids = case.model.generate(**inputs, **GREEDY)

@@ -17,7 +17,7 @@ import patchselect
 from patchselect.functional import num_kept
 
 RATE = 0.5
-every_host = pytest.mark.parametrize("name", list(HOSTS))
+every_host = pytest.mark.parametrize("name", [*HOSTS, "llava", "vipllava", "paligemma"])
 
 
 def encode(case: Case, images, text: Tensor | None = None, pairing: str = "paired", model=None) -> Tensor:

@@ -43,7 +43,7 @@ def test_columns_and_positions_are_those_of_a_slow_count(batch):
     length = max(map(len, rows))
     pads = [[0] * (length - len(row)) for row in rows]
     ids = torch.tensor([pad + row if side == "left" else row + pad for row, pad in zip(rows, pads)])
-    mask, holders = (ids != 0).long(), ids == TOKEN
+    mask, holders = (ids != 0).to(torch.long), ids == TOKEN
     assert rows_of_images(holders.sum(1).tolist(), sizes) == [
         r for r, row in enumerate(rows) for _ in _images(row, sizes, r, rows)
     ]
@@ -162,3 +162,34 @@ def test_records_draw_and_restore_over_the_original_grid():
         patchselect.shorten(patchselect.apply(build("clip").model).model, **inputs)
     with pytest.raises(ValueError, match="give the images as pixel_values"):
         patchselect.shorten(case.model, input_ids=inputs["input_ids"])
+
+
+@pytest.mark.parametrize("name", ["llava", "paligemma", "internvl", "smolvlm"])
+@torch.no_grad()
+def test_a_budget_counts_tower_and_prompt(name):
+    """What torch counts of a call, at the rate that a budget asks for, is within a token of the budget."""
+    needs("encoded images", "counting")
+    from test_multimodal import inputs_of
+
+    from benchmarks.common.cost import countable
+
+    case = build(name)
+    inputs = inputs_of(case, (1,), (9,))
+    inputs["pixel_values"] = inputs["pixel_values"][:1]
+
+    def counted(call, **given) -> int:
+        with countable() as counter:
+            call(**given)
+        return counter.get_total_flops() // 2
+
+    whole = counted(case.model.model, **inputs, use_cache=False)
+    tower = patchselect.wiring.towers.find_towers(case.model)[0]
+    pixels = inputs["pixel_values"].flatten(0, -4)
+    size = int((inputs["input_ids"] == 98).sum())
+    alone = counted(tower.module, pixel_values=pixels)
+    assert tower.adapter.prompt_cost(case.model.model, size, 9) == pytest.approx(whole - alone, rel=0.02)
+    rate = patchselect.keep_rate_for_budget(case.model, 0.8, words=9)
+    patchselect.apply(case.model, rate, guidance="image", relevance="keys")
+    assert 0.6 < counted(case.model.model, **inputs, use_cache=False) / whole < 0.83
+    with pytest.raises(ValueError, match="words counts the prompt of a language model"):
+        patchselect.keep_rate_for_budget(build("clip").model, 0.8, words=9)

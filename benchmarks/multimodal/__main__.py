@@ -154,8 +154,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     report = report_on(options, options.device)
     report.update(weights=options.weights or "random", records=measure(options))
     text = (
-        f"{table(report['records'])}\n\nweights: {report['weights']}; ms: medians of {options.rounds} rounds; speed-up: "
-        "median [quartiles] against unpatched; efficiency: speed-up over FLOP ratio; an answer: tower, prefill and "
+        f"{table(report['records'])}\n\nweights: {report['weights']}; ms: medians of {options.rounds} rounds; speed-"
+        "up: median [quartiles] against unpatched; efficiency: speed-up over FLOP ratio; an answer: tower, prefill and "
         f"{options.words} words\n{report['machine']}, torch {report['versions']['torch']}"
     )
     write(options.output, report, text)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter import Adapter, Texts, Tower
+from ..weights import products_of
 from ..wiring.journey import Journey
 from .squares import squares_of
 
@@ -72,6 +73,31 @@ class Prompted(Adapter):
     def extra(self, core: Any, given: Mapping[str, Any]) -> int:
         """Return how many tokens in front of the patches have placeholders too."""
         return 0
+
+    def language(self, core: Any) -> Any:
+        """Return the language model, whose `layers` are its blocks."""
+        return core.language_model
+
+    def projector_of(self, core: Any) -> nn.Module:
+        """Return what takes each token of an image to the width of the language model."""
+        raise NotImplementedError
+
+    def prompt_cost(self, core: Any, image_tokens: int, words: int) -> int:
+        """Return the multiply-adds of a prompt with one image, in projector and language model.
+
+        Products with weights, and the attention of each token to all: `2 L^2` times the width of the queries.
+
+        Raises:
+            ValueError: not every token meets every weight (a mixture of experts).
+        """
+        tokens, total = image_tokens + words, image_tokens * products_of(self.projector_of(core))
+        for block in self.language(core).layers:
+            if any("experts" in name for name, _ in block.named_modules()):
+                raise ValueError(
+                    f"{type(block).__name__} sends each token to some experts alone: its cost is not known"
+                )
+            total += tokens * products_of(block) + 2 * tokens**2 * block.self_attn.q_proj.out_features
+        return total
 
     # A pair has no score here, and what reads the patches needs them all.
 

@@ -137,6 +137,11 @@ def _is_elsewhere(block: nn.Module) -> bool:
     return away or lazy or empty or mixed or hooked
 
 
+def bare_twin(module: nn.Module) -> Any:
+    """Copy a module without its weights and the hooks of its users, in evaluation mode; vectors get some noise."""
+    return _twin(module, torch.Generator().manual_seed(0), {})
+
+
 def _twin(module: nn.Module, generator: torch.Generator, seen: dict[int, nn.Module]) -> Any:
     """Copy a block without its weights: in evaluation mode, without selection and without the hooks of its users.
 
