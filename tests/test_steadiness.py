@@ -264,6 +264,15 @@ def test_a_batch_that_there_is_no_time_for_is_left_out(tiny, tmp_path, monkeypat
     assert "Note: no time was left for batch 3" in capsys.readouterr().out
 
 
+def test_something_is_measured_however_late_it_is(tiny, tmp_path, capsys):
+    found = command.main(
+        f"--model {tiny} --device cpu --batch 2 1 --keep-rate 0.5 --merge 0 --tome --seconds 0.001 "
+        f"--output {tmp_path}".split()
+    )
+    assert [(r["batch"], r["rounds"]) for r in found["results"]] == [(1, 1)] * 2
+    assert not any(r["settled"] for r in found["results"] if r["method"] == "text")
+
+
 # Curves.
 
 
