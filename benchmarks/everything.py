@@ -23,8 +23,8 @@ PLAIN = "--keep-rate 0.5 --merge 0 --tome"
 QUESTIONS: dict[str, tuple[Callable[[Sequence[str]], dict[str, Any]], str]] = {
     "speed": (speed.main, "--seconds 300"),
     "batch1": (speed.main, f"{PLAIN} --batch 1 --rounds 15 --guidance text again random"),
-    "precision": (speed.main, f"{PLAIN} --batch 1 --precision fp32 bf16 --seconds 200"),
-    "compiled": (speed.main, f"{PLAIN} --batch 1 --precision fp32 bf16 --seconds 400 --compile"),
+    "precision": (speed.main, f"{PLAIN} --batch 1 --precision fp32 bf16 --rounds 7"),
+    "compiled": (speed.main, f"{PLAIN} --batch 1 --precision fp32 bf16 --rounds 7 --compile"),
     "scale": (scale.main, ""),
     "estimators": (estimators.main, ""),
 }

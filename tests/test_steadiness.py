@@ -15,14 +15,16 @@ from since import BENCHMARKS, needs
 
 needs(*BENCHMARKS, module=True)
 from tqdm import tqdm
+from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from benchmarks.common import clock
 from benchmarks.common.photographs import SOURCES, load_photos
 from benchmarks.common.show import apart, canvas, spread
 from benchmarks.models.loading import load
 from benchmarks.speed import __main__ as command
-from benchmarks.speed import estimators, plot, report
+from benchmarks.speed import estimators, plot, report, scale
 from benchmarks.speed import measure as timing
+from benchmarks.speed import run as run_module
 from benchmarks.speed.cases import AGAIN, Case, Selection, Setting
 from benchmarks.speed.measure import FEWEST_ROUNDS, How, Measured, measure, settled, twin
 from benchmarks.speed.run import inputs_of
@@ -104,12 +106,17 @@ def test_twins_share_their_parameters_alone(host):
 
 
 def test_a_text_again_selects_what_it_selected(host, monkeypatch):
-    seen = []
-    monkeypatch.setattr(timing, "made_ready", lambda call, device, how: lambda: seen.append(call()) or seen[-1])
-    measured(host, monkeypatch, lambda call: 1.0, cases=[CASES[0], CASES[1], Case(AGAIN, 0.5)], rounds=1)
-    *_, plain, text, again = sorted(seen[-3:], key=lambda out: float((out - seen[-1]).abs().sum()), reverse=True)
-    torch.testing.assert_close(text, again, atol=1e-5, rtol=1e-4)
-    assert not torch.allclose(plain, again, atol=1e-3)
+    seen = {}
+    original = timing.runner
+
+    def watched(*arguments):
+        call = original(*arguments)
+        return lambda: seen.update({arguments[1].method: call()})
+
+    monkeypatch.setattr(timing, "runner", watched)
+    measured(host, monkeypatch, lambda call: 1.0, cases=[CASES[0], CASES[1], Case(AGAIN, 0.5)], rounds=2)
+    torch.testing.assert_close(seen["text"], seen[AGAIN], atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(seen["unpatched"], seen[AGAIN], atol=1e-3)
 
 
 def record(method, middle, low, high, rounds=5, sure=True):
@@ -235,3 +242,62 @@ def test_study_of_estimates(tiny, tmp_path, capsys):
     assert len(found["results"]) == 2 * len(estimators.ESTIMATES)
     assert all(r["worst"] >= r["typical"] >= 0 and r["speed_up"]["0.5"] > 0 for r in found["results"])
     assert output.exists() and "median of paired ratios" in capsys.readouterr().out
+
+
+def test_a_batch_that_there_is_no_time_for_is_left_out(tiny, tmp_path, monkeypatch, capsys):
+    """After a first setting that took long, the next would not end in time."""
+    original = run_module.measure
+
+    def slow(*arguments):
+        found = original(*arguments)
+        now = time.monotonic()
+        monkeypatch.setattr(run_module.time, "monotonic", lambda: now + 1000)
+        return found
+
+    monkeypatch.setattr(run_module, "measure", slow)
+    found = command.main(
+        f"--model {tiny} --device cpu --batch 3 1 --keep-rate 0.5 --merge 0 --tome --seconds 500 "
+        f"--output {tmp_path}".split()
+    )
+    assert {r["batch"] for r in found["results"]} == {1}
+    assert any("no time was left for batch 3, fp32, forward, tower" in note for note in found["notes"])
+    assert "Note: no time was left for batch 3" in capsys.readouterr().out
+
+
+def test_something_is_measured_however_late_it_is(tiny, tmp_path, capsys):
+    found = command.main(
+        f"--model {tiny} --device cpu --batch 2 1 --keep-rate 0.5 --merge 0 --tome --seconds 0.001 "
+        f"--output {tmp_path}".split()
+    )
+    assert [(r["batch"], r["rounds"]) for r in found["results"]] == [(1, 1)] * 2
+    assert not any(r["settled"] for r in found["results"] if r["method"] == "text")
+
+
+# Curves.
+
+
+def test_curves_over_everything(tmp_path, capsys):
+    def build(size, depth):
+        config = CLIPVisionConfig(
+            hidden_size=32, intermediate_size=64, num_hidden_layers=depth, num_attention_heads=2, patch_size=8,
+            image_size=32, projection_dim=512,
+        )  # fmt: skip
+        return CLIPVisionModelWithProjection(config).eval()
+
+    arguments = "--over size texts --size 32 48 --texts 1 30 --layers 1 2 --rounds 3 --device cpu"
+    with mock.patch.dict(scale.POINT, {"size": 32, "depth": 4}):
+        found = scale.main([*arguments.split(), "--output", str(tmp_path)], build)["results"]
+    assert [(r["over"], r["value"]) for r in found] == [("size", 32), ("size", 48), ("texts", 1), ("texts", 30)]
+    small, large, one, many = found
+    assert small["gflops"] < large["gflops"] and small["flop_ratio"] < large["flop_ratio"]
+    assert one["flop_ratio"] > many["flop_ratio"], "more texts cost more"
+    assert all(r["speed_up"]["median"] > 0 for r in found)
+    assert (tmp_path / "scale.png").read_bytes()[:4] == b"\x89PNG" and (tmp_path / "scale.json").exists()
+    assert "texts per image" in capsys.readouterr().out
+
+
+def test_curves_by_a_flag(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(scale, "main", lambda arguments: asked.append(arguments) or {})
+    command.main(["--scale", "--device", "cpu", "--output", str(tmp_path)])
+    assert asked == [["--device", "cpu", "--output", str(tmp_path)]]

@@ -133,7 +133,7 @@ def patched(host: Host, case: Case, selection: Selection) -> Any:
         yield
 
 
-def runner(host: Host, case: Case, setting: Setting, inputs: Inputs) -> Callable[[], Any]:
+def runner(host: Host, case: Case, setting: Setting, inputs: Inputs, compiled: bool = False) -> Callable[[], Any]:
     """Return what is timed: one call with all that this case costs, but for the encoding of the text (see `Inputs`)."""
 
     def guided() -> AbstractContextManager[Any]:
@@ -149,16 +149,27 @@ def runner(host: Host, case: Case, setting: Setting, inputs: Inputs) -> Callable
                     return host.both(inputs.images, inputs.tokens)
                 return host.encode_image(inputs.images)
 
+    run = made_fast(features) if compiled else features
+    without_gradients = torch.no_grad if compiled else torch.inference_mode  # dynamo cannot trace inference tensors
+
     def forward() -> Any:
-        with torch.inference_mode():
-            return features()
+        with without_gradients():
+            return run()
 
     def train() -> None:
-        image, text = (F.normalize(x.float(), dim=-1) for x in (features(), inputs.text))
+        image, text = (F.normalize(x.float(), dim=-1) for x in (run(), inputs.text))
         F.cross_entropy(100.0 * image @ text.T, torch.arange(len(image), device=image.device)).backward()
         host.model.zero_grad(set_to_none=True)
 
     return forward if setting.work == "forward" else train
+
+
+def made_fast(call: Callable[[], Any]) -> Callable[[], Any]:
+    """Compile a call; an error rather than silence where dynamo would give up, for all cases share one code object."""
+    dynamo: Any = torch._dynamo
+    dynamo.config.cache_size_limit = 1000
+    dynamo.config.fail_on_recompile_limit_hit = True
+    return torch.compile(call, dynamic=False)  # type: ignore[no-any-return]
 
 
 @contextmanager

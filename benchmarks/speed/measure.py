@@ -157,7 +157,8 @@ def measure(
             stack.enter_context(patched(own, case, selection))
             if case.method == AGAIN:
                 stack.enter_context(patchselect.guide(own.model, inputs.text))
-            calls[case] = call = made_ready(runner(own, case, setting, inputs), device, how)
+            call = runner(own, case, setting, inputs, how.compiled)
+            calls[case] = call = captured(call, device) if how.graphs else call
             if how.memory:
                 results[case].peak_memory = peak_memory(call, device)
             elif device.type == "cuda" or how.compiled or setting.work != "forward" or case.method == AGAIN:
@@ -183,13 +184,3 @@ def measure(
             gc.collect()
             longest = max(longest, time.monotonic() - start)
     return list(results.values())
-
-
-def made_ready(call: Callable[[], Any], device: torch.device, how: How) -> Callable[[], Any]:
-    """Compile a call or capture it, where that was asked for."""
-    if how.compiled:
-        # One code object for all cases, and an error rather than silence where dynamo would give up on it.
-        torch._dynamo.config.cache_size_limit = 1000
-        torch._dynamo.config.fail_on_recompile_limit_hit = True
-        call = torch.compile(call, dynamic=False)
-    return captured(call, device) if how.graphs else call

@@ -136,7 +136,7 @@ def document(report: dict[str, Any]) -> str:
     parts = [
         f"# Speed of {model['name']} with patch selection",
         f"{model['library']}; selection in blocks {model['layers']} (0-based) of {model['depth']}; {model['weights']}.",
-        f"{machine['processor']}, {machine['threads']} threads, torch {report['versions']['torch']}.",
+        f"{machine['processor']}, {machine['threads']} thread(s), torch {report['versions']['torch']}.",
         *(f"Note: {note}." for note in report["notes"]),
         LEGEND.format(memory=memory, settled=SETTLED, clock=timing(report)),
     ]

@@ -64,7 +64,7 @@ def run(options: argparse.Namespace, bar: tqdm[Any]) -> Found:
         for batch, precision, work, view in sorted(combinations, key=lambda combination: weight(*combination)):
             mine = weight(batch, precision, work, view)
             needed = pace * batch
-            if options.rounds is None and time.monotonic() + needed > end:
+            if pace and options.rounds is None and time.monotonic() + needed > end:
                 found.notes.append(
                     f"no time was left for batch {batch}, {precision}, {work}, {view}, of which one round takes about "
                     f"{needed:.0f} s here: give more --seconds"
