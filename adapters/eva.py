@@ -21,7 +21,7 @@ CALL = ("x", "rope", "attn_mask", "is_causal")
 
 
 def why_not(trunk: Any) -> str | None:
-    """What of `trunk` keeps it from being an `Eva`, in words; `None` if it is one."""
+    """Say what of `trunk` keeps it from being an `Eva`, in words; `None` if it is one."""
     blocks: Any = getattr(trunk, "blocks", None)
     if prefix_of(trunk) is None or not hasattr(trunk, "patch_embed") or not isinstance(blocks, nn.ModuleList):
         return "it is not a vision transformer of plain blocks"
@@ -36,7 +36,7 @@ def why_not(trunk: Any) -> str | None:
 
 
 def scale_of(block: Any, name: str) -> Tensor | None:
-    """The LayerScale of a branch."""
+    """Return the LayerScale of a branch."""
     return None if getattr(block, name, None) is None else held(block, name)
 
 

@@ -37,7 +37,7 @@ def origin(report: dict[str, Any]) -> str:
 
 
 def speed_up(record: dict[str, Any], digits: int = 2) -> str:
-    """A speed-up with its quartiles, or that it has not settled."""
+    """Write a speed-up with its quartiles, or that it has not settled."""
     if record["settled"]:
         return quartiles(record["speed_up"], digits)
     if record.get("rounds") == 1:
@@ -46,7 +46,7 @@ def speed_up(record: dict[str, Any], digits: int = 2) -> str:
 
 
 def of(report: dict[str, Any], batch: int, **wanted: Any) -> list[dict[str, Any]]:
-    """Records of one batch without the unpatched, highest keep rate first."""
+    """Return the records of one batch without the unpatched, highest keep rate first."""
     wanted = {"batch": batch, **wanted}
     found = [r for r in report["results"] if all(r[name] == value for name, value in wanted.items())]
     return sorted(
@@ -54,10 +54,15 @@ def of(report: dict[str, Any], batch: int, **wanted: Any) -> list[dict[str, Any]
     )
 
 
+def measured(report: dict[str, Any]) -> list[int]:
+    """List the batches that there was time for, in the order in which they were asked for."""
+    return list(dict.fromkeys(r["batch"] for r in report["results"]))
+
+
 def speed(report: dict[str, Any]) -> str:
-    """What the default run of the speed benchmark found."""
+    """Write what the default run of the speed benchmark found."""
     parts = []
-    for batch in report["settings"]["batch"]:
+    for batch in measured(report):
         rows = [["", "keep rate", "FLOP ratio (the limit)", "speed-up, median [quartiles]", "time spent selecting"]]
         for r in of(report, batch):
             share = r["selecting_share"]
@@ -68,8 +73,8 @@ def speed(report: dict[str, Any]) -> str:
 
 
 def short(report: dict[str, Any]) -> str:
-    """Text guidance at the first batch, and a sentence on the others."""
-    first, *others = report["settings"]["batch"]
+    """Write text guidance at the first batch, and a sentence on the others."""
+    first, *others = measured(report)
     rows = [["keep rate", "FLOP ratio (the limit)", "speed-up, median [quartiles]"]]
     texts = of(report, first, method="text")
     rows += [[f"{r['keep_rate']:g}", f"{r['flop_ratio']:.2f}", speed_up(r)] for r in texts]
@@ -81,7 +86,7 @@ def short(report: dict[str, Any]) -> str:
 
 
 def again(report: dict[str, Any]) -> str:
-    """A text that guides for the first time, one that has guided before, and chance."""
+    """Compare a text that guides for the first time, one that has guided before, and chance."""
     names = {"text": "text, its first image", "again": "text, from its second image on", "random": "random"}
     rows = [["guidance", "keep rate", "speed-up, median [quartiles]", "efficiency", "time spent selecting"]]
     for r in of(report, 1):
@@ -91,10 +96,10 @@ def again(report: dict[str, Any]) -> str:
 
 
 def precision(report: dict[str, Any]) -> str:
-    """Speed-ups in several precisions; `compile` is in the settings."""
+    """Write speed-ups in several precisions; `compile` is in the settings."""
     rows = [["both sides", "keep rate", "batch", "speed-up, median [quartiles]", "FLOP ratio"]]
     done = "compiled, " if report["settings"]["compile"] else ""
-    for batch in report["settings"]["batch"]:
+    for batch in measured(report):
         rows += [
             [f"{done}{r['precision']}", f"{r['keep_rate']:g}", str(batch), speed_up(r, 3), f"{r['flop_ratio']:.3f}"]
             for r in of(report, batch, method="text")
@@ -103,7 +108,7 @@ def precision(report: dict[str, Any]) -> str:
 
 
 def scale(report: dict[str, Any]) -> str:
-    """The curves as a table."""
+    """Write the curves as a table."""
     rows = [["over", "", "FLOP ratio (the limit)", "speed-up, median [quartiles]", "seconds"]]
     for r in report["results"]:
         rows.append(
@@ -113,7 +118,7 @@ def scale(report: dict[str, Any]) -> str:
 
 
 def estimators(report: dict[str, Any]) -> str:
-    """How far runs of each estimate scatter."""
+    """Write how far runs of each estimate scatter."""
     settings, rates = report["settings"], list(report["results"][0]["speed_up"])
     rows = [["threads", "clock", "estimate", "scatter", "worst", *(f"keep {rate}" for rate in rates)]]
     for r in report["results"]:
@@ -127,13 +132,13 @@ def estimators(report: dict[str, Any]) -> str:
 
 
 def machines(folder: Path) -> str:
-    """All machines that there are results of, and the kinds that there are none of."""
+    """List all machines that there are results of, and the kinds that there are none of."""
     rows = [["machine", "device", "torch", "commit", "text, keep 0.7 / 0.5 / 0.3", "file"]]
     seen = set()
     for path in sorted(folder.glob("*/speed.json")):
         report = read(path)
         seen.add(report["machine"]["device"])
-        shown = " / ".join(speed_up(r) for r in of(report, report["settings"]["batch"][0], method="text"))
+        shown = " / ".join(speed_up(r) for r in of(report, measured(report)[0], method="text"))
         about = [report["machine"]["processor"], report["machine"]["device"], report["versions"]["torch"]]
         rows.append([*about, report["commit"], shown, f"`{path.relative_to(folder.parent.parent)}`"])
     missing = [f"There is no file for {about}." for device, about in DEVICES.items() if device not in seen]
@@ -145,19 +150,34 @@ TABLES: dict[str, Callable[[Any], str]] = {
 }  # fmt: skip
 
 
+PICTURES = {
+    "speed": "speed-up against keep rate, with the limit that FLOPs set",
+    "scale": "speed-up over each of the four",
+}
+"""What is seen on the picture beside a file; for pages in docs/."""
+
+
 def filled(page: str, root: Path = ROOT) -> str:
     """Return a page with its figures made anew.
 
     Raises:
-        ValueError: no table of that name, or no such file.
+        ValueError: no table of that name.
     """
 
     def made(found: re.Match[str]) -> str:
         head, name, source, end = found.groups()
         path = root / source
-        if not path.exists() or name not in (*TABLES, "machines"):
-            raise ValueError(f"figures: {name} {source}: there is no such {'table' if path.exists() else 'file'}")
-        return f"{head}\n{machines(path) if name == 'machines' else TABLES[name](read(path))}\n\n{end}"
+        if name not in (*TABLES, "machines"):
+            raise ValueError(f"figures: {name} {source}: there is no such table")
+        if name == "machines":
+            text = machines(path)
+        elif path.exists():
+            text = TABLES[name](read(path))
+            if name in PICTURES and path.with_suffix(".png").exists():
+                text += f"\n\n![{PICTURES[name]}](../{Path(source).with_suffix('.png')})"
+        else:
+            text = f"Not measured yet: `python -m benchmarks.everything --only {path.stem}` writes `{source}`."
+        return f"{head}\n{text}\n\n{end}"
 
     return BLOCK.sub(made, page)
 

@@ -18,6 +18,7 @@ from .wiring.checks import check_counting, check_methods, check_pairing, check_r
 from .wiring.guard import check_blocks
 from .wiring.journey import call_tower
 from .wiring.merging import run_counting, run_placed
+from .wiring.outside import check_objects
 from .wiring.places import follows
 from .wiring.plan import Plan
 from .wiring.recorder import Trace, recording
@@ -172,6 +173,7 @@ def apply(
         places.append(places_of(tower, check_blocks(plan, tower)))
         check_heard(tower, places[-1])
         plan.relevance.check(tower, plan.layers, guidance)
+        check_objects(plan, tower)
     methods: dict[nn.Module, dict[str, Wrapper]] = {tower.module: {"forward": call_tower} for tower in towers}
     for module, wrappers in kind.methods(host, towers):
         methods.setdefault(module, {}).update(wrappers)

@@ -111,6 +111,14 @@ def blip_captioning() -> nn.Module:
     return transformers.BlipForConditionalGeneration(config).eval()
 
 
+def dinov2() -> nn.Module:
+    """A DINOv2 with three registers, for images of 64 x 64 in patches of 16."""
+    transformers = _host("transformers", "4.48")
+    sizes = dict(hidden_size=48, num_hidden_layers=6, num_attention_heads=4, image_size=64, patch_size=16, mlp_ratio=2)
+    config = transformers.Dinov2WithRegistersConfig(**sizes, num_register_tokens=3)
+    return transformers.Dinov2WithRegistersModel(config).eval()
+
+
 def _named(model: nn.Module, **names: nn.Module) -> nn.Module:
     """The parts of a double under the names of the real code too, without registering them twice."""
     for name, part in names.items():

@@ -293,3 +293,16 @@ def test_an_exchanged_attention_is_refused_where_it_would_not_be_called():
     attention.__class__ = type("Twice", (plain,), {"forward": lambda self, x, **kw: 2 * plain.forward(self, x, **kw)})
     with pytest.raises(ValueError, match=r"changed after.*the attn of block 5 is another one \(Twice\)"):
         encode(case, case.images(2), texts(case, 2))
+
+
+@pytest.mark.parametrize("rates", [1.0, (1.0, 1.0), (1.0, 0.5)])
+def test_nothing_merges_where_nothing_is_removed_first_and_it_is_recorded_so(rates):
+    """As `keep_rate=1.0` without `merge`; a record of it was refused as one of a block alone."""
+    case = build("clip")
+    layers = [3] if rates == 1.0 else [2, 4]
+    handle = patchselect.apply(case.model, rates, layers, merge=0.5)
+    with handle.record() as trace:
+        encode(case, case.images(2), texts(case, 2))
+    last = 17 if rates != (1.0, 0.5) else 1 + 8 + 1
+    assert [entry.num_tokens for entry in trace] == [17, last][: len(layers)]
+    assert trace[0].kept.tolist() == [list(range(16))] * 2

@@ -43,7 +43,7 @@ def test_columns_and_positions_are_those_of_a_slow_count(batch):
     length = max(map(len, rows))
     pads = [[0] * (length - len(row)) for row in rows]
     ids = torch.tensor([pad + row if side == "left" else row + pad for row, pad in zip(rows, pads)])
-    mask, holders = (ids != 0).long(), ids == TOKEN
+    mask, holders = (ids != 0).to(torch.long), ids == TOKEN
     assert rows_of_images(holders.sum(1).tolist(), sizes) == [
         r for r, row in enumerate(rows) for _ in _images(row, sizes, r, rows)
     ]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from benchmarks.common.command import Help
 from benchmarks.common.machine import commit
+from benchmarks.methods import __main__ as methods
 
 from . import align
 from .albef.base import RESULTS, base
@@ -17,7 +18,7 @@ from .albef.throughput import throughput
 from .albef.train import Arm
 from .clip import study as clip
 from .leaks import study as leaks
-from .yours import zeroshot
+from .yours import retrieval, zeroshot
 
 
 def curves(
@@ -51,6 +52,8 @@ def main() -> None:
         "clip": (clip, "frozen small CLIP: relevances and rivals at equal tokens"),
         "leaks": (leaks, "what texts alone, or the places of kept patches alone, answer of the questions"),
         "align": (align, "a short alignment under selection, of the small CLIP or of your model and data"),
+        "methods": (methods, "methods side by side at equal FLOPs, as a leaderboard"),
+        "retrieval": (retrieval, "any CLIP on Flickr30K or COCO, in two passes, with and without selection"),
         "zeroshot": (zeroshot, "any CLIP on a folder of classes, with and without selection"),
     }
     for name, (module, about) in others.items():

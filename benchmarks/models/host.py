@@ -37,6 +37,8 @@ class Host:
     """What a reader of the figures must know."""
     own_words: bool = True
     """Whether the tokenizer is the model's, not another in its place."""
+    reads_tokens: bool = False
+    """Whether its head reads the tokens of a text beside those of the image, and scores a pair itself."""
 
     def check_accuracy(self) -> None:
         """Raise a ValueError where figures of accuracy would mean nothing."""

@@ -137,7 +137,7 @@ def announcement(options: argparse.Namespace, machine: dict[str, Any]) -> str:
 
 
 def busy(about: dict[str, Any], clock: str) -> list[str]:
-    """A warning, where other processes took so much of the machine that times scatter."""
+    """Warn where other processes took so much of the machine that times scatter."""
     load, cores = about["load_before"], about["cores"]
     if load is None or about["device"] != "cpu" or load < 0.3 * cores:
         return []

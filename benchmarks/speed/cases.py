@@ -97,7 +97,7 @@ class Inputs:
     """`(B, E)`"""
 
     def first(self) -> Inputs:
-        """The first image and its text alone."""
+        """Return the first image and its text alone."""
         return Inputs(self.images[:1], {name: ids[:1] for name, ids in self.tokens.items()}, self.text[:1])
 
     def fake(self) -> Inputs:

@@ -52,7 +52,7 @@ class FlopBook:
         return height * width, len(tower.blocks)
 
     def limit(self, rates: Sequence[float], view: str) -> list[dict[str, float]]:
-        """The FLOP ratio of text guidance at these keep rates, and at 1."""
+        """Return the FLOP ratio of text guidance at these keep rates, and at 1."""
         base = self.of(Case("unpatched"), view)
         points = [{"keep_rate": rate, "flop_ratio": base / self.of(Case("text", rate), view)} for rate in rates]
         return [*points, {"keep_rate": 1.0, "flop_ratio": 1.0}]

@@ -12,7 +12,7 @@ import patchselect
 
 
 def vit(size: int, depth: int = 12) -> nn.Module:
-    """A ViT-B/16 of real size with random weights, as in CLIP and (up to its norms) in ALBEF."""
+    """Build a ViT-B/16 of real size with random weights, as in CLIP and (up to its norms) in ALBEF."""
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
     config = CLIPVisionConfig(

@@ -104,13 +104,13 @@ class SelectionClock:
 
 
 def twin(host: Host) -> Host:
-    """The same model once more, of the same parameters: each case is patched, compiled and captured once."""
+    """Return the model once more, of the same parameters: each case is patched, compiled and captured once."""
     held = itertools.chain(host.model.parameters(), host.model.buffers())
     return dataclasses.replace(host, model=copy.deepcopy(host.model, {id(tensor): tensor for tensor in held}))
 
 
 def ratios(base: Measured, other: Measured) -> list[float]:
-    """The speed-up of each round."""
+    """Return the speed-up of each round."""
     return [b / o for b, o in zip(base.seconds, other.seconds)]
 
 

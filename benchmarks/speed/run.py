@@ -47,6 +47,7 @@ def run(options: argparse.Namespace, bar: tqdm[Any]) -> Found:
     combinations = list(product(options.batch, options.precision, options.work, options.view))
     ahead = len(sizes) * sum(weight(*combination) for combination in combinations)
     how = how_of(options)
+    pace = 0.0  # seconds of a round per image, of what was measured so far
     for size in sizes:
         bar.set_description_str(f"loading {options.model}")
         host = load(options.model, size, options.pretrained)
@@ -61,8 +62,17 @@ def run(options: argparse.Namespace, bar: tqdm[Any]) -> Found:
         measured = {}
         # The short ones first: they settle, and leave the rest of their time to the long ones.
         for batch, precision, work, view in sorted(combinations, key=lambda combination: weight(*combination)):
-            host.model.to(dtype=dtype_of(precision))
             mine = weight(batch, precision, work, view)
+            needed = pace * batch
+            if options.rounds is None and time.monotonic() + needed > end:
+                found.notes.append(
+                    f"no time was left for batch {batch}, {precision}, {work}, {view}, of which one round takes about "
+                    f"{needed:.0f} s here: give more --seconds"
+                )
+                ahead -= mine
+                continue
+            host.model.to(dtype=dtype_of(precision))
+            start = time.monotonic()
             measured[batch, precision, work, view] = measure(
                 host,
                 Setting(host.image_size, batch, precision, work, view),
@@ -74,7 +84,9 @@ def run(options: argparse.Namespace, bar: tqdm[Any]) -> Found:
                 bar,
             )
             ahead -= mine
-        found.measured += [entry for combination in combinations for entry in measured[combination]]
+            rounds = 1 + len(measured[batch, precision, work, view][0].seconds)
+            pace = max(pace, (time.monotonic() - start) / rounds / batch)
+        found.measured += [entry for combination in combinations for entry in measured.get(combination, ())]
     return found
 
 

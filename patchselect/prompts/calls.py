@@ -114,7 +114,7 @@ def _mask_of(model: Any, given: Mapping[str, Any]) -> Tensor:
     ends = [] if end is None else [end] if isinstance(end, int) else list(end)
     if pad is None or pad in ends:
         return torch.ones_like(ids)
-    return (ids != pad).long()
+    return (ids != pad).to(torch.long)
 
 
 def _lengths(model: Any, given: dict[str, Any], removed: int) -> dict[str, Any]:

@@ -16,6 +16,8 @@ from .base import Alike, Places, Reduced, Reduction
 class Protect(Reduction):
     """Keep `k` patches and merge the others into `round(share * k)` tokens, at least one, weighted by size.
 
+    Nothing passes a gradient to the relevance, since sizes weigh what merges: for frozen models.
+
     Args:
         share: tokens that the others become, per patch that stays; above 0. A third makes a quarter of what is left.
     """

@@ -149,7 +149,7 @@ class Relevance:
 
         The default scores a few random tokens, so that a host that lacks something is refused before its first batch.
         """
-        self._scored(tower, layers[0], 4, guidance)
+        self.scored(tower, layers[0], 4, guidance)
 
     def cost(self, tower: Tower, index: int, first: bool, guidance: str) -> tuple[int, int]:
         """Return the multiply-adds of one text in one selection layer: once an image, and per patch.
@@ -165,16 +165,17 @@ class Relevance:
         counts = []
         for patches in (8, 16):
             with FlopCounterMode(display=False) as counter:
-                self._scored(tower, index, patches, guidance)
+                self.scored(tower, index, patches, guidance)
             counts.append(counter.get_total_flops() // 2)
         each = (counts[1] - counts[0]) // 8
         return counts[0] - 8 * each, each
 
     @torch.no_grad()
-    def _scored(self, tower: Tower, index: int, patches: int, guidance: str) -> Tensor:
+    def scored(self, tower: Tower, index: int, patches: int, guidance: str, rows: int = 1, texts: int = 1) -> Tensor:
+        """Score made-up patches of `rows` images for `texts` texts as block `index` would: `(rows, texts, patches)`."""
         place = place_of(tower.blocks[index])
-        tokens = torch.linspace(-1, 1, (tower.num_prefix_tokens + patches) * tower.width, **place)
-        tokens = tokens.view(1, -1, tower.width)
+        tokens = torch.linspace(-1, 1, rows * (tower.num_prefix_tokens + patches) * tower.width, **place)
+        tokens = tokens.view(rows, -1, tower.width)
         seen = Candidates(
             tower, index, tower.blocks[index], tokens, tokens, tower.num_prefix_tokens,
             guiding_place(tower, guidance), (index,), turn=self._sample_turn(tower, index, tokens),
@@ -183,7 +184,8 @@ class Relevance:
         with torch.autocast("cpu" if kind == "meta" else kind, enabled=False):
             if guidance != "text" or tower.single_stream:
                 return self.scores_by_image(seen)
-            return self.scores(seen, torch.ones(1, 1, tower.text_width(), **place))
+            text = torch.ones(1, texts, tower.text_width(), **place)
+            return self.scores(seen, text if rows == 1 else text.expand(rows, -1, -1))
 
     @staticmethod
     def _sample_turn(tower: Tower, index: int, tokens: Tensor) -> Turn | None:

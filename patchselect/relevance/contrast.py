@@ -42,7 +42,7 @@ class Contrast(Values):
         text = F.normalize(wide(text), dim=-1)
         if self.background is not None:
             text = text - self.share * text.new_tensor(self.background)
-        goal = tower.adapter.read_back(tower, text)
+        goal = tower.read_back(text)
         total, later = None, None
         for index in range(seen.index, len(tower.blocks)):
             gamma = norm_scale(tower.adapter.projections(tower.blocks[index]).norm)

@@ -40,7 +40,7 @@ class Peek(Values):
 
     def scores(self, seen: Candidates, text: Tensor) -> Tensor:
         tower, rows = seen.tower, seen.all_tokens.shape[0]
-        goal = tower.adapter.read_back(tower, text)
+        goal = tower.read_back(text)
         values = linear_scores(head_directions(tower, seen.index, goal).sum(dim=2), seen.normed)
         if seen.index + 1 == len(tower.blocks):
             return standardise(values)

@@ -127,7 +127,7 @@ class Layer:
     @property
     def begins(self) -> bool:
         """Whether it is the first block of its tower that shortens the sequence."""
-        return self.index == (0 if self.plan.merge else self.plan.layers[0])
+        return self.index == (0 if self.plan.counts(0) and self.plan.merge else self.plan.layers[0])
 
     def instead_of_reentry(self) -> str:
         """Return what to do in place of reentrant checkpointing, on this host."""

@@ -24,7 +24,7 @@ def _open_clip(name: str, **vision: Any) -> Case:
         model=model,
         image_side=lambda m, x: m.encode_image(x),
         text_side=lambda m, t: m.encode_text(t),
-        pair=lambda m, x, t: m.get_logits(x, t)[0],
+        pair=logits,
         text_width=24,
         images=pixels(),
         tower=lambda m: m.visual.trunk if hasattr(m.visual, "trunk") else m.visual,
@@ -32,6 +32,14 @@ def _open_clip(name: str, **vision: Any) -> Case:
         patches=16,
         grid=(4, 4),
     )
+
+
+def logits(model: Any, images: Any, tokens: Any) -> Any:
+    """Return `(B, T)`: by the model's own method, or of its features, where this release has none (2.20: seen)."""
+    if hasattr(model, "get_logits"):
+        return model.get_logits(images, tokens)[0]
+    image, text, scale = model(images, tokens)[:3]
+    return scale * image @ text.T
 
 
 def vision_fields() -> set[str]:
