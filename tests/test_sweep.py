@@ -89,11 +89,14 @@ ACCEPTED = (
 """Towers and heads without text that `apply` accepts, called with pixels alone; tests/hosts has those with text."""
 
 
+PROMPTED = ("Llava", "VipLlava", "PaliGemma", "Idefics3", "SmolVLM", "InternVL")
+"""Language models that read images: test_multimodal.py."""
 ACCEPTED_ELSEWHERE = {
     *("AltCLIPModel", "ChineseCLIPModel", "CLIPModel", "MetaClip2Model", "SiglipModel", "Siglip2Model"),
     *("BlipModel", "BlipForImageTextRetrieval", "BlipForConditionalGeneration", "BlipForQuestionAnswering"),
     *("ViltModel", "ViltForImageAndTextRetrieval", "ViltForImagesAndTextClassification", "ViltForMaskedLM"),
     *("ViltForQuestionAnswering", "ViltForTokenClassification"),
+    *(f"{name}{head}" for name in PROMPTED for head in ("Model", "ForConditionalGeneration")),
 }
 """Models with a text in the call, each with promises of its own: tests/hosts, test_generative.py, test_zeroshot.py."""
 
