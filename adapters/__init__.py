@@ -16,8 +16,9 @@ from .open_clip import OpenClip, OpenClipTimm
 from .openai_clip import OpenAiClip
 from .plain import TransformersPlain
 from .shuffled import Idefics3, InternVl
+from .siglip import TransformersSiglip
 from .timm import TimmViT
-from .transformers import TransformersClip, TransformersSiglip
+from .transformers import TransformersClip
 from .vilt import TransformersVilt
 from .vit_mae import TransformersMae
 

@@ -21,7 +21,7 @@ CALL = ("x", "rope", "attn_mask", "is_causal")
 
 
 def why_not(trunk: Any) -> str | None:
-    """Say what of `trunk` keeps it from being an `Eva`, in words; `None` if it is one."""
+    """Return what of `trunk` keeps it from being an `Eva`, in words; `None` if it is one."""
     blocks: Any = getattr(trunk, "blocks", None)
     if prefix_of(trunk) is None or not hasattr(trunk, "patch_embed") or not isinstance(blocks, nn.ModuleList):
         return "it is not a vision transformer of plain blocks"

@@ -22,7 +22,8 @@ from patchselect.weights import is_linear
 from patchselect.wiring.guard import bare_twin
 
 from .readers import core_of, names_of, refuse_others
-from .transformers import TransformersClip, TransformersSiglip
+from .siglip import TransformersSiglip
+from .transformers import TransformersClip
 
 READS_LAYERS = ("LlavaModel", "VipLlavaModel")
 """Read the hidden states of the layers that `vision_feature_layer` names."""

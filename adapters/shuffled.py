@@ -19,8 +19,8 @@ from patchselect.weights import Projections, is_linear, rate
 from patchselect.wiring.journey import followed
 
 from .llava import Llava
+from .siglip import TransformersSiglip
 from .switches import advice_of_transformers
-from .transformers import TransformersSiglip
 
 INTERNVL_BLOCK = {"attention", "mlp", "layernorm_before", "layernorm_after", "dropout"}
 

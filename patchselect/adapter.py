@@ -122,6 +122,20 @@ class Adapter:
         """
         raise NotImplementedError
 
+    # Padded towers: images of several sizes in one batch, the patches of each in front of its padding.
+
+    def images(self, tower: Tower, *args: Any, **kwargs: Any) -> list[tuple[int, int]] | None:
+        """Return height and width, in patches, of each image that the tower is called with; `None` without padding.
+
+        Raises:
+            ValueError: padding comes before a patch.
+        """
+        return None
+
+    def fit_masks(self, tower: Tower, block: nn.Module, real: Tensor, *args: Any, **kwargs: Any) -> Arguments:
+        """Return a block's own arguments with masks that show the tokens `real` `(B, N)` of now, and hide padding."""
+        raise NotImplementedError
+
     def projections(self, block: nn.Module) -> Projections:
         """Return the weights of the block's attention."""
         raise NotImplementedError
@@ -193,23 +207,28 @@ class Adapter:
         """Map patches `(B, n, D)` through the final norm and projection into the joint space."""
         raise ValueError(f'relevance="joint" needs a joint image-text space, which {self.name} towers do not have')
 
-    # Texts of calls, and pairs: `Reader` says what is asked. The answers are those of the tower's reader.
+    # Texts of calls, and pairs. The answers are those of the tower's reader.
 
     def text_of_call(
         self, model: nn.Module, tower: Tower, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> TextCall | None:
+        """Return the text that came with this call of `model.method`: see `Reader.text_of_call`."""
         return tower.reader.text_of_call(model, tower, method, args, kwargs)
 
     def fuses(self, model: nn.Module, tower: Tower, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Return whether this call reads each image beside the text of its row: see `Reader.fuses`."""
         return tower.reader.fuses(model, tower, method, args, kwargs)
 
     def encode_images(self, model: nn.Module, tower: Tower, images: Any, **kwargs: Any) -> Tensor:
+        """Return what `score` reads of the images: see `Reader.encode_images`."""
         return tower.reader.encode_images(model, tower, images, **kwargs)
 
     def encode_texts(self, model: nn.Module, tower: Tower, texts: Any) -> Texts:
+        """Encode a batch of texts: see `Reader.encode_texts`."""
         return tower.reader.encode_texts(model, tower, texts)
 
     def score(self, model: nn.Module, tower: Tower, rows: Tensor, texts: Texts) -> Tensor:
+        """Return the score `(R,)` of row i of the images with text i: see `Reader.score`."""
         return tower.reader.score(model, tower, rows, texts)
 
     def __reduce__(self) -> tuple[type[Adapter], tuple[()]]:

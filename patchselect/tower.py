@@ -100,6 +100,8 @@ class Tower:
     batch_first: bool = True
     rotary: bool = False
     """Whether attention turns queries and keys by the place of each patch: `turn` and `at_places` say how."""
+    padded: bool = False
+    """Whether a call may bring images of several sizes, padded to one length: `images` and `fit_masks` say how."""
     single_stream: bool = False
     """Whether text and image share one sequence: token 0 is the text [CLS], the last prefix token the image [CLS]."""
     head: nn.Module | None = None

@@ -31,6 +31,9 @@ class Feature(NamedTuple):
 
 TORCH = {
     "compile": Feature("torch", "2.0", "torch.compile does not exist", "torch:compile"),
+    "compiled selection": Feature(
+        "torch", "2.1", "dynamo fails on a guided call, and does not see that a class is swapped (2.0: seen)"
+    ),
     "function transforms": Feature("torch", "2.0", "torch.func does not exist", "torch:func"),
     "fused attention": Feature(
         "torch", "2.0", "there is no fused attention", "torch.nn.functional:scaled_dot_product_attention"
@@ -45,6 +48,7 @@ TORCH = {
     "device mesh": Feature("torch", "2.2", "there is no device mesh", "torch.distributed.device_mesh:init_device_mesh"),
     "benchmark interfaces": Feature("torch", "2.3", "what the benchmarks count and choose with is missing"),
     "FSDP2": Feature("torch", "2.6", "FSDP2 is not public", "torch.distributed.fsdp:fully_shard"),
+    "averages of FSDP2": Feature("torch", "2.14", "FSDP2 sums gradients on CPUs, selection or not (2.7: seen)"),
     "half on CPU": Feature("torch", "2.4", "autocast on CPU knows bfloat16 alone"),
     "dispatch modes": Feature("torch", "1.13", "memory and products are watched in another way"),
     "checkpoints without reentry": Feature("torch", "1.11", "checkpointing is reentrant and knows no other way"),
@@ -125,6 +129,7 @@ TRANSFORMERS = {
     "checkpointed layers": Feature(
         "transformers", "4.53", "a checkpointed layer gets its arguments from outside, and no text"
     ),
+    "fused CLIP": Feature("transformers", "4.53", "CLIP computes the map of its attention itself (4.37: seen)"),
     "other sizes of CLIP": Feature("transformers", "4.45", "CLIP takes images of one size"),
 }
 """Features of transformers."""
@@ -141,6 +146,9 @@ OTHERS = {
     "56 configurations": Feature("open_clip_torch", "3.3", "there are fewer configurations"),
     "scaled cosine": Feature("open_clip_torch", "3.0", "its towers have no attention by scaled cosine"),
     "CoCa": Feature("open_clip_torch", "2.24", "CoCa counts its tokens and queries in another way"),
+    "timm on meta": Feature(
+        "timm", "1.0.31", "towers read numbers while they are built, which have none on meta (1.0.15: seen)"
+    ),
     "timm": Feature("timm", "0.4.9", "there is no timm", "timm.models.vision_transformer:VisionTransformer"),
     "average pooling": Feature("timm", "0.6", "a ViT of timm pools by its class token alone"),
     "images of other sizes": Feature("timm", "0.9.7", "a ViT of timm takes images of one size"),

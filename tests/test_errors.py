@@ -221,7 +221,8 @@ def test_data_parallel_around_a_patched_model_is_refused():
     ],
 )
 def test_open_clip_towers_that_cannot_be_supported_are_refused_by_name(name, reason):
-    needs("towers on meta")
+    needs(*(("towers on meta",) if name == "RN50" else ("towers on meta", "timm on meta")))
+    needs(*(("56 configurations",) if name.startswith("PE-Core") else ()))
     import open_clip
 
     with torch.device("meta"):
@@ -291,28 +292,6 @@ def test_grids_of_a_shortened_sequence_are_refused(name):
     tower.forward_intermediates(images)
     patchselect.remove(case.model)
     tower.forward_intermediates(images)
-
-
-def test_padded_images_are_refused():
-    case = build("siglip2")
-    patchselect.apply(case.model, 0.5, guidance="image")
-    images = case.images(2)
-    images["spatial_shapes"][1] = torch.tensor([3, 4])
-    images["pixel_attention_mask"][1, 12:] = 0
-    with pytest.raises(ValueError, match="attention_mask, which hides patches.*batch images of one size"):
-        case.image_side(case.model, images)
-
-
-@pytest.mark.parametrize("guidance", ["text", "image"])
-def test_scores_of_padded_images_are_refused(guidance):
-    case = build("siglip2")
-    patchselect.apply(case.model, 0.5, guidance=guidance)
-    images, text = case.images(2), torch.randn(2, 48)
-    patchselect.score_pairs(case.model, images, text, progress=False)
-    images["spatial_shapes"][1] = torch.tensor([3, 4])
-    images["pixel_attention_mask"][1, 12:] = 0
-    with pytest.raises(ValueError, match="attention_mask, which hides patches.*batch images of one size"):
-        patchselect.score_pairs(case.model, images, text, progress=False)
 
 
 def test_a_mask_that_the_tower_does_not_read_is_refused_if_it_hides_something(case):

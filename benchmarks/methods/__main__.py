@@ -10,6 +10,8 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -20,7 +22,7 @@ from benchmarks.common.machine import commit
 
 from .method import methods
 from .report import FIGURES, PAGE, page, read, table
-from .study import BASELINE, RATES, Asked, checked, compare
+from .study import BASELINE, CHECKED_RATE, RATES, Asked, checked, compare
 from .tasks import TASKS
 from .timing import measure
 
@@ -65,19 +67,29 @@ def main(options: argparse.Namespace) -> None:
         record.update(
             command=f"python -m benchmarks.methods --task {name}{asks}", commit=source, torch=torch.__version__
         )
-        for method in chosen if options.write else ():
-            for rate in record["flops"]:
-                cell = record["methods"][method.name][rate]
-                key = f"checked {method.name} {cell['knob']}"
-                cell["checked"] = asked.get(key, lambda m=method, c=cell, t=task: checked(t, m, c["knob"]))
+        if options.write and CHECKED_RATE in options.keep_rate:
+            for method in chosen:
+                cell = record["methods"][method.name][f"{CHECKED_RATE:g}"]
+                again = partial(checked, task, method, cell["knob"])
+                cell["checked"] = asked.get(f"checked {method.name} {cell['knob']}", again)
         sys.stdout.write(table(record) + "\n")
         found.setdefault("tasks", {})[name] = record
     if options.write:
-        report = read() if FIGURES.is_file() else {"tasks": {}}
-        tasks = {**report["tasks"], **found.get("tasks", {})}
-        report = {**report, **found, "tasks": {name: tasks[name] for name in TASKS if name in tasks}}
+        report = joined(read() if FIGURES.is_file() else {"tasks": {}}, found)
         FIGURES.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         PAGE.write_text(page(report), encoding="utf-8")
+
+
+def joined(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """Return a file of figures with those of a run in it: rows of the same questions stand beside each other."""
+    tasks = dict(old["tasks"])
+    for name, record in new.get("tasks", {}).items():
+        before = tasks.get(name, {})
+        same = all(before.get(key) == record[key] for key in ("questions", "split", "no reduction", "flops"))
+        rows = {**(before["methods"] if same else {}), **record["methods"]}
+        order = [method.name for method in methods()]
+        tasks[name] = {**record, "methods": {name: rows[name] for name in order if name in rows}}
+    return {**old, **new, "tasks": {name: tasks[name] for name in TASKS if name in tasks}}
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:

@@ -23,8 +23,8 @@ PAPER = Selection("paper", "", "keys", space="hidden")
 """Whose FLOPs all others spend."""
 NEAR = 0.01
 """How far from these FLOPs a method may be, as a share of them, without a note."""
-CHECKED = 48
-"""Questions that the tests ask again."""
+CHECKED, CHECKED_RATE = 48, 0.3
+"""Questions that the tests ask again, and at which rate."""
 
 
 class Asked:

@@ -149,7 +149,7 @@ class Relevance:
 
         The default scores a few random tokens, so that a host that lacks something is refused before its first batch.
         """
-        self.scored(tower, layers[0], 4, guidance)
+        self._scored(tower, layers[0], 4, guidance)
 
     def cost(self, tower: Tower, index: int, first: bool, guidance: str) -> tuple[int, int]:
         """Return the multiply-adds of one text in one selection layer: once an image, and per patch.
@@ -165,14 +165,25 @@ class Relevance:
         counts = []
         for patches in (8, 16):
             with FlopCounterMode(display=False) as counter:
-                self.scored(tower, index, patches, guidance)
+                self._scored(tower, index, patches, guidance)
             counts.append(counter.get_total_flops() // 2)
         each = (counts[1] - counts[0]) // 8
         return counts[0] - 8 * each, each
 
     @torch.no_grad()
-    def scored(self, tower: Tower, index: int, patches: int, guidance: str, rows: int = 1, texts: int = 1) -> Tensor:
-        """Score made-up patches of `rows` images for `texts` texts as block `index` would: `(rows, texts, patches)`."""
+    def _scored(self, tower: Tower, index: int, patches: int, guidance: str) -> Tensor:
+        seen, text = self.sample(tower, index, patches, guidance)
+        kind = seen.all_tokens.device.type
+        with torch.autocast("cpu" if kind == "meta" else kind, enabled=False):
+            return self.scores_by_image(seen) if text is None else self.scores(seen, text)
+
+    def sample(
+        self, tower: Tower, index: int, patches: int, guidance: str, rows: int = 1, texts: int = 1
+    ) -> tuple[Candidates, Tensor | None]:
+        """Return made-up patches of `rows` images, as block `index` would see them, and as many texts for each.
+
+        The text `(rows, texts, D_text)` is `None` where no text guides.
+        """
         place = place_of(tower.blocks[index])
         tokens = torch.linspace(-1, 1, rows * (tower.num_prefix_tokens + patches) * tower.width, **place)
         tokens = tokens.view(rows, -1, tower.width)
@@ -180,12 +191,9 @@ class Relevance:
             tower, index, tower.blocks[index], tokens, tokens, tower.num_prefix_tokens,
             guiding_place(tower, guidance), (index,), turn=self._sample_turn(tower, index, tokens),
         )  # fmt: skip
-        kind = torch.device(place["device"]).type
-        with torch.autocast("cpu" if kind == "meta" else kind, enabled=False):
-            if guidance != "text" or tower.single_stream:
-                return self.scores_by_image(seen)
-            text = torch.ones(1, texts, tower.text_width(), **place)
-            return self.scores(seen, text if rows == 1 else text.expand(rows, -1, -1))
+        if guidance != "text" or tower.single_stream:
+            return seen, None
+        return seen, torch.ones(1, texts, tower.text_width(), **place).expand(rows, -1, -1)
 
     @staticmethod
     def _sample_turn(tower: Tower, index: int, tokens: Tensor) -> Turn | None:

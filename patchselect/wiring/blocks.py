@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any, Callable
 
 import torch
@@ -16,6 +17,7 @@ from ..relevance import Candidates
 from ..relevance.base import guiding_place
 from .guidance import Guidance, current
 from .journey import Journey, asks, for_rows, journey_of
+from .padding import parts_for, select_parts
 from .places import at_places
 from .recomputation import (
     carried_over,
@@ -62,14 +64,26 @@ def run_block(block: nn.Module, name: str, original: Original, *args: Any, **kwa
             return adapter.as_output(tower, hidden)
     turn = adapter.turn(tower, block, *args, **kwargs) if tower.rotary else None
     seen = dataclasses.replace(_seen(layer, block, attended, guidance, counted), turn=turn)
-    tokens = select(layer, seen, hidden, guidance, counted)  # 2, 3 and 4
+    parts = parts_for(layer, hidden)
+    if parts is None:
+        tokens = select(layer, seen, hidden, guidance, counted)  # 2, 3 and 4
+    else:
+        choose = functools.partial(_select_part, layer, hidden, guidance)
+        tokens = select_parts(layer, seen, guidance, parts, choose)
     tokens = tokens if tower.batch_first else tokens.transpose(0, 1)
     return adapter.finish(tower, block, tokens, attended.rest)  # 5: the MLP
 
 
-def select(
-    layer: Layer, seen: Candidates, hidden: Tensor, guidance: Guidance | None, counted: Counted = NOTHING_COUNTED
+def _select_part(
+    layer: Layer, hidden: Tensor, guidance: Guidance | None, seen: Candidates, text: Tensor | None
 ) -> Tensor:
+    return select(layer, seen, hidden, guidance, text=text)
+
+
+def select(
+    layer: Layer, seen: Candidates, hidden: Tensor, guidance: Guidance | None, counted: Counted = NOTHING_COUNTED,
+    text: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Shorten tokens `(B, N, D)` after attention to `(B, N', D)`, or to `(B * T, N', D)` for `pairing="all"`."""
     tokens, prefix = seen.all_tokens, seen.num_prefix_tokens
     patches = tokens.shape[1] - prefix
@@ -77,7 +91,8 @@ def select(
         raise ValueError(f"block {layer.index} got {tokens.shape[1]} tokens, which leaves no patch to select from")
     whole = counted.num_patches if layer.first and counted.num_patches is not None else patches
     keep = min(num_kept(whole, layer.ratio), patches)  # of the patches of the image, whatever merging has left
-    text = None if guidance is None else texts_for(layer, guidance, tokens)
+    if text is None and guidance is not None:
+        text = texts_for(layer, guidance, tokens)
     spread = guidance is not None and guidance.pairing == "all" and layer.first
     copies = text.shape[1] if spread and text is not None else 1
     journey = None if in_backward() else journey_of(layer)

@@ -21,6 +21,16 @@ from .state import Layer, Wiring
 
 
 @dataclass(eq=False)
+class Part:
+    """Rows of a padded batch that hold images of one size."""
+
+    rows: list[int]
+    count: int
+    """How many patch tokens each of them has now; padding comes after them."""
+    journey: Journey
+
+
+@dataclass(eq=False)
 class Journey:
     """The patches of the images of one call, on their way through one tower."""
 
@@ -38,6 +48,8 @@ class Journey:
     """`(B, P + m)`: how many patches of the image each token of now stands for; `None` means one each."""
     stages: dict[int, Tensor] = field(default_factory=dict)
     """`within` after each block that shortened the sequence, by the index of the block."""
+    parts: list[Part] | None = None
+    """The images of a padded batch, by their size; `None` without padding."""
     outer: Journey | None = None
 
     @property
@@ -159,9 +171,17 @@ def call_tower(module: nn.Module, name: str, original: Callable[..., Any], *args
         if tower.module is module:
             check_unchanged(wiring.plan, tower, place)
     tower = next(tower for tower in wiring.towers if tower.module is module)
-    if not asks(wiring) and not wiring.plan.follows_sizes and not (tower.rotary and wiring.plan.selects):
+    sizes = tower.adapter.images(tower, *args, **kwargs) if tower.padded and wiring.plan.selects else None
+    if sizes is not None and not asks(wiring) and len({height * width for height, width in sizes}) == 1:
+        sizes = None  # all of one length: only a record asks for their grids
+    follows = (tower.rotary and wiring.plan.selects) or sizes is not None
+    if not asks(wiring) and not wiring.plan.follows_sizes and not follows:
         return original(*args, **kwargs)
-    journey = Journey(tower, tower.adapter.grid(tower, *args, **kwargs) if asks(wiring) else None)
+    journey = Journey(tower)
+    if sizes is not None:
+        journey.parts = by_size(tower, sizes)
+    elif asks(wiring):
+        journey.grid = tower.adapter.grid(tower, *args, **kwargs)
     if is_dynamo_compiling():
         outer, wiring.traced_journey = wiring.traced_journey, journey
         found = original(*args, **kwargs)
@@ -175,6 +195,33 @@ def call_tower(module: nn.Module, name: str, original: Callable[..., Any], *args
         return original(*args, **kwargs)
     finally:
         _journey.set(unlinked(_journey.get(), lambda link: link is journey))
+
+
+def by_size(tower: Tower, sizes: list[tuple[int, int]]) -> list[Part]:
+    """Gather the images of a batch that have one height and width in patches."""
+    rows: dict[tuple[int, int], list[int]] = {}
+    for row, size in enumerate(sizes):
+        rows.setdefault((int(size[0]), int(size[1])), []).append(row)
+    return [Part(found, size[0] * size[1], Journey(tower, size)) for size, found in rows.items()]
+
+
+@contextmanager
+def within(part: Part) -> Iterator[None]:
+    """Let one part of a padded batch be what travels."""
+    part.journey.outer = _journey.get()
+    _journey.set(part.journey)
+    try:
+        yield
+    finally:
+        _journey.set(unlinked(_journey.get(), lambda link: link is part.journey))
+
+
+def parts_of_call(tower: Tower) -> list[Part] | None:
+    """Return the images of the padded batch that this call of the tower is about, by their size."""
+    found = _journey.get()
+    while found is not None and (found.tower is not tower or found.parts is None):
+        found = found.outer
+    return None if found is None else found.parts
 
 
 @contextmanager

@@ -42,6 +42,8 @@ def run_counting(block: nn.Module, name: str, original: Original, *args: Any, **
 def run_placed(block: nn.Module, name: str, original: Original, *args: Any, **kwargs: Any) -> Any:
     """Run a block of a rotary tower that neither selects nor counts, on the positions of the patches that are left."""
     layer: Layer = block._patchselect  # type: ignore[assignment]
+    if not layer.wiring.patched:
+        return original(*args, **kwargs)
     args, kwargs, guidance = own_arguments(layer, block, args, kwargs)
     if guidance is None and layer.plan.guidance == "text" and not in_backward():
         guidance = current(layer.wiring)

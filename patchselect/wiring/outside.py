@@ -10,7 +10,7 @@ from torch import Tensor
 from ..adapter import Tower
 from ..compat import fork_rng, without_modes
 from ..reading import place_of
-from ..reduction import Places, Reduced, Reduction
+from ..reduction import Alike, Places, Reduced, Reduction
 from ..relevance import Relevance
 from .plan import Plan
 
@@ -37,13 +37,18 @@ def check_objects(plan: Plan, tower: Tower) -> None:
 
 
 def _check_relevance(relevance: Relevance, plan: Plan, tower: Tower) -> None:
-    by_text = plan.guidance == "text" and not tower.single_stream
-    scores = relevance.scored(tower, plan.layers[0], PATCHES, plan.guidance, ROWS, TEXTS)
-    name = "scores" if by_text else "scores_by_image"
-    texts = TEXTS if by_text else 1
-    _expect(relevance, name, scores, (ROWS, texts, PATCHES), "(B, T, n), of the patches alone")
-    _expect_weights(relevance, "weights", relevance.weights(scores), (ROWS, texts, PATCHES), "(B, T, n)")
-    _expect_weights(relevance, "combine", relevance.combine(scores), (ROWS, PATCHES), "(B, n)")
+    seen, text = relevance.sample(tower, plan.layers[0], PATCHES, plan.guidance, ROWS, TEXTS)
+    texts = 1 if text is None else TEXTS
+    kind = seen.all_tokens.device.type
+    with torch.autocast("cpu" if kind == "meta" else kind, enabled=False):
+        if type(relevance).weigh is Relevance.weigh:
+            name = "scores_by_image" if text is None else "scores"
+            scores = relevance.scores_by_image(seen) if text is None else relevance.scores(seen, text)
+            _expect(relevance, name, scores, (ROWS, texts, PATCHES), "(B, T, n), of the patches alone")
+        apart = relevance.weigh(seen, text, True)
+        together = relevance.weigh(seen, text, False)
+    _expect_weights(relevance, "weights", apart, (ROWS, texts, PATCHES), "(B, T, n)")
+    _expect_weights(relevance, "combine", together, (ROWS, PATCHES), "(B, n)")
 
 
 def _expect(thing: Any, name: str, found: Any, shape: tuple[int, ...], words: str) -> None:
@@ -77,7 +82,8 @@ def _check_reduction(reduction: Reduction, tower: Tower) -> None:
     places = Places(indices, (2, PATCHES // 2)) if reduction.reads_places else None
     for relevance in (weights[:, 0], weights):
         rows = ROWS * (TEXTS if relevance.dim() == 3 else 1)
-        found = reduction.reduce(tokens, relevance, KEEP, prefix, places)
+        more = (Alike(tokens, torch.ones_like(tokens[..., 0])),) if reduction.reads_keys else ()
+        found = reduction.reduce(tokens, relevance, KEEP, prefix, places, *more)
         if not isinstance(found, Reduced):
             raise TypeError(f"reduce of {reduction!r} must return a Reduced, got {type(found).__name__}")
         after = prefix + KEEP + reduction.num_fused(PATCHES, KEEP)

@@ -1,4 +1,4 @@
-"""Positions follow the tokens: what a rotary host makes for all patches, each block gets for those that are left."""
+"""Positions and masks follow the tokens: what a host makes for all patches, each block gets for those that are left."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ from torch import Tensor, nn
 
 from ..adapter import Tower
 from .journey import for_rows, journey_of
+from .padding import parts_for, real_tokens
 from .plan import Plan
 from .recomputation import in_backward, note_followed, recalled_followed
 from .state import Layer
 
 
 def follows(plan: Plan, tower: Tower, index: int) -> bool:
-    """Tell whether a block is called with positions of patches that an earlier block has removed."""
-    return tower.rotary and plan.selects and index > (0 if plan.merge else plan.layers[0])
+    """Tell whether a block is called with positions or masks of patches that an earlier block has removed."""
+    return (tower.rotary or tower.padded) and plan.selects and index > (0 if plan.merge else plan.layers[0])
 
 
 def at_places(
@@ -29,8 +30,13 @@ def at_places(
     if not follows(layer.plan, layer.tower, layer.index):
         return args, kwargs
     hidden = args[0] if args else next(iter(kwargs.values()))
-    args, fitted = layer.tower.adapter.at_places(layer.tower, block, _places(layer, hidden), *args, **kwargs)
-    return args, dict(fitted)
+    tower, parts = layer.tower, parts_for(layer, hidden)
+    if parts is not None:
+        real = real_tokens(parts, tower, hidden)
+        args, kwargs = tower.adapter.fit_masks(tower, block, real, *args, **kwargs)  # type: ignore[assignment]
+    if tower.rotary:
+        args, kwargs = tower.adapter.at_places(tower, block, _places(layer, hidden), *args, **kwargs)  # type: ignore[assignment]
+    return args, dict(kwargs)
 
 
 def _places(layer: Layer, hidden: Tensor) -> Tensor:

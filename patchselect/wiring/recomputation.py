@@ -23,6 +23,7 @@ _recorded: dict[_Key, bool] = {}
 _placed: dict[_Key, Any] = {}
 _sized: dict[_Key, Any] = {}
 _followed: dict[_Key, Any] = {}
+_parted: dict[_Key, Any] = {}
 _carried: dict[_Key, dict[str, Any]] = {}
 
 
@@ -111,6 +112,17 @@ def note_followed(hidden: Tensor, reader: object, places: Tensor) -> None:
 def recalled_followed(hidden: Tensor, reader: object) -> Any:
     """Return which patches the tokens of the first run on this input were; `None` if nobody noted it."""
     return _followed.get(_key(hidden, reader))
+
+
+def note_parts(hidden: Tensor, reader: object, parts: Any) -> None:
+    """Note which rows of a block's first run had how many patches."""
+    if may_be_recomputed(hidden):
+        _keep(_parted, hidden, reader, parts)
+
+
+def recalled_parts(hidden: Tensor, reader: object) -> Any:
+    """Return which rows of the first run on this input had how many patches; `None` if nobody noted it."""
+    return _parted.get(_key(hidden, reader))
 
 
 def carried_over(hidden: Tensor, reader: object, find: Callable[[], dict[str, Any]]) -> dict[str, Any]:
