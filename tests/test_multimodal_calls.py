@@ -190,6 +190,9 @@ def test_other_ways_of_calling_forward(name):
         torch.testing.assert_close(case.model.model(**inputs).last_hidden_state.shape[1], expected.shape[1])
         as_tuple = case.model(**inputs, return_dict=False)
     torch.testing.assert_close(as_tuple[0], expected)
+    cache = next(part for part in as_tuple if hasattr(part, "get_seq_length"))
+    step = case.model(input_ids=inputs["input_ids"][:, -1:], past_key_values=cache)  # counts from the whole prompt
+    assert cache.get_seq_length() == expected.shape[1] + 1 and step.logits.shape[1] == 1
     words = {"input_ids": inputs["input_ids"][:, -6:], "attention_mask": inputs["attention_mask"][:, -6:]}
     assert torch.equal(case.model(**words).logits, copy_of(case)(**words).logits), "no image, no text needed"
     if name == "llava":

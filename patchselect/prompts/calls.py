@@ -38,7 +38,7 @@ def call_prompted(module: Any, name: str, original: Any, *args: Any, **kwargs: A
     _refuse_both(given)
     short = shorten_call(wiring, given)
     output = original(**encoded_call(short))
-    _remember(getattr(output, "past_key_values", given.get("past_key_values")), short)
+    _remember(output, given, short)
     return output
 
 
@@ -64,7 +64,7 @@ def generate_prompted(module: Any, name: str, original: Any, *args: Any, **kwarg
     ids = given.get("input_ids")
     cut = {**encoded_call(short), **_lengths(module, given, short.removed)}
     found = _in_steps(original, **cut)
-    _remember(getattr(found, "past_key_values", given.get("past_key_values")), short)
+    _remember(found, given, short)
     if ids is None:
         return found
     if isinstance(found, Tensor):
@@ -183,9 +183,12 @@ def _refuse_continuation(cache: Any) -> None:
         )
 
 
-def _remember(cache: Any, short: Short) -> None:
-    if short.removed and cache is not None and not isinstance(cache, tuple):
-        setattr(cache, CACHE, (short.removed, short.padded))
+def _remember(output: Any, given: Mapping[str, Any], short: Short) -> None:
+    """Note on the cache that a call filled, which it returned or was given, what is missing in its prompt."""
+    parts = output if isinstance(output, tuple) else [getattr(output, "past_key_values", None)]
+    for cache in (*parts, given.get("past_key_values")):
+        if short.removed and hasattr(cache, "get_seq_length"):
+            setattr(cache, CACHE, (short.removed, short.padded))
 
 
 def _continued(host: Prompted, core: Any, given: dict[str, Any]) -> dict[str, Any]:
