@@ -103,5 +103,6 @@ def small(name: str) -> tuple[nn.Module, int]:
                 setattr(part, key, value)
     if hasattr(config, "reshape_hidden_states"):  # a backbone, which makes dense maps of its tokens otherwise
         config.reshape_hidden_states = False
+    if hasattr(config, "out_features"):
         config.out_features = [f"stage{config.num_hidden_layers}"]
     return found(config), 64

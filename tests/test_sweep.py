@@ -100,6 +100,7 @@ ACCEPTED_ELSEWHERE = {
     *("ViltModel", "ViltForImageAndTextRetrieval", "ViltForImagesAndTextClassification", "ViltForMaskedLM"),
     *("ViltForQuestionAnswering", "ViltForTokenClassification"),
     *("Aimv2Model", "BlipModel"),  # with a text: test_plain.py, test_generative.py
+    *("TimmWrapperModel", "TimmWrapperForImageClassification"),  # the tower that they name: test_plain.py
     "ViTMAEModel",  # leaves out patches by chance: test_plain.py
     *("IdeficsVisionTransformer", "Kosmos2VisionTransformer"),  # CLIP's tower under another configuration
     *("DepthProPatchEncoder", "DepthProImageEncoder"),  # parts of DepthProModel, which is refused as a whole
