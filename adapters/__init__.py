@@ -7,21 +7,34 @@ from patchselect.adapter import Adapter
 from .albef import Albef
 from .blip import TransformersBlip
 from .blip_salesforce import SalesforceBlip
+from .dinov3 import TransformersDinov3
+from .eva import OpenClipEva, TimmEva
 from .lavis import Lavis, LavisClip
+from .llava import LlavaClip, LlavaSiglip
 from .mplug import Mplug
 from .open_clip import OpenClip, OpenClipTimm
 from .openai_clip import OpenAiClip
+from .plain import TransformersPlain
+from .shuffled import Idefics3, InternVl
+from .siglip import TransformersSiglip
 from .timm import TimmViT
-from .transformers import TransformersClip, TransformersSiglip
+from .transformers import TransformersClip
 from .vilt import TransformersVilt
+from .vit_mae import TransformersMae
 
 ADAPTERS: tuple[Adapter, ...] = (
+    LlavaClip(),
+    LlavaSiglip(),
+    Idefics3(),
+    InternVl(),
     TransformersClip(),
     TransformersSiglip(),
     LavisClip(),
     OpenClip(),
     OpenClipTimm(),
+    OpenClipEva(),
     TimmViT(),
+    TimmEva(),
     Lavis(),
     SalesforceBlip(),
     Albef(),
@@ -29,4 +42,7 @@ ADAPTERS: tuple[Adapter, ...] = (
     OpenAiClip(),
     TransformersBlip(),
     TransformersVilt(),
+    TransformersPlain(),
+    TransformersMae(),
+    TransformersDinov3(),
 )

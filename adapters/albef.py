@@ -9,23 +9,25 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from patchselect.adapter import Attended, Tower, Wrapper, patch_grid
+from patchselect.adapter import Adapter, Attended, Reader, Tower, Wrapper, patch_grid
 from patchselect.weights import Projections, is_linear, matrix, rate, thirds, through_norm
 from patchselect.wiring.journey import call_tower
 from patchselect.wiring.text_calls import Original
 from patchselect.wiring.wording import refuse_masks
 
-from .heads import Heads
+from .heads import BertHead, head_parts
 from .timm import out_of
 
 BLOCK_PARTS = {"norm1", "attn", "drop_path", "norm2", "mlp"}
 
 
 def is_tower(module: Any) -> bool:
-    """ALBEF's ViT: plain pre-norm blocks with a fused `qkv`, one [CLS] in front."""
+    """Tell whether this is ALBEF's ViT: plain pre-norm blocks with a fused `qkv`, one [CLS] in front."""
     blocks: Any = getattr(module, "blocks", None)
     embed, positions = getattr(module, "patch_embed", None), getattr(module, "pos_embed", None)
     if not isinstance(blocks, nn.ModuleList) or len(blocks) == 0 or not hasattr(module, "cls_token"):
+        return False
+    if not hasattr(module, "norm"):
         return False
     if positions is None or positions.shape[1] != getattr(embed, "num_patches", -1) + 1:
         return False
@@ -40,7 +42,7 @@ def is_tower(module: Any) -> bool:
 
 
 def joint_of(head: nn.Module) -> tuple[nn.Module, ...]:
-    """The projections of text and image into the joint space of a head; `()` if it has none."""
+    """Return the projections of text and image into the joint space of a head; `()` if it has none."""
     joint = tuple(getattr(head, name, None) for name in ("text_proj", "vision_proj"))
     return joint if all(map(is_linear, joint)) else ()  # type: ignore[return-value]
 
@@ -63,7 +65,17 @@ def call_without_regions(module: Any, name: str, original: Original, *args: Any,
     return call_tower(module, name, original, *args, **kwargs)
 
 
-class Albef(Heads):
+def check_bridge(head: BertHead, width: int) -> None:
+    """Raise a `TypeError` if texts of a head cannot reach towers of this width."""
+    if head.width != width and not joint_of(head.module):
+        raise TypeError(
+            f"{type(head.module).__name__} reads text of width {head.width} and images of width {width} "
+            "and has no text_proj and vision_proj to lift the one to the other: call patchselect.apply on its "
+            f"vision tower and give guide() vectors of width {width}"
+        )
+
+
+class Albef(Adapter):
     """Heads with `visual_encoder` and `text_encoder` (and their momentum twins), and the bare `VisionTransformer`."""
 
     name = "albef"
@@ -72,13 +84,15 @@ class Albef(Heads):
         found: list[Any] = [module for module in model.modules() if is_tower(module)]
         if not found:
             return []
-        parts = self.head_parts(model, found, "ALBEF")
-        width = found[0].norm.normalized_shape[0]
-        if parts:
-            parts["joint"] = self._joint_space(parts, width)
-        return self.vit_towers(found, parts)
+        parts = head_parts(model, found, "ALBEF")
+        if parts is None:
+            return self.vit_towers(found, Reader())
+        head = BertHead(**parts)
+        check_bridge(head, found[0].norm.normalized_shape[0])
+        return self.vit_towers(found, head)
 
-    def vit_towers(self, found: list[Any], parts: dict[str, Any]) -> list[Tower]:
+    def vit_towers(self, found: list[Any], reader: Reader) -> list[Tower]:
+        """Return each ViT of ALBEF's code taken apart, all with one reader."""
         return [
             Tower(
                 adapter=self,
@@ -88,13 +102,13 @@ class Albef(Heads):
                 has_class_token=True,
                 width=tower.norm.normalized_shape[0],
                 final_norm=tower.norm,
-                parts=parts,
+                reader=reader,
             )
             for tower in found
         ]
 
     def methods(self, model: nn.Module, towers: list[Tower]) -> list[tuple[nn.Module, Mapping[str, Wrapper]]]:
-        """LAVIS calls its towers by `forward_features`, which goes past their `forward`; X-VLM's take regions."""
+        """Add what goes past `forward`: LAVIS calls its towers by `forward_features`; X-VLM's take regions."""
         named = [tower.module for tower in towers if hasattr(tower.module, "forward_features")]
         regional = [tower.module for tower in towers if takes_regions(tower.module)]
         return [
@@ -102,19 +116,6 @@ class Albef(Heads):
             *((tower, {"forward_features": call_tower}) for tower in named),
             *((tower, {"forward": call_without_regions}) for tower in regional),
         ]
-
-    def _joint_space(self, parts: dict[str, Any], width: int) -> tuple[nn.Module, ...]:
-        """The projections of text and image into the head's joint space, if it has one."""
-        joint = joint_of(parts["head"])
-        if joint:
-            return joint
-        if parts["text_width"] != width:
-            raise TypeError(
-                f"{type(parts['head']).__name__} reads text of width {parts['text_width']} and images of width {width} "
-                "and has no text_proj and vision_proj to lift the one to the other: call patchselect.apply on its "
-                f"vision tower and give guide() vectors of width {width}"
-            )
-        return ()
 
     def attend(self, tower: Tower, block: Any, x: Tensor, *register_hook: Any, **kwargs: Any) -> Attended:
         masks = {name: value for name, value in kwargs.items() if name != "register_hook" and value is not None}
@@ -145,19 +146,28 @@ class Albef(Heads):
         )
 
     def lift(self, tower: Tower, text: Tensor) -> Tensor:
-        """As it is where text and image have one width (the published sizes), else through the joint space."""
-        return text if self.text_width(tower) == tower.width else self._through_joint(tower, text)
+        """Lift a text: as it is where its width is the image's (the published sizes), else through the joint space."""
+        if self.text_width(tower) == tower.width:
+            return text
+        if not joint_of(tower.reader.module):
+            raise ValueError(
+                f"{type(tower.reader.module).__name__} reads text of width {self.text_width(tower)} and images of "
+                f"width {tower.width} and has no text_proj and vision_proj to lift the one to the other: use "
+                f'guidance="image", or call patchselect.apply on its vision tower and give guide() vectors of width '
+                f"{tower.width}"
+            )
+        return self._through_joint(tower, text)
 
     def read_back(self, tower: Tower, text: Tensor) -> Tensor:
-        if not tower.parts:
+        if not isinstance(tower.reader, BertHead):
             return through_norm(text, tower.final_norm)
-        if not tower.parts["joint"]:
-            name = type(tower.parts["head"]).__name__
+        if not joint_of(tower.reader.module):
+            name = type(tower.reader.module).__name__
             raise ValueError(f'relevance="values" needs a joint space, which this {name} does not have: use "keys"')
         return through_norm(self._through_joint(tower, text), tower.final_norm)
 
     def _through_joint(self, tower: Tower, text: Tensor) -> Tensor:
-        into, out = map(matrix, joint_of(tower.parts["head"]))  # as they are now: LoRA may have come since `apply`
+        into, out = map(matrix, joint_of(tower.reader.module))  # as they are now: LoRA may have come since `apply`
         return text.to(into.dtype) @ into.T @ out
 
     def grid(self, tower: Tower, x: Tensor, *args: Any, **kwargs: Any) -> tuple[int, int]:

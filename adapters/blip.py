@@ -10,18 +10,31 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from patchselect.adapter import Attended, TextCall, TextRun, Tower, Wrapper, bound, patch_grid
+from patchselect.adapter import (
+    Adapter,
+    Attended,
+    Reader,
+    TextCall,
+    TextRun,
+    Texts,
+    Tower,
+    Wrapper,
+    bound,
+    patch_grid,
+    pooled,
+)
 from patchselect.compat import fork_rng, is_compiling
 from patchselect.weights import Projections, is_linear, matrix, rate, thirds, through_norm
 from patchselect.wiring.text_calls import call_with_text, recall_text
 from patchselect.wiring.wording import refuse_masks
 
-from .matching import BlipMatching
+from .matching import fused_from_ids, ids_and_mask, matching_layer, matching_probability, states_of
 from .switches import advice_of_transformers
 
 BLOCK_PARTS = {"layer_norm1", "self_attn", "layer_norm2", "mlp"}
@@ -32,7 +45,7 @@ METHODS = ("forward", "generate", "get_multimodal_features")
 
 
 def is_tower(module: Any) -> bool:
-    """A ViT with a fused `qkv`, an output layer `projection` and a class embedding."""
+    """Tell whether this is a ViT with a fused `qkv`, an output layer `projection` and a class embedding."""
     layers = getattr(getattr(module, "encoder", None), "layers", None)
     if not isinstance(layers, nn.ModuleList) or len(layers) == 0 or not hasattr(module, "post_layernorm"):
         return False
@@ -47,7 +60,7 @@ def is_tower(module: Any) -> bool:
 
 
 def joint_space_of(model: nn.Module) -> tuple[nn.Linear, nn.Linear] | None:
-    """The projections of text and image into one space, if the head has them."""
+    """Return the projections of text and image into one space, if the head has them."""
     for names in PROJECTIONS:
         found = [getattr(model, name, None) for name in names]
         if all(map(is_linear, found)):
@@ -55,7 +68,101 @@ def joint_space_of(model: nn.Module) -> tuple[nn.Linear, nn.Linear] | None:
     return None
 
 
-class TransformersBlip(BlipMatching):
+@dataclass(eq=False)
+class BlipHead(Reader):
+    """A model of BLIP around its tower. `BlipModel` is a dual encoder; others read the image beside the text."""
+
+    text: Any
+    """Who reads the text: an encoder or, in captioning, a decoder."""
+    calls: Mapping[str, tuple[str, ...]]
+    """The parameters of each method that takes an image."""
+
+    def methods(self, model: Any, towers: list[Tower]) -> list[tuple[nn.Module, Mapping[str, Wrapper]]]:
+        calls: Mapping[str, Wrapper] = dict.fromkeys(self.calls, call_with_text)
+        if self.text is getattr(model, "text_decoder", None):
+            return [(model, calls)]
+        return [(model, calls), (self.text, {"forward": recall_text})]
+
+    def text_width(self, tower: Tower) -> int:
+        joint = joint_space_of(tower.head) if hasattr(tower.head, "text_model") else None  # type: ignore[arg-type]
+        return self.text.config.hidden_size if joint is None else joint[0].out_features
+
+    def text_of_call(
+        self, model: Any, tower: Tower, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> TextCall | None:
+        given = bound(self.calls[method], args, kwargs)
+        if given.get("pixel_values") is None:
+            return None
+        ids, mask = given.get("input_ids"), given.get("attention_mask")
+        if self.text is getattr(model, "text_decoder", None):
+            return self._prompt(model, ids, mask, given.get("labels"))
+        if ids is None:
+            return None
+        encoder = self.text
+        run = {"input_ids": torch.as_tensor(ids), "attention_mask": mask}
+        joint = hasattr(model, "text_model")
+        if joint:
+            run["position_ids"] = given.get("position_ids")
+        elif given.get("use_itm_head", True):
+            with own_random_stream(encoder):
+                return TextCall(encoder(**run, return_dict=True).last_hidden_state[:, 0], ())
+        result = encoder(**run, return_dict=True)
+        features = model.text_projection(result.pooler_output) if joint else result.last_hidden_state[:, 0]
+        run_of_host = TextRun(encoder, "forward", (), run, result)
+        return TextCall(features, (run_of_host,), compares_all=method != "get_multimodal_features")
+
+    def fuses(self, model: Any, tower: Tower, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        if method == "forward" and hasattr(model, "text_model"):
+            return False
+        return bool(bound(self.calls[method], args, kwargs).get("use_itm_head", True))
+
+    def _prompt(self, model: Any, ids: Any, mask: Tensor | None, labels: Tensor | None) -> TextCall:
+        if ids is None or labels is not None:
+            why = "got labels (its input_ids are the caption to learn)" if labels is not None else "got no prompt"
+            raise ValueError(
+                f"{type(model).__name__} {why}, so no text guides this call: give the features of a prompt with `with "
+                'patchselect.guide(model, text_features):`, or choose patchselect.apply(model, guidance="image")'
+            )
+        ids = torch.as_tensor(ids)
+        decoder = model.text_decoder.bert
+        with own_random_stream(decoder):
+            states = decoder(
+                input_ids=ids, attention_mask=mask, is_decoder=True, use_cache=False, return_dict=True
+            ).last_hidden_state
+        last = torch.full_like(ids[:, 0], ids.shape[1] - 1) if mask is None else mask.long().cumsum(1).argmax(1)
+        return TextCall(states[torch.arange(len(ids), device=states.device), last], ())
+
+    # Pairs.
+
+    def encode_images(self, model: Any, tower: Tower, images: Any, **kwargs: Any) -> Tensor:
+        if _is_dual(tower):
+            return pooled(model.get_image_features(images, **kwargs))
+        return super().encode_images(model, tower, images, **kwargs)
+
+    def encode_texts(self, model: Any, tower: Tower, texts: Any) -> Texts:
+        if _is_dual(tower):
+            ids, mask = ids_and_mask(texts, model.text_model)
+            return Texts(pooled(model.get_text_features(input_ids=ids, attention_mask=mask)))
+        matching_layer(model)
+        encoder = model.text_encoder
+        ids, mask = ids_and_mask(texts, encoder)
+        states = encoder(input_ids=ids, attention_mask=mask, return_dict=True).last_hidden_state
+        return Texts(states[:, 0], {"tokens": ids, "mask": mask})
+
+    def score(self, model: Any, tower: Tower, rows: Tensor, texts: Texts) -> Tensor:
+        """Score with the matching layer: the text encoder reads the image in every layer, so it starts from the ids."""
+        if _is_dual(tower):
+            return super().score(model, tower, rows, texts)
+        matching = matching_layer(model)
+        fused = fused_from_ids(model.text_encoder, rows, *states_of(model, texts))
+        return matching_probability(matching(fused[:, 0]))
+
+
+def _is_dual(tower: Tower) -> bool:
+    return hasattr(tower.head, "get_text_features") and hasattr(tower.head, "get_image_features")
+
+
+class TransformersBlip(Adapter):
     """`BlipForImageTextRetrieval`, `BlipForQuestionAnswering`, `BlipForConditionalGeneration`, `BlipModel`.
 
     Text features are the [CLS] of the text encoder, run without an image. Captioning has no text encoder: a prompt is
@@ -94,24 +201,13 @@ class TransformersBlip(BlipMatching):
                 width=core.encoder.layers[0].layer_norm1.normalized_shape[0],
                 head=None if core is model else model,
                 final_norm=core.post_layernorm,
+                reader=Reader() if core is model else BlipHead(text, calls),
                 parts={
-                    "text": text,
-                    "calls": calls,
-                    "joint": joint_space_of(model),
                     "block_call": tuple(block_call)[1:],
                     "returns_tuple": "output_attentions" in block_call,
                 },
             )
         ]
-
-    def methods(self, model: Any, towers: list[Tower]) -> list[tuple[nn.Module, Mapping[str, Wrapper]]]:
-        text = towers[0].parts["text"]
-        if text is None:
-            return []
-        calls: Mapping[str, Wrapper] = dict.fromkeys(towers[0].parts["calls"], call_with_text)
-        if text is getattr(model, "text_decoder", None):
-            return [(model, calls)]
-        return [(model, calls), (text, {"forward": recall_text})]
 
     def attend(self, tower: Tower, block: Any, *args: Any, **kwargs: Any) -> Attended:
         given = bound(tower.parts["block_call"], args, kwargs)
@@ -144,23 +240,16 @@ class TransformersBlip(BlipMatching):
             norm=block.layer_norm1,
             qkv=thirds(attention.qkv),
             out=attention.projection,
-            dropout=rate(attention.dropout),
+            dropout=rate(getattr(attention, "dropout", getattr(attention, "attention_dropout", None))),
         )
 
     # The way between text and image.
 
-    def text_width(self, tower: Tower) -> int:
-        if tower.head is None:
-            return tower.width
-        if hasattr(tower.head, "text_model"):
-            return tower.parts["joint"][0].out_features
-        return tower.parts["text"].config.hidden_size
-
     def lift(self, tower: Tower, text: Tensor) -> Tensor:
-        """As it is where the widths are equal, else through the joint space."""
+        """Lift a text: as it is where the widths are equal, else through the joint space."""
         if tower.width == text.shape[-1] and not hasattr(tower.head, "text_model"):
             return text
-        if tower.parts["joint"] is None:
+        if self._joint(tower) is None:
             raise ValueError(
                 f"{type(tower.head).__name__} reads text of width {text.shape[-1]} and images of width {tower.width} "
                 'and has no joint space between them: use guidance="image"'
@@ -184,64 +273,17 @@ class TransformersBlip(BlipMatching):
     def read_back(self, tower: Tower, text: Tensor) -> Tensor:
         if tower.head is None:
             return through_norm(text, tower.final_norm)
-        if tower.parts["joint"] is None:
+        if self._joint(tower) is None:
             name = type(tower.head).__name__
             raise ValueError(f'relevance="values" needs a joint space, which {name} does not have: use "keys"')
         return through_norm(self._out_of_joint(tower, self._into_joint(tower, text)), tower.final_norm)
-
-    # The text of a call.
-
-    def text_of_call(
-        self, model: Any, tower: Tower, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> TextCall | None:
-        given = bound(tower.parts["calls"][method], args, kwargs)
-        if given.get("pixel_values") is None:
-            return None
-        ids, mask = given.get("input_ids"), given.get("attention_mask")
-        if tower.parts["text"] is getattr(model, "text_decoder", None):
-            return self._prompt(model, ids, mask, given.get("labels"))
-        if ids is None:
-            return None
-        encoder = tower.parts["text"]
-        run = {"input_ids": torch.as_tensor(ids), "attention_mask": mask}
-        joint = hasattr(model, "text_model")
-        if joint:
-            run["position_ids"] = given.get("position_ids")
-        elif given.get("use_itm_head", True):
-            with own_random_stream(encoder):
-                return TextCall(encoder(**run, return_dict=True).last_hidden_state[:, 0], ())
-        result = encoder(**run, return_dict=True)
-        features = model.text_projection(result.pooler_output) if joint else result.last_hidden_state[:, 0]
-        run_of_host = TextRun(encoder, "forward", (), run, result)
-        return TextCall(features, (run_of_host,), compares_all=method != "get_multimodal_features")
-
-    def fuses(self, model: Any, tower: Tower, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        if method == "forward" and hasattr(model, "text_model"):
-            return False
-        return bool(bound(tower.parts["calls"][method], args, kwargs).get("use_itm_head", True))
-
-    def _prompt(self, model: Any, ids: Any, mask: Tensor | None, labels: Tensor | None) -> TextCall:
-        if ids is None or labels is not None:
-            why = "got labels (its input_ids are the caption to learn)" if labels is not None else "got no prompt"
-            raise ValueError(
-                f"{type(model).__name__} {why}, so no text guides this call: give the features of a prompt with `with "
-                'patchselect.guide(model, text_features):`, or choose patchselect.apply(model, guidance="image")'
-            )
-        ids = torch.as_tensor(ids)
-        decoder = model.text_decoder.bert
-        with own_random_stream(decoder):
-            states = decoder(
-                input_ids=ids, attention_mask=mask, is_decoder=True, use_cache=False, return_dict=True
-            ).last_hidden_state
-        last = torch.full_like(ids[:, 0], ids.shape[1] - 1) if mask is None else mask.long().cumsum(1).argmax(1)
-        return TextCall(states[torch.arange(len(ids), device=states.device), last], ())
 
     def grid(self, tower: Tower, pixel_values: Tensor, *args: Any, **kwargs: Any) -> tuple[int, int]:
         return patch_grid(pixel_values, tower.module.get_submodule("embeddings.patch_embedding"))
 
 
 def own_random_stream(encoder: Any) -> Any:
-    """A run that the host does not make itself draws its dropout apart, so that the host's own draws stay the same."""
+    """Draw the dropout of a run that the host does not make apart, so that the host's own draws stay the same."""
     if not encoder.training or is_compiling():
         return nullcontext()
     device = next(encoder.parameters()).device

@@ -13,18 +13,20 @@ import inspect
 import textwrap
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Callable
 
 import torch
 from torch import Tensor, nn
 
-from patchselect.adapter import TextCall, TextRun, Tower, Wrapper, bound
+from patchselect.adapter import TextCall, TextRun, Texts, Tower, Wrapper, bound
 from patchselect.wiring.guidance import current
 from patchselect.wiring.text_calls import call_with_text, recall_text, refusal_of_all, remembered
 
-from .albef import Albef, is_tower, joint_of
+from .albef import is_tower
 from .blip import own_random_stream
 from .heads import (
+    BertHead,
     check_twins,
     codes_of,
     functions_of,
@@ -36,7 +38,7 @@ from .heads import (
     tokens_of,
     trained,
 )
-from .matching import CaptionMatching, text_mode
+from .matching import fused_from_ids, ids_and_mask, matching_layer, matching_probability, states_of, text_mode
 
 CALLS = ("forward", "extract_features", "generate", "predict_answers")
 """Methods of a head that take an image, and most of them a text."""
@@ -61,7 +63,7 @@ def _alike(a: Any, b: Any) -> bool:
 
 
 def recall_tokenized(encoder: Any, name: str, original: Any, tokenized_text: Any, *args: Any, **kwargs: Any) -> Any:
-    """LAVIS' `forward_text` and `forward_automask`, which take what the tokenizer returns and go past `forward`."""
+    """Answer LAVIS' `forward_text` and `forward_automask`, which take a tokenizer's output and go past `forward`."""
     ids, mask = tokenized_text.input_ids, tokenized_text.attention_mask
     half = {"attention_mask": mask, "return_dict": True, **text_mode(encoder)}
     if remembered(encoder, "forward", (ids,), half) is None:
@@ -74,7 +76,7 @@ def recall_tokenized(encoder: Any, name: str, original: Any, tokenized_text: Any
 
 
 def call_captioner(model: nn.Module, name: str, original: Any, *args: Any, **kwargs: Any) -> Any:
-    """A captioning head: what comes with its image is the caption to learn, or nothing."""
+    """Call a captioning head: what comes with its image is the caption to learn, or nothing."""
     wiring: Any = model._patchselect
     if wiring.plan.guidance == "text" and current(wiring) is None:
         raise ValueError(
@@ -89,7 +91,7 @@ def call_captioner(model: nn.Module, name: str, original: Any, *args: Any, **kwa
 
 
 def tokenizing(head: nn.Module, functions: list[Any]) -> dict[str, Any]:
-    """The named arguments with which a head tokenises the first text of its call; sensible ones if it cannot be read.
+    """Return the arguments with which a head tokenises the first text of its call; sensible ones if it cannot be read.
 
     Padding and the longest length decide whether its own run of the text is the one that is remembered, and how much
     of a long text guides.
@@ -105,7 +107,7 @@ def tokenizing(head: nn.Module, functions: list[Any]) -> dict[str, Any]:
 
 
 def _tokenizer_calls(function: Any) -> Iterator[ast.Call]:
-    """The calls of `self.tokenizer` in the source of a function, in order; none where there is no source."""
+    """Yield the calls of `self.tokenizer` in the source of a function, in order; none where there is no source."""
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
     except (OSError, TypeError, SyntaxError):
@@ -122,7 +124,7 @@ def _attribute_of_self(node: Any) -> str | None:
 
 
 def _value(node: Any, head: nn.Module, function: Any) -> Any:
-    """What an argument is: a constant, an attribute of the head, or a name of the module; a `LookupError` otherwise."""
+    """Return what an argument is: constant, attribute of the head or name of the module; else a `LookupError`."""
     if isinstance(node, ast.Constant):
         return node.value
     name = _attribute_of_self(node)
@@ -131,102 +133,133 @@ def _value(node: Any, head: nn.Module, function: Any) -> Any:
     return function.__globals__[getattr(node, "id", None)]
 
 
-class Captions(CaptionMatching, Albef):
-    """Heads with ALBEF's ViT, called with strings. A family says which heads are its own and where the text is."""
+@dataclass(eq=False)
+class CaptionHead(BertHead):
+    """A head of salesforce/BLIP or LAVIS, called with strings.
 
-    def knows(self, head: nn.Module, calls: Mapping[str, tuple[str, ...]], halves: bool) -> bool:
-        """Whether a head is of this family, from the parameters of its calls and whether it has a half for text."""
-        raise NotImplementedError
+    Where there is no half for the text alone, every layer of its text encoder reads the image, from the ids. The first
+    token of such a text says what is asked for: [CLS] of the text alone, and [ENC] of text and image in the heads
+    whose own code puts it there. Both are set here, whatever the ids begin with.
+    """
 
-    def text_given(self, given: dict[str, Any], names: tuple[str, ...]) -> Any:
-        """The text among the arguments of a call: a string, strings, tokens, or `None`."""
-        raise NotImplementedError
-
-    def towers(self, model: nn.Module) -> list[Tower]:
-        found: list[Any] = [module for module in model.modules() if is_tower(module)]
-        berts = [module for module in model.modules() if is_bert(module)]
-        if not found or found == [model] or not berts:
-            return []
-        encoder = text_encoder_of(model)
-        head = owner_of(model, found[0], encoder or berts[0])
-        calls = {
-            name: tuple(inspect.signature(getattr(type(head), name)).parameters)[1:]
-            for name in CALLS
-            if getattr(type(head), name, None) not in (None, nn.Module.forward)
-        }
-        if not self.knows(head, calls, encoder is not None):
-            return []
-        check_twins(model, found)
-        return self.vit_towers(found, self._parts(head, encoder, berts[0], calls))
-
-    def _parts(
-        self, head: Any, half: nn.Module | None, bert: Any, calls: Mapping[str, tuple[str, ...]]
-    ) -> dict[str, Any]:
-        functions = functions_of(head, *CALLS[:2])
-        spoken = names_in(functions)
-        constants = {constant for function in functions for code in codes_of(function) for constant in code.co_consts}
-        # A decoder's BERT stands inside of what predicts words; a text encoder is a part of the head.
-        encoder: Any = half or trained([part for part in head.children() if is_bert(part)])
-        first = getattr(getattr(head, "tokenizer", None), "enc_token_id", None)
-        return {
-            "head": head,
-            "text_encoder": encoder,
-            "halves": half is not None,
-            "fusion": None,
-            "text_width": (encoder or bert).embeddings.word_embeddings.embedding_dim,
-            "joint": joint_of(head),
-            "calls": calls,
-            "tokenizing": tokenizing(head, functions),
-            "first_token": first if "enc_token_id" in spoken else None,
-            "repeats": "text" in constants or "forward_text" in spoken,
-            "image_pairs": "split" in spoken,
-        }
+    calls: Mapping[str, tuple[str, ...]]
+    """The parameters of each method that takes an image."""
+    text_given: Callable[[dict[str, Any], tuple[str, ...]], Any]
+    """Finds the text among the arguments of a call: a string, strings, tokens, or `None`."""
+    halves: bool
+    """Whether its text encoder has a half for the text alone."""
+    tokenizing: dict[str, Any]
+    """The arguments with which it tokenises."""
+    first_token: int | None
+    """[ENC], where its own code sets it."""
+    repeats: bool
+    """Whether it makes the run of the text alone itself."""
 
     def methods(self, model: nn.Module, towers: list[Tower]) -> list[tuple[nn.Module, Mapping[str, Wrapper]]]:
-        parts = towers[0].parts
-        head, encoder = parts["head"], parts["text_encoder"]
-        own = [found for found in super().methods(model, towers) if found[0] not in (head, encoder)]
-        if encoder is None:
-            return [*own, (head, dict.fromkeys(parts["calls"], call_captioner))]
-        recall: dict[str, Wrapper] = {"forward": resume_text if parts["halves"] else recall_text}
-        named = ("forward_text", "forward_automask") if parts["halves"] else ("forward_text",)
-        recall.update({name: recall_tokenized for name in named if hasattr(encoder, name)})
-        return [*own, (head, dict.fromkeys(parts["calls"], call_with_text)), (encoder, recall)]
+        if self.text_encoder is None:
+            return [(self.module, dict.fromkeys(self.calls, call_captioner))]
+        recall: dict[str, Wrapper] = {"forward": resume_text if self.halves else recall_text}
+        named = ("forward_text", "forward_automask") if self.halves else ("forward_text",)
+        recall.update({name: recall_tokenized for name in named if hasattr(self.text_encoder, name)})
+        return [(self.module, dict.fromkeys(self.calls, call_with_text)), (self.text_encoder, recall)]
 
     def text_of_call(
         self, model: nn.Module, tower: Tower, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> TextCall | None:
-        parts, names = tower.parts, tower.parts["calls"][method]
+        names = self.calls[method]
         given = bound(names, args, kwargs)
         if "multimodal" not in given.get("mode", "multimodal"):  # features of the image, or of the text, alone
             return None
-        head, encoder = parts["head"], parts["text_encoder"]
-        text = self.text_given(given, names)
-        tokens = tokens_of(text)
-        if text is None or (tokens is None and not callable(getattr(head, "tokenizer", None))):
-            return None
+        tokens = self._tokens(self.text_given(given, names))
         if tokens is None:
-            texts = [text] if isinstance(text, str) else list(text)
-            made = head.tokenizer(texts, **parts["tokenizing"], return_tensors="pt")
-            device = next(encoder.parameters()).device
-            tokens = made.input_ids.to(device), made.attention_mask.to(device)
-        run = {"attention_mask": tokens[1], "return_dict": True, **text_mode(encoder)}
-        repeated = parts["halves"] or (parts["repeats"] and "mode" not in names)
-        if "match_head" in names:
-            repeated = given.get("match_head", "itm") == "itc"
-        with nullcontext() if repeated else own_random_stream(encoder):
-            result = encoder(tokens[0], **run)
-        remembered_run = Alike(encoder, "forward", (tokens[0],), run, result)
-        images = 2 if parts["image_pairs"] else 1
+            return None
+        run = {"attention_mask": tokens[1], "return_dict": True, **text_mode(self.text_encoder)}
         by_cosine = "match_head" in names and given.get("match_head", "itm") == "itc"
+        repeated = by_cosine if "match_head" in names else self.halves or (self.repeats and "mode" not in names)
+        with nullcontext() if repeated else own_random_stream(self.text_encoder):
+            result = self.text_encoder(tokens[0], **run)
+        remembered_run = Alike(self.text_encoder, "forward", (tokens[0],), run, result)
+        images = 2 if self.image_pairs else 1
         return TextCall(result.last_hidden_state[:, 0], (remembered_run,), images, compares_all=by_cosine)
 
-    def lift(self, tower: Tower, text: Tensor) -> Tensor:
-        if self.text_width(tower) != tower.width and not tower.parts["joint"]:
-            raise ValueError(
-                f"{type(tower.parts['head']).__name__} reads text of width {self.text_width(tower)} and images of "
-                f"width {tower.width} and has no text_proj and vision_proj to lift the one to the other: use "
-                f'guidance="image", or call patchselect.apply on its vision tower and give guide() vectors of width '
-                f"{tower.width}"
-            )
-        return super().lift(tower, text)
+    def _tokens(self, text: Any) -> tuple[Tensor, Tensor] | None:
+        """Return ids and mask of the text of a call, made by the head's own tokenizer where it is in words."""
+        tokenizer: Any = getattr(self.module, "tokenizer", None)
+        tokens = tokens_of(text)
+        if text is None or tokens is not None or not callable(tokenizer):
+            return tokens
+        made = tokenizer([text] if isinstance(text, str) else list(text), **self.tokenizing, return_tensors="pt")
+        device = next(self.text_encoder.parameters()).device
+        return made.input_ids.to(device), made.attention_mask.to(device)
+
+    def encode_texts(self, model: Any, tower: Tower, texts: Any) -> Texts:
+        if self.text_encoder is None or self.halves:
+            return super().encode_texts(model, tower, texts)
+        matching_layer(self.module)
+        ids, mask = ids_and_mask(texts, self.text_encoder)
+        first, tokenizer = self.first_token, getattr(self.module, "tokenizer", None)
+        alone = ids if first is None else _begun_with(ids, tokenizer.cls_token_id)  # type: ignore[union-attr]
+        half = text_mode(self.text_encoder)
+        states = self.text_encoder(alone, attention_mask=mask, return_dict=True, **half).last_hidden_state
+        return Texts(states[:, 0], {"tokens": ids if first is None else _begun_with(ids, first), "mask": mask})
+
+    def score(self, model: Any, tower: Tower, rows: Tensor, texts: Texts) -> Tensor:
+        if self.text_encoder is None or self.halves:
+            return super().score(model, tower, rows, texts)
+        matching = matching_layer(self.module)
+        fused = fused_from_ids(self.text_encoder, rows, *states_of(self.module, texts))
+        return matching_probability(matching(fused[:, 0]))
+
+
+def _begun_with(ids: Tensor, first: int) -> Tensor:
+    ids = ids.clone()
+    ids[:, 0] = first
+    return ids
+
+
+def vits_and_head(
+    model: nn.Module,
+    knows: Callable[[Mapping[str, tuple[str, ...]], bool], bool],
+    text_given: Callable[[dict[str, Any], tuple[str, ...]], Any],
+) -> tuple[list[nn.Module], CaptionHead] | None:
+    """Return the ViTs of a model and the head around them; `None` for a ViT alone, or a head of another family.
+
+    Args:
+        model: What `apply` was given.
+        knows: Tells a head of the family by the parameters of its calls, and by whether it has a text half.
+        text_given: See `CaptionHead`.
+    """
+    found: list[Any] = [module for module in model.modules() if is_tower(module)]
+    berts: list[Any] = [module for module in model.modules() if is_bert(module)]
+    if not found or found == [model] or not berts:
+        return None
+    half = text_encoder_of(model)
+    head: Any = owner_of(model, found[0], half or berts[0])
+    calls = {
+        name: tuple(inspect.signature(getattr(type(head), name)).parameters)[1:]
+        for name in CALLS
+        if getattr(type(head), name, None) not in (None, nn.Module.forward)
+    }
+    if not knows(calls, half is not None):
+        return None
+    check_twins(model, found)
+    functions = functions_of(head, *CALLS[:2])
+    spoken = names_in(functions)
+    constants = {constant for function in functions for code in codes_of(function) for constant in code.co_consts}
+    # A decoder's BERT stands inside of what predicts words; a text encoder is a part of the head.
+    encoder: Any = half or trained([part for part in head.children() if is_bert(part)])
+    first = getattr(getattr(head, "tokenizer", None), "enc_token_id", None)
+    return found, CaptionHead(
+        module=head,
+        text_encoder=encoder,
+        fusion=None,
+        width=(encoder or berts[0]).embeddings.word_embeddings.embedding_dim,
+        call=(),
+        image_pairs="split" in spoken,
+        calls=calls,
+        text_given=text_given,
+        halves=half is not None,
+        tokenizing=tokenizing(head, functions),
+        first_token=first if "enc_token_id" in spoken else None,
+        repeats="text" in constants or "forward_text" in spoken,
+    )

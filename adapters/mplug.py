@@ -10,19 +10,20 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
-from patchselect.adapter import Tower, Wrapper
+from patchselect.adapter import Adapter, Reader, Tower, Wrapper
 from patchselect.compat import KEEPS_GRAPH
-from patchselect.weights import is_linear, matrix
+from patchselect.weights import is_linear, matrix, through_norm
 from patchselect.wiring.guidance import current, scope
 from patchselect.wiring.recorder import active_recorder
 
-from .heads import Heads
-from .openai_clip import SequenceFirst, is_tower
+from .heads import BertHead, head_parts
+from .openai_clip import OpenAiClip, is_tower
 
 TRANSFORMER_ARGUMENTS = {"self", "x", "text_mask", "use_checkpoint"}
 
@@ -30,7 +31,7 @@ TRANSFORMER_ARGUMENTS = {"self", "x", "text_mask", "use_checkpoint"}
 def run_transformer(
     module: Any, name: str, original: Any, x: Tensor, text_mask: Tensor | None = None, use_checkpoint: bool = True
 ) -> Tensor:
-    """mPLUG's loop over its blocks; where they are checkpointed, selecting blocks get the text as an argument.
+    """Run mPLUG's loop over its blocks; where they are checkpointed, selecting blocks get the text as an argument.
 
     While recording they are not checkpointed reentrantly, which would keep no graph of what is recorded.
     """
@@ -48,7 +49,7 @@ def run_transformer(
 
 
 def call_with_frames(model: nn.Module, name: str, original: Any, *args: Any, **kwargs: Any) -> Any:
-    """A captioning head: it runs no text encoder, and a video `(B, frames, 3, H, W)` becomes `B * frames` images.
+    """Call a captioning head, which runs no text encoder: a video `(B, frames, 3, H, W)` becomes `B * frames` images.
 
     A text given for each video guides all of its frames.
     """
@@ -60,14 +61,63 @@ def call_with_frames(model: nn.Module, name: str, original: Any, *args: Any, **k
             "features of a prompt with `with patchselect.guide(model, text_features):`, or choose "
             'patchselect.apply(model, guidance="image")'
         )
-    frames = kwargs[wiring.towers[0].parts["call"][0]] if not args else args[0]
+    frames = kwargs[wiring.towers[0].reader.call[0]] if not args else args[0]
     if guidance is None or guidance.pairing != "paired" or frames.dim() != 5 or len(guidance.text) != len(frames):
         return original(*args, **kwargs)
     with scope(wiring, guidance.text.repeat_interleave(frames.shape[1], dim=0), "paired", exact=1):
         return original(*args, **kwargs)
 
 
-class Mplug(SequenceFirst, Heads):
+@dataclass(eq=False)
+class MplugHead(BertHead):
+    """A head around one of its towers, which may be wider than its texts."""
+
+    bridge: str | None = None
+    """The name of the layer from the width of the tower to that of the text, if they differ."""
+    bridge_norm: str | None = None
+    """The name of the norm behind it."""
+
+    def methods(self, model: nn.Module, towers: list[Tower]) -> list[tuple[nn.Module, Mapping[str, Wrapper]]]:
+        if self.text_encoder is None:
+            return [(self.module, {"forward": call_with_frames})]
+        return super().methods(model, towers)
+
+    def as_fused(self, tower: Tower, rows: Tensor) -> Tensor:
+        """Narrow the tokens to the width of the text where the tower is wider, as the head does it."""
+        for name in (self.bridge, self.bridge_norm):
+            rows = rows if name is None else self.module.get_submodule(name)(rows)
+        return rows
+
+
+def bridges(head: BertHead, width: int, count: int) -> list[dict[str, Any]]:
+    """Name, for each of `count` towers of this width, the layer that leads to the width of the text, and its norm.
+
+    Raises:
+        TypeError: the head has no such layer, and needs one.
+    """
+    if width == head.width:
+        return [{}] * count
+    children = list(head.module.children())
+    ways = (width, head.width)
+    found = [layer for layer in children if is_linear(layer) and (layer.in_features, layer.out_features) == ways]
+    if not found:
+        raise TypeError(
+            f"{type(head.module).__name__} reads text of width {head.width} and images of width {width} and has "
+            f"no linear layer from {width} to {head.width} to lift the one to the other: call patchselect.apply on "
+            f"its vision tower and give guide() vectors of width {width}"
+        )
+    names = {id(part): name for name, part in head.module.named_children()}
+    named: list[dict[str, Any]] = []
+    for index in range(count):
+        bridge = found[min(index, len(found) - 1)]
+        later: list[Any] = children[children.index(bridge) :]
+        norms = (part for part in later if isinstance(part, nn.LayerNorm) and part.normalized_shape == ways[1:])
+        norm = next(norms, None)
+        named.append({"bridge": names[id(bridge)], "bridge_norm": None if norm is None else names[id(norm)]})
+    return named
+
+
+class Mplug(OpenAiClip):
     """Heads with `visual_encoder.visual` and, where they read text, `text_encoder`; and the tower alone.
 
     Text features are the text encoder's [CLS]. Where the tower is wider than the text (ViT-L/14), the text goes back
@@ -75,6 +125,7 @@ class Mplug(SequenceFirst, Heads):
     """
 
     name = "mplug"
+    default_relevance = "keys"
 
     def towers(self, model: nn.Module) -> list[Tower]:
         found: list[Any] = [
@@ -84,58 +135,40 @@ class Mplug(SequenceFirst, Heads):
         ]
         if not found:
             return []
+        towers = [self.sequence_first_tower(tower, Reader()) for tower in found]
         alone = found == [model] or found == [getattr(model, "visual", None)]
-        parts = {} if alone else self.head_parts(model, found, "mPLUG")
-        towers = [self.sequence_first_tower(tower, dict(parts)) for tower in found]
-        if parts:
-            self._find_bridges(parts, towers)
+        parts = None if alone else head_parts(model, found, "mPLUG")
+        if parts is not None:
+            names = bridges(BertHead(**parts), towers[0].width, len(towers))
+            for tower, bridge in zip(towers, names):
+                tower.reader = MplugHead(**parts, **bridge)
         return towers
 
-    def _find_bridges(self, parts: dict[str, Any], towers: list[Tower]) -> None:
-        """Give each tower the layer that leads from its width to that of the text, and its norm, if it needs one."""
-        ways = (towers[0].width, parts["text_width"])
-        if ways[0] == ways[1]:
-            return
-        children = list(parts["head"].children())
-        bridges = [layer for layer in children if is_linear(layer) and (layer.in_features, layer.out_features) == ways]
-        if not bridges:
-            raise TypeError(
-                f"{type(parts['head']).__name__} reads text of width {ways[1]} and images of width {ways[0]} and has "
-                f"no linear layer from {ways[0]} to {ways[1]} to lift the one to the other: call patchselect.apply on "
-                f"its vision tower and give guide() vectors of width {ways[0]}"
-            )
-        for index, tower in enumerate(towers):
-            bridge = bridges[min(index, len(bridges) - 1)]
-            later: list[Any] = children[children.index(bridge) :]
-            norms = (part for part in later if isinstance(part, nn.LayerNorm) and part.normalized_shape == ways[1:])
-            names = {id(part): name for name, part in parts["head"].named_children()}
-            norm = next(norms, None)
-            tower.parts.update(bridge=names[id(bridge)], bridge_norm=None if norm is None else names[id(norm)])
-
     def methods(self, model: nn.Module, towers: list[Tower]) -> list[tuple[nn.Module, Mapping[str, Wrapper]]]:
-        parts = towers[0].parts
-        methods = super().methods(model, towers)
-        if parts and parts["text_encoder"] is None:
-            methods.append((parts["head"], {"forward": call_with_frames}))
+        methods = list(towers[0].reader.methods(model, towers))
         for tower in towers:
             transformer: Any = tower.module.transformer
             if set(inspect.signature(type(transformer).forward).parameters) == TRANSFORMER_ARGUMENTS:
                 methods.append((transformer, {"forward": run_transformer}))
         return methods
 
-    def read_back(self, tower: Tower, text: Tensor) -> Tensor:
-        if not tower.parts:
-            return super().read_back(tower, text)
-        raise ValueError('relevance="values" is not offered for the heads of mPLUG: use "keys" or "features"')
+    def encode_images(self, model: nn.Module, tower: Tower, images: Any, **kwargs: Any) -> Tensor:
+        """Return all tokens, `(B, N, D)`, after the last layer and without checkpoints, as the heads read them."""
+        return tower.module(images, **{"skip_last_layer": True, "use_checkpoint": False, **kwargs})
+
+    # The tower has a projection into CLIP's joint space, which no head of mPLUG uses.
 
     def lift(self, tower: Tower, text: Tensor) -> Tensor:
-        if tower.parts.get("bridge") is None:
+        head = tower.reader
+        if not isinstance(head, MplugHead) or head.bridge is None:
             return text
-        weight = matrix(tower.parts["head"].get_submodule(tower.parts["bridge"]))  # as it is now, with what came around
+        weight = matrix(head.module.get_submodule(head.bridge))  # as it is now, with what came around
         return text.to(weight.dtype) @ weight
 
-    def as_fused(self, tower: Tower, rows: Tensor) -> Tensor:
-        """Narrowed to the width of the text where the tower is wider, as the head does it."""
-        for name in (tower.parts.get("bridge"), tower.parts.get("bridge_norm")):
-            rows = rows if name is None else tower.parts["head"].get_submodule(name)(rows)
-        return rows
+    def read_back(self, tower: Tower, text: Tensor) -> Tensor:
+        if not isinstance(tower.reader, MplugHead):
+            return through_norm(text, tower.final_norm)
+        raise ValueError('relevance="values" is not offered for the heads of mPLUG: use "keys" or "features"')
+
+    def project(self, tower: Tower, patches: Tensor) -> Tensor:
+        return Adapter.project(self, tower, patches)

@@ -28,18 +28,18 @@ from patchselect.wiring.text_calls import call_with_text, recall_text
 from patchselect.wiring.wording import refuse_masks
 
 from .switches import advice_of_set_grad_checkpointing
-from .timm import TimmViT, partial_methods, why_not
+from .timm import TimmViT, partial_methods
 
 BLOCK_PARTS = {"ln_1", "attn", "ls_1", "ln_2", "mlp", "ls_2"}
 
 
 def _unit(heads: Tensor) -> Tensor:
-    """Queries or keys `(..., H, E)` of length 1, for attention by scaled cosine."""
+    """Scale queries or keys `(..., H, E)` to length 1, for attention by scaled cosine."""
     return F.normalize(heads, dim=-1)
 
 
 def _out(block: Any, heads: Tensor) -> Tensor:
-    """The output of the attention of `block`, of what its heads read, `(B, N, D)`."""
+    """Return the output of the attention of `block`, from what its heads read, `(B, N, D)`."""
     attention = block.attn
     scale = getattr(attention, "head_scale", None)
     if scale is not None:
@@ -50,7 +50,7 @@ def _out(block: Any, heads: Tensor) -> Tensor:
 
 
 def pool_of(visual: Any) -> Any:
-    """The attentional pooler; releases before 2.16 have none."""
+    """Return the attentional pooler; releases before 2.16 have none."""
     return getattr(visual, "attn_pool", None)
 
 
@@ -218,14 +218,14 @@ class OpenClip(_Paired):
         return through_norm(self._through_pool(tower, goal), visual.attn_pool.ln_k)
 
     def _to_pooled(self, tower: Tower, text: Tensor) -> Tensor:
-        """From the joint space to where the tower pools: through the projection, transposed."""
+        """Lead from the joint space to where the tower pools: through the projection, transposed."""
         if tower.module.proj is None:
             return text
         proj = gathered(held(tower.module, "proj"))
         return text.to(proj.dtype) @ proj.T
 
     def _through_pool(self, tower: Tower, direction: Tensor) -> Tensor:
-        """Back through the value-output path of the attentional pooler."""
+        """Lead back through the value-output path of the attentional pooler."""
         visual: Any = tower.module
         if getattr(visual, "attn_pool_contrastive", None) is not None:
             raise ValueError('text cannot be read back through two attentional poolers: use guidance="image"')
@@ -261,7 +261,7 @@ class OpenClipTimm(_Paired, TimmViT):
         trunk = getattr(visual, "trunk", None)
         if not isinstance(trunk, nn.Module) or not isinstance(getattr(visual, "head", None), nn.Module):
             return []
-        reason = why_not(trunk)
+        reason = self.why_not(trunk)
         if reason is not None:
             raise TypeError(f"the {type(trunk).__name__} of this {type(model).__name__} cannot be patched: {reason}")
         tower = self.tower(trunk)
@@ -269,7 +269,7 @@ class OpenClipTimm(_Paired, TimmViT):
         return [tower]
 
     def _projection(self, tower: Tower) -> Any:
-        """The linear map from the pooled image to the joint space, if there is one."""
+        """Return the linear map from the pooled image to the joint space, if there is one."""
         visual: Any = tower.head
         if is_linear(getattr(visual.head, "proj", None)):
             return visual.head.proj

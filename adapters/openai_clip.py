@@ -7,7 +7,18 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from patchselect.adapter import Adapter, Attended, TextCall, TextRun, Texts, Tower, Wrapper, bound, patch_grid
+from patchselect.adapter import (
+    Adapter,
+    Attended,
+    Reader,
+    TextCall,
+    TextRun,
+    Texts,
+    Tower,
+    Wrapper,
+    bound,
+    patch_grid,
+)
 from patchselect.weights import Projections, gathered, held, output_of, rate
 from patchselect.wiring.text_calls import call_with_text, recall_text
 from patchselect.wiring.wording import refuse_masks
@@ -17,7 +28,7 @@ TOWER_PARTS = ("conv1", "class_embedding", "positional_embedding", "ln_pre", "ln
 
 
 def is_tower(module: Any, held_in: Any = nn.Sequential) -> bool:
-    """The ViT of OpenAI CLIP: `transformer.resblocks` of four parts around an `nn.MultiheadAttention`."""
+    """Tell whether this is OpenAI CLIP's ViT: blocks of four parts around an `nn.MultiheadAttention`."""
     blocks: Any = getattr(getattr(module, "transformer", None), "resblocks", None)
     if not isinstance(blocks, held_in) or not all(hasattr(module, part) for part in TOWER_PARTS):
         return False
@@ -29,10 +40,54 @@ def is_tower(module: Any, held_in: Any = nn.Sequential) -> bool:
     )
 
 
-class SequenceFirst(Adapter):
-    """Blocks of OpenAI's code, in CLIP itself and in mPLUG: tokens are `(N, B, D)` inside of `transformer`."""
+class ClipReader(Reader):
+    """OpenAI's `CLIP` around its tower, or nobody around a tower alone."""
 
-    def sequence_first_tower(self, module: Any, parts: dict[str, Any]) -> Tower:
+    def methods(self, model: nn.Module, towers: list[Tower]) -> list[tuple[nn.Module, Mapping[str, Wrapper]]]:
+        if not hasattr(model, "encode_text"):
+            return []
+        return [(model, {"forward": call_with_text, "encode_text": recall_text})]
+
+    def text_width(self, tower: Tower) -> int:
+        proj: Any = tower.module.proj
+        return tower.width if proj is None else proj.shape[1]
+
+    def text_of_call(
+        self, model: Any, tower: Tower, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> TextCall | None:
+        text = bound(("image", "text"), args, kwargs).get("text")
+        if text is None:
+            return None
+        result = model.encode_text(text)
+        return TextCall(result, (TextRun(model, "encode_text", (text,), {}, result),), compares_all=True)
+
+    def encode_images(self, model: Any, tower: Tower, images: Any, **kwargs: Any) -> Tensor:
+        return (model.encode_image if hasattr(model, "encode_image") else model)(images, **kwargs)
+
+    def encode_texts(self, model: Any, tower: Tower, texts: Any) -> Texts:
+        if not hasattr(model, "encode_text"):
+            return super().encode_texts(model, tower, texts)
+        return Texts(model.encode_text(texts))
+
+
+class OpenAiClip(Adapter):
+    """`model(image, text)`, `model.encode_image(image)` under `guide`, or the bare `VisionTransformer`.
+
+    Text features are what `encode_text` gives, in the joint space; a tower without `proj` takes its own width. Tokens
+    are `(N, B, D)` inside of `transformer`.
+    """
+
+    name = "openai-clip"
+    default_relevance = "values"
+
+    def towers(self, model: nn.Module) -> list[Tower]:
+        visual: Any = getattr(model, "visual", model)
+        if hasattr(visual, "attnpool") and hasattr(visual, "layer4") and hasattr(model, "token_embedding"):
+            raise TypeError(f"{type(visual).__name__} cannot be patched: it has no sequence of patches")
+        return [self.sequence_first_tower(visual, ClipReader())] if is_tower(visual) else []
+
+    def sequence_first_tower(self, module: Any, reader: Reader) -> Tower:
+        """Return a ViT of OpenAI's code taken apart."""
         return Tower(
             adapter=self,
             module=module,
@@ -42,7 +97,7 @@ class SequenceFirst(Adapter):
             width=module.ln_post.normalized_shape[0],
             batch_first=False,
             final_norm=module.ln_post,
-            parts=parts,
+            reader=reader,
         )
 
     def attend(self, tower: Tower, block: Any, x: Tensor, text_mask: Tensor | None = None) -> Attended:
@@ -68,48 +123,6 @@ class SequenceFirst(Adapter):
 
     def grid(self, tower: Tower, x: Tensor, *args: Any, **kwargs: Any) -> tuple[int, int]:
         return patch_grid(x, tower.module.get_submodule("conv1"))
-
-
-class OpenAiClip(SequenceFirst):
-    """`model(image, text)`, `model.encode_image(image)` under `guide`, or the bare `VisionTransformer`.
-
-    Text features are what `encode_text` gives, in the joint space; a tower without `proj` takes its own width.
-    """
-
-    name = "openai-clip"
-    default_relevance = "values"
-
-    def encode_images(self, model: Any, tower: Tower, images: Any, **kwargs: Any) -> Tensor:
-        return (model.encode_image if hasattr(model, "encode_image") else model)(images, **kwargs)
-
-    def encode_texts(self, model: Any, tower: Tower, texts: Any) -> Texts:
-        if not hasattr(model, "encode_text"):
-            return super().encode_texts(model, tower, texts)
-        return Texts(model.encode_text(texts))
-
-    def towers(self, model: nn.Module) -> list[Tower]:
-        visual: Any = getattr(model, "visual", model)
-        if hasattr(visual, "attnpool") and hasattr(visual, "layer4") and hasattr(model, "token_embedding"):
-            raise TypeError(f"{type(visual).__name__} cannot be patched: it has no sequence of patches")
-        return [self.sequence_first_tower(visual, {})] if is_tower(visual) else []
-
-    def methods(self, model: nn.Module, towers: list[Tower]) -> list[tuple[nn.Module, Mapping[str, Wrapper]]]:
-        if not hasattr(model, "encode_text"):
-            return []
-        return [(model, {"forward": call_with_text, "encode_text": recall_text})]
-
-    def text_of_call(
-        self, model: Any, tower: Tower, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> TextCall | None:
-        text = bound(("image", "text"), args, kwargs).get("text")
-        if text is None:
-            return None
-        result = model.encode_text(text)
-        return TextCall(result, (TextRun(model, "encode_text", (text,), {}, result),), compares_all=True)
-
-    def text_width(self, tower: Tower) -> int:
-        proj: Any = tower.module.proj
-        return tower.width if proj is None else proj.shape[1]
 
     def lift(self, tower: Tower, text: Tensor) -> Tensor:
         if tower.module.proj is None:

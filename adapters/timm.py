@@ -38,25 +38,25 @@ OLD_BLOCK_PARTS = {"norm1", "attn", "drop_path", "norm2", "mlp"}
 
 
 def prefix_of(trunk: Any) -> Any:
-    """The number of prefix tokens; before timm 0.8 it had another name."""
+    """Return the number of prefix tokens; before timm 0.8 it had another name."""
     return getattr(trunk, "num_prefix_tokens", getattr(trunk, "num_tokens", None))
 
 
 def branch(block: Any, number: int, x: Tensor) -> Tensor:
-    """LayerScale and stochastic depth of one branch."""
+    """Apply LayerScale and stochastic depth of one branch."""
     if hasattr(block, "drop_path"):
         return block.drop_path(x)
     return getattr(block, f"drop_path{number}")(getattr(block, f"ls{number}")(x))
 
 
 def out_of(attention: Any, heads: Tensor) -> Tensor:
-    """The output of an attention of timm (or of ALBEF, which has no norm), of what its heads read, `(B, N, D)`."""
+    """Return the output of an attention of timm (or ALBEF: it has no norm), from what its heads read, `(B, N, D)`."""
     branch = attention.proj(attention.norm(heads) if present(getattr(attention, "norm", None)) else heads)
     return attention.proj_drop(branch) if hasattr(attention, "proj_drop") else branch
 
 
 def why_not(trunk: nn.Module) -> str | None:
-    """What of `trunk` keeps it from being a plain ViT of timm, in words; `None` if it is one."""
+    """Say what of `trunk` keeps it from being a plain ViT of timm; `None` if it is one."""
     blocks: Any = getattr(trunk, "blocks", None)
     if (
         prefix_of(trunk) is None
@@ -95,23 +95,30 @@ def refuse_grid(module: nn.Module, name: str, original: Original, *args: Any, **
 
 
 def partial_methods(trunk: nn.Module) -> dict[str, Wrapper]:
-    """Methods that run the blocks of a tower without its `forward`."""
+    """Return methods that run the blocks of a tower without its `forward`."""
     methods: dict[str, Wrapper] = {"forward_intermediates": refuse_grid, "forward_features": call_tower}
     return {name: wrapper for name, wrapper in methods.items() if hasattr(trunk, name)}
 
 
 class TimmViT(Adapter):
-    """`timm.models.vision_transformer.VisionTransformer` alone."""
+    """`timm.models.vision_transformer.VisionTransformer` alone, or in a `TimmWrapperModel` of transformers."""
 
     name = "timm"
 
     def towers(self, model: nn.Module) -> list[Tower]:
-        if not type(model).__module__.startswith("timm.") and why_not(model) is not None:
+        model = getattr(
+            model, "timm_model", model
+        )  # transformers' TimmWrapperModel and TimmWrapperForImageClassification
+        reason = self.why_not(model)
+        if not type(model).__module__.startswith("timm.") and reason is not None:
             return []
-        reason = why_not(model)
         if reason is not None:
             raise TypeError(f"{type(model).__name__} cannot be patched: {reason}")
         return [self.tower(model)]
+
+    def why_not(self, trunk: nn.Module) -> str | None:
+        """Return what keeps `trunk` from being a tower of this family, in words; `None` if it is one."""
+        return why_not(trunk)
 
     def tower(self, trunk: Any) -> Tower:
         return Tower(

@@ -24,10 +24,10 @@ from patchselect.adapter import (
     patch_grid,
     pooled,
 )
-from patchselect.compat import is_compiling
-from patchselect.weights import Projections, gathered, held, is_linear, matrix, pool_cost, rate, through_norm
-from patchselect.wiring.journey import call_tower
-from patchselect.wiring.text_calls import Original, call_with_text, recall_text
+from patchselect.weights import Projections, is_linear, matrix, rate
+from patchselect.wiring.journey import parts_of_call
+from patchselect.wiring.recomputation import in_backward
+from patchselect.wiring.text_calls import call_with_text, recall_text
 from patchselect.wiring.wording import instead_of_whole, refuse_masks
 
 from .switches import advice_of_transformers
@@ -54,16 +54,23 @@ def is_tower(module: Any) -> bool:
 
 
 def takes_return_dict(encoder: nn.Module | None) -> dict[str, bool]:
-    """The flag that makes a text encoder return named outputs, where it takes one."""
+    """Return the flag that makes a text encoder return named outputs, where it takes one."""
     parameters = {} if encoder is None else inspect.signature(encoder.forward).parameters
     named = "return_dict" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     return {"return_dict": True} if named else {}
+
+
+def knows_padding(tower: Tower) -> bool:
+    """Tell whether this run of a block knows which tokens are padding."""
+    return in_backward() or parts_of_call(tower) is not None
 
 
 class TransformersClip(Adapter):
     """`CLIPModel`, `CLIPVisionModel(WithProjection)`, `ChineseCLIPModel`, `AltCLIPModel`, `MetaClip2Model`, …"""
 
     name = "transformers-clip"
+    pools = False
+    """Whether an attention pools over the patches, in place of a class token."""
     default_relevance = "values"
 
     def towers(self, model: nn.Module) -> list[Tower]:
@@ -72,7 +79,7 @@ class TransformersClip(Adapter):
             core = core.vision_model
         if not is_tower(core):
             return self._refuse_readers(model)
-        if self._is_siglip(core) != isinstance(self, TransformersSiglip):
+        if self._is_siglip(core) != self.pools:
             return []
         name = type(model).__name__
         for prefix, reader in DENSE_READERS.items():
@@ -137,7 +144,7 @@ class TransformersClip(Adapter):
     def attend(self, tower: Tower, block: Any, *args: Any, **kwargs: Any) -> Attended:
         given = bound(tower.parts["block_call"], args, kwargs)
         masks = {name: value for name, value in given.items() if name.endswith("attention_mask") and value is not None}
-        if masks and block._patchselect.plan.selects:
+        if masks and block._patchselect.plan.selects and not (tower.padded and knows_padding(tower)):
             refuse_masks(tower, masks)
         hidden_states = given.pop("hidden_states")
         normed = block.layer_norm1(hidden_states)
@@ -172,7 +179,7 @@ class TransformersClip(Adapter):
             num_heads=attention.num_heads,
             scale=attention.scale,
             norm=block.layer_norm1,
-            dropout=rate(attention.dropout),
+            dropout=rate(getattr(attention, "dropout", getattr(attention, "attention_dropout", None))),
         )
 
     def text_width(self, tower: Tower) -> int:
@@ -217,72 +224,3 @@ class TransformersClip(Adapter):
 
     def grid(self, tower: Tower, pixel_values: Tensor, *args: Any, **kwargs: Any) -> tuple[int, int]:
         return patch_grid(pixel_values, tower.module.get_submodule("embeddings.patch_embedding"))
-
-
-def call_without_full_mask(module: Any, name: str, original: Original, *args: Any, **kwargs: Any) -> Any:
-    """SigLIP 2 sends a padding mask through all blocks and the head; one that hides nothing is left out.
-
-    A real one is refused by the first selecting block. A compiled graph cannot look at the mask and keeps it.
-    """
-    names = ("pixel_values", "attention_mask", "spatial_shapes")
-    given = bound(names, args, kwargs)
-    key = "pixel_attention_mask" if "pixel_attention_mask" in kwargs else "attention_mask"
-    selects = module._patchselect.plan.selects
-    if selects and given.get(key) is not None and not is_compiling() and bool(given[key].all()):
-        if len(args) > 1:
-            args = (args[0], None, *args[2:])
-        else:
-            kwargs[key] = None
-    return call_tower(module, name, original, *args, **kwargs)
-
-
-class TransformersSiglip(TransformersClip):
-    """`SiglipModel`, `Siglip2Model` and their vision towers: no [CLS], an attention-pooling head after the tower.
-
-    The text has the width of the tower already, but for `VisionTextDualEncoderModel`, whose own `visual_projection`
-    follows the head and leads into its joint space. For `values` it is read backwards through the value-output path of
-    the pooling head's attention, which is one more attention over the patches; for `joint` each patch goes through
-    the head alone.
-    """
-
-    name = "transformers-siglip"
-
-    def methods(self, model: nn.Module, towers: list[Tower]) -> list[tuple[nn.Module, Mapping[str, Wrapper]]]:
-        masked: list[tuple[nn.Module, Mapping[str, Wrapper]]] = [
-            (tower.module, {"forward": call_without_full_mask}) for tower in towers if self.takes_flat_patches(tower)
-        ]
-        return masked + super().methods(model, towers)
-
-    def takes_flat_patches(self, tower: Tower) -> bool:
-        """Tell SigLIP 2, which is called with patches `(N, n, values)` that its processor has cut out, from SigLIP."""
-        return is_linear(tower.module.embeddings.patch_embedding)  # type: ignore[union-attr]
-
-    def patch_embedding(self, tower: Tower) -> nn.Module | None:
-        return tower.module.embeddings.patch_embedding  # type: ignore[union-attr, return-value]
-
-    def pooling_cost(self, tower: Tower) -> tuple[int, int]:
-        return pool_cost(getattr(tower.module, "head", None))
-
-    def read_back(self, tower: Tower, text: Tensor) -> Tensor:
-        text = self.lift(tower, text)
-        head = getattr(tower.module, "head", None)
-        if head is None:
-            return through_norm(text, tower.final_norm)
-        weight, output = (gathered(held(head.attention, name)) for name in ("in_proj_weight", "out_proj.weight"))
-        return through_norm(text.to(weight.dtype) @ output @ weight.chunk(3)[2], tower.final_norm)
-
-    def project(self, tower: Tower, patches: Tensor) -> Tensor:
-        normed = tower.final_norm(patches)  # type: ignore[misc]
-        head = getattr(tower.module, "head", None)
-        if head is not None:
-            normed = head(normed.flatten(0, 1).unsqueeze(1)).unflatten(0, normed.shape[:2])
-        return normed if tower.head is None else tower.head.visual_projection(normed)  # type: ignore
-
-    def grid(self, tower: Tower, *args: Any, **kwargs: Any) -> tuple[int, int]:
-        shapes = kwargs.get("spatial_shapes", args[2] if len(args) > 2 else None)
-        if shapes is None:
-            return super().grid(tower, *args, **kwargs)
-        first, *others = shapes.tolist()
-        if any(other != first for other in others):
-            raise ValueError("record() needs images of one grid in a batch, got " + str(shapes.tolist()))
-        return int(first[0]), int(first[1])

@@ -34,7 +34,7 @@ def is_tower(module: Any) -> bool:
 
 
 def call_model(module: nn.Module, name: str, original: Any, *args: Any, **kwargs: Any) -> Any:
-    """`ViltModel.forward`: the length of the text says where the patches begin."""
+    """Note the length of the text in `ViltModel.forward`: it says where the patches begin."""
     given = bound(CALL, args, kwargs)
     text = given.get("input_ids")
     text = given.get("inputs_embeds") if text is None else text
@@ -52,7 +52,7 @@ def call_model(module: nn.Module, name: str, original: Any, *args: Any, **kwargs
 
 
 def note_patches(embeddings: Any, name: str, original: Any, *args: Any, **kwargs: Any) -> Any:
-    """ViLT shuffles the patches, and drops some beyond `max_image_length`: remember which is which."""
+    """Note which patch is which: ViLT shuffles them, and drops some beyond `max_image_length`."""
     result = original(*args, **kwargs)
     places, (height, width) = result[2]
     order = places[..., 0] * int(width) + places[..., 1]
@@ -114,9 +114,9 @@ class TransformersVilt(Adapter):
 
     def attend_sized(
         self, tower: Tower, block: Any, sizes: Tensor, hidden_states: Tensor, attention_mask: Tensor | None = None,
-        *args: Any, text_length: int, **kwargs: Any,
+        *args: Any, text_length: int = 0, **kwargs: Any,
     ) -> Attended:  # fmt: skip
-        """The mask of the text counts as before."""
+        """Count sizes beside the mask of the text, which counts as before."""
         refuse_extras(args, kwargs)
         length = hidden_states.shape[1]
         mask = None if attention_mask is None else attention_mask[..., :length, :length]

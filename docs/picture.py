@@ -69,7 +69,7 @@ def as_pixels(scene: Image.Image) -> torch.Tensor:
 
 @torch.no_grad()
 def read(model: MiniAlbef, sentences: Sequence[str]) -> tuple[list[str], torch.Tensor]:
-    """What sentences about these drawings say, and their features `(T, width of the vision tower)`.
+    """Return what sentences about these drawings say, and their features `(T, width of the vision tower)`.
 
     They pass through the joint space of text and image, so `relevance="values"` can read them.
     """

@@ -16,6 +16,7 @@ from .recording import Selected, Trace, restore
 from .reduction import Reduction
 from .relevance import Candidates, Relevance
 from .selection import PatchSelection
+from .shortening import shorten
 
 try:
     __version__ = version("patchselect")
@@ -44,6 +45,7 @@ __all__ = [
     "remove",
     "restore",
     "score_pairs",
+    "shorten",
     "skip_unread_outputs",
     "visualization",
 ]

@@ -5,73 +5,35 @@ Subclass `Adapter`, without state or selection logic, for a new family of models
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any, Callable, Mapping, NamedTuple
+from typing import Any, Mapping, Tuple
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import attention_branch
 from .calls import bound, named, padded, patch_grid, pooled, refuse_extras  # noqa: F401 (adapters find them here)
 from .compat import KEEPS_GRAPH
 from .texts import TextCall, TextRun, Texts
+from .tower import Attended, Reader, Tower, Turn, Wrapper
 from .weights import Projections, through_norm
 
-Wrapper = Callable[..., Any]
-"""`wrapper(module, name, original, *args, **kwargs)`: a module-level function that stands in for method `name`."""
+Arguments = Tuple[Tuple[Any, ...], Mapping[str, Any]]
+"""Positional and keyword arguments of a block."""
 
 __all__ = [
     "Adapter",
     "Attended",
+    "Reader",
     "TextCall",
     "TextRun",
     "Texts",
     "Tower",
+    "Turn",
     "Wrapper",
     "bound",
     "named",
     "patch_grid",
     "pooled",
 ]
-
-
-class Attended(NamedTuple):
-    """A block half done: between its attention and its MLP."""
-
-    tokens: Tensor
-    """After attention and its residual, in the host's own layout."""
-    normed: Tensor
-    """The block's input after its pre-attention norm, in the host's own layout."""
-    rest: Any = None
-    """Whatever the adapter needs to finish the block the host's way (attention maps, flags)."""
-    num_prefix_tokens: int | None = None
-    """Where it differs from call to call (single stream: the text tokens and the image [CLS])."""
-    keys: Tensor | None = None
-    """`(B, N, E)`, the keys averaged over the heads, where they were at hand."""
-
-
-@dataclass
-class Tower:
-    """One vision tower, taken apart."""
-
-    adapter: Adapter
-    module: nn.Module
-    """What is called with pixels."""
-    blocks: list[nn.Module]
-    """The transformer blocks, in order."""
-    num_prefix_tokens: int
-    has_class_token: bool
-    """Whether token 0 is an image [CLS]."""
-    width: int
-    batch_first: bool = True
-    single_stream: bool = False
-    """Whether text and image share one sequence: token 0 is the text [CLS], the last prefix token the image [CLS]."""
-    head: nn.Module | None = None
-    """The module that holds the projection into the joint space, if there is one."""
-    final_norm: nn.Module | None = None
-    parts: dict[str, Any] = field(default_factory=dict)
-    """Adapter-specific modules and names."""
 
 
 class Adapter:
@@ -83,6 +45,10 @@ class Adapter:
 
     name: str = ""
     default_relevance: str = "keys"
+
+    def relevance_for(self, tower: Tower) -> str:
+        """Return the relevance by which this tower reads a text where none is asked for."""
+        return self.default_relevance
 
     # Is this my model, and where are its parts?
 
@@ -97,7 +63,7 @@ class Adapter:
 
     def methods(self, model: nn.Module, towers: list[Tower]) -> list[tuple[nn.Module, Mapping[str, Wrapper]]]:
         """Return the methods outside of the blocks that must behave differently while selection is on."""
-        return []
+        return towers[0].reader.methods(model, towers)
 
     # The two halves of a block, and its weights.
 
@@ -118,13 +84,14 @@ class Adapter:
         return self.with_sizes(tower, block, sizes, args[0] if args else next(iter(kwargs.values())))
 
     def with_sizes(
-        self, tower: Tower, block: nn.Module, sizes: Tensor, hidden: Tensor, mask: Tensor | None = None
-    ) -> Attended:
+        self, tower: Tower, block: nn.Module, sizes: Tensor, hidden: Tensor, mask: Tensor | None = None,
+        turn: Turn | None = None,
+    ) -> Attended:  # fmt: skip
         """Run the block's input through norm, attention that counts sizes, and residual."""
         weights = self.projections(block)
         normed = weights.norm(hidden)
         first = normed if tower.batch_first else normed.transpose(0, 1)
-        branch, keys = attention_branch(weights, first, sizes, block.training, mask)
+        branch, keys = attention_branch(weights, first, sizes, block.training, mask, turn)
         branch = branch if tower.batch_first else branch.transpose(0, 1)
         return Attended(self.residual(tower, block, hidden, branch), normed, keys=keys)
 
@@ -135,6 +102,39 @@ class Adapter:
     def sample_call(self, tower: Tower, block: nn.Module, tokens: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return arguments on which `apply` compares the two halves with `block.forward`; others it needs are None."""
         return (tokens,), {}
+
+    # Rotary towers: places follow the tokens.
+
+    def turn(self, tower: Tower, block: nn.Module, *args: Any, **kwargs: Any) -> Turn | None:
+        """Return how the block turns queries and keys by the places of their tokens, given its own arguments."""
+        return None
+
+    def at_places(self, tower: Tower, block: nn.Module, places: Tensor, *args: Any, **kwargs: Any) -> Arguments:
+        """Return a block's own arguments, made by the host for all patches of the image, for those that are left.
+
+        Args:
+            tower: the tower.
+            block: one of its blocks, after the first that shortens the sequence.
+            places: `(B, m)`: which patch of the image each patch token of now is, or the one that a merged token has
+                its place from; -1 is a fused token, which has no place and is not turned, as prefix tokens are not.
+            args: of the block, the tokens first.
+            kwargs: of the block.
+        """
+        raise NotImplementedError
+
+    # Padded towers: images of several sizes in one batch, the patches of each in front of its padding.
+
+    def images(self, tower: Tower, *args: Any, **kwargs: Any) -> list[tuple[int, int]] | None:
+        """Return height and width, in patches, of each image that the tower is called with; `None` without padding.
+
+        Raises:
+            ValueError: padding comes before a patch.
+        """
+        return None
+
+    def fit_masks(self, tower: Tower, block: nn.Module, real: Tensor, *args: Any, **kwargs: Any) -> Arguments:
+        """Return a block's own arguments with masks that show the tokens `real` `(B, N)` of now, and hide padding."""
+        raise NotImplementedError
 
     def projections(self, block: nn.Module) -> Projections:
         """Return the weights of the block's attention."""
@@ -190,7 +190,7 @@ class Adapter:
 
     def text_width(self, tower: Tower) -> int:
         """Return the width that text features must have."""
-        return tower.width
+        return tower.reader.text_width(tower)
 
     def lift(self, tower: Tower, text: Tensor) -> Tensor:
         """Lift text features `(..., D_text)` to the width of the vision tower, without new parameters."""
@@ -207,40 +207,29 @@ class Adapter:
         """Map patches `(B, n, D)` through the final norm and projection into the joint space."""
         raise ValueError(f'relevance="joint" needs a joint image-text space, which {self.name} towers do not have')
 
+    # Texts of calls, and pairs. The answers are those of the tower's reader.
+
     def text_of_call(
         self, model: nn.Module, tower: Tower, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> TextCall | None:
-        """Return the text that came with this call of `model.method`, encoded by the model's own text encoder."""
-        return None
+        """Return the text that came with this call of `model.method`: see `Reader.text_of_call`."""
+        return tower.reader.text_of_call(model, tower, method, args, kwargs)
 
     def fuses(self, model: nn.Module, tower: Tower, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Return whether this call reads each image beside the text of its row: it takes as many of both."""
-        return False
-
-    # Pairs: images and texts apart, and the score of two of them. The defaults are those of a dual encoder.
+        """Return whether this call reads each image beside the text of its row: see `Reader.fuses`."""
+        return tower.reader.fuses(model, tower, method, args, kwargs)
 
     def encode_images(self, model: nn.Module, tower: Tower, images: Any, **kwargs: Any) -> Tensor:
-        """Return what `score` reads of the images, under whatever text guides them: one row per image, or per pair."""
-        found = tower.module(images, **kwargs)
-        return found if isinstance(found, Tensor) else found[0]
+        """Return what `score` reads of the images: see `Reader.encode_images`."""
+        return tower.reader.encode_images(model, tower, images, **kwargs)
 
     def encode_texts(self, model: nn.Module, tower: Tower, texts: Any) -> Texts:
-        """Encode a batch of token ids `(M, L)`, or of what a tokenizer returns, with the host's own text encoder."""
-        raise ValueError(
-            f"{type(model).__name__} has no text encoder that is known here: give score_pairs the text features, "
-            "(texts, width) in floating point"
-        )
+        """Encode a batch of texts: see `Reader.encode_texts`."""
+        return tower.reader.encode_texts(model, tower, texts)
 
     def score(self, model: nn.Module, tower: Tower, rows: Tensor, texts: Texts) -> Tensor:
-        """Return the score `(R,)` of row i of the images with text i: here the cosine of their features."""
-        if rows.dim() != 2 or rows.shape[1] != texts.features.shape[1]:
-            raise ValueError(
-                f"the image side of {type(model).__name__} gave {tuple(rows.shape)}, which cannot be compared with "
-                f"text features of width {texts.features.shape[1]}: score_pairs needs one feature of that width per "
-                "image, or a host with a fusion encoder"
-            )
-        wide = torch.promote_types(rows.dtype, torch.float32)
-        return F.cosine_similarity(rows.to(wide), texts.features.to(wide), dim=-1)
+        """Return the score `(R,)` of row i of the images with text i: see `Reader.score`."""
+        return tower.reader.score(model, tower, rows, texts)
 
     def __reduce__(self) -> tuple[type[Adapter], tuple[()]]:
         return type(self), ()

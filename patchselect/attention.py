@@ -7,6 +7,8 @@ times as long, where the mask costs nothing that can be measured (`python -m ben
 
 from __future__ import annotations
 
+from typing import Callable
+
 from torch import Tensor
 
 from .compat import fused_attention
@@ -42,8 +44,9 @@ def sized_attention(
 
 
 def attention_branch(
-    weights: Projections, normed: Tensor, sizes: Tensor, training: bool = False, mask: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+    weights: Projections, normed: Tensor, sizes: Tensor, training: bool = False, mask: Tensor | None = None,
+    turn: Callable[[Tensor], Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Run a host's attention with sizes, by its own linear layers.
 
     Args:
@@ -52,15 +55,17 @@ def attention_branch(
         sizes: `(B, N)`.
         training: whether attention weights are dropped.
         mask: as of `sized_attention`.
+        turn: of queries and keys `(B, N, H, E)` by the places of their tokens.
 
     Returns:
-        What is added to the residual, `(B, N, D)`, and the keys, averaged over the heads, `(B, N, E)`.
+        What is added to the residual, `(B, N, D)`, and the keys, averaged over the heads and not turned, `(B, N, E)`.
     """
     assert weights.qkv is not None and weights.out is not None
     query, key, value = (x.unflatten(-1, (weights.num_heads, -1)) for x in weights.qkv(normed))
     query = query if weights.query_norm is None else weights.query_norm(query)
     key = key if weights.key_norm is None else weights.key_norm(key)
-    q, k, v = (x.to(value.dtype).transpose(1, 2) for x in (query, key, value))
+    turned = (query, key) if turn is None else (turn(query), turn(key))
+    q, k, v = (x.to(value.dtype).transpose(1, 2) for x in (*turned, value))
     dropout = weights.dropout if training else 0.0
     read = sized_attention(q, k, v, sizes=sizes, scale=weights.scale, dropout=dropout, mask=mask)
     return weights.out(read.transpose(1, 2).flatten(2)), key.mean(dim=2)

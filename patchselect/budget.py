@@ -10,7 +10,9 @@ from torch import nn
 
 from .adapter import Tower
 from .functional import as_ratio, num_kept
+from .prompts.host import Prompted
 from .reduction import Merge, Reduction, reduction_of
+from .reduction.groups import Grouped
 from .relevance import Relevance, relevance_of
 from .relevance.joint import projection_cost
 from .weights import products_of
@@ -48,12 +50,20 @@ class Cost:
     """Whether the mean key is one product with the mean of the heads' weights."""
     sizes: bool = False
     """Whether attention counts sizes, and so has the keys at hand, after the first merging."""
+    prompt: Callable[[int], int] | None = field(default=None, repr=False)
+    """Multiply-adds of a prompt that holds so many patches, in the language model that reads them."""
     scoring: dict[tuple[int, bool], tuple[int, int]] = field(default_factory=dict, repr=False)
     """What the relevance answered, per layer."""
 
     @classmethod
-    def of(cls, tower: Tower, plan: Plan | None = None) -> Cost:
-        """Take the cost of a tower apart; without a plan, for guidance by text in the adapter's default way."""
+    def of(
+        cls, tower: Tower, plan: Plan | None = None, side: int = 1, prompt: Callable[[int], int] | None = None
+    ) -> Cost:
+        """Take the cost of a tower apart; without a plan, for guidance by text in the adapter's default way.
+
+        `side`: of the squares of patches that stay or go as one.
+        """
+        usual = reduction_of("mean") if side == 1 else Grouped(reduction_of("mean"), side)
         kind, block = tower.adapter, tower.blocks[0]
         weights = kind.projections(block)
         attention = sum(part.numel() for part in (weights.query, weights.key, weights.value, weights.output))
@@ -71,13 +81,14 @@ class Cost:
             embedding=embedding.weight.numel(),  # type: ignore[union-attr, operator]
             pooling=kind.pooling_cost(tower),
             projection=projection_cost(tower),
-            relevance=relevance_of(kind.default_relevance) if plan is None else plan.relevance,
-            reduction=reduction_of("mean") if plan is None else plan.reduction,
+            relevance=relevance_of(kind.relevance_for(tower)) if plan is None else plan.relevance,
+            reduction=usual if plan is None else plan.reduction,
             guidance="text" if plan is None else plan.guidance,
             num_heads=weights.num_heads,
             key_width=weights.key.shape[0] // weights.num_heads,
             folded_keys=weights.key_norm is None,
             sizes=True if plan is None else plan.sizes or not plan.merge,
+            prompt=prompt,
         )
 
     def of_encoder(
@@ -108,6 +119,7 @@ class Cost:
                 patches, at_hand = patches - merged[index], self.sizes
             total += (tower.num_prefix_tokens + patches) * self.mlp
         head = 0 if self.pooling[0] else self.projection
+        total += 0 if self.prompt is None else self.prompt(patches)
         return total + head + self.pooling[0] + (tower.num_prefix_tokens + patches) * self.pooling[1]
 
     def _scoring(self, index: int, first: bool) -> tuple[int, int]:
@@ -125,6 +137,7 @@ def keep_rate_for_budget(
     per_layer: bool = False,
     *,
     merge: float | None = None,
+    words: int | None = None,
 ) -> float | tuple[float, ...]:
     """Return the largest keep rate with which the vision encoder costs at most `budget` of the unpatched one.
 
@@ -132,8 +145,9 @@ def keep_rate_for_budget(
         rate = patchselect.keep_rate_for_budget(model, 1.0, image_size=384)    # 384 px at the price of 224
 
     Counted exactly in tokens: products with weights and attention in every block, patch embedding, pooling, relevance
-    and fusing; no forward is run. Norms, activations and biases are left out, as FLOP counters do. A cost moves in
-    steps of one patch, so it may stay under the budget by one step.
+    and fusing; no forward is run. Norms, activations and biases are left out, as FLOP counters do, and so is fitting
+    positions to an image's grid, before the first block. A cost moves in steps of one patch, so it may stay under the
+    budget by one step.
 
     Args:
         model: a supported model or tower, patched or not; of several towers the first counts.
@@ -145,6 +159,8 @@ def keep_rate_for_budget(
             is the rate of the last one.
         merge: as in `apply`: the share of the removed patches that merges before the first selection layer; `None` is
             that of a patched model, else 0.
+        words: of a language model that reads the patches in its prompt: how many other tokens a prompt with one image
+            has; tower and prefill of the prompt are counted together. `None` counts the tower alone.
 
     Returns:
         A rate for `apply(keep_rate=…)`, or a tuple of rates.
@@ -167,7 +183,8 @@ def keep_rate_for_budget(
     own = plan is not None and layers is None and (merge is None or bool(merge) == bool(plan.merge))
     share_merged = (0.0 if plan is None else plan.merge) if merge is None else check_merge(merge)
     chosen = plan.layers if plan is not None and own else check_layers(layers, len(tower.blocks), share_merged)
-    cost = Cost.of(tower, plan)
+    side, prompt = of_prompts(host if wiring is None else wiring.model, tower, words)
+    cost = Cost.of(tower, plan, side, prompt)
     whole = cost.of_encoder(own_patches(tower))
     patches = own_patches(tower) if image_size is None else patches_at(tower, image_size)
 
@@ -198,6 +215,24 @@ def keep_rate_for_budget(
     step = _largest(lambda step: share(step) <= budget * (1 + SLACK), STEPS)
     rates = _shortest(step, rates_at, of_rates)
     return rates if per_layer else rates[0]
+
+
+def of_prompts(model: nn.Module, tower: Tower, words: int | None) -> tuple[int, Callable[[int], int] | None]:
+    """Return the side of the squares that a language model reads as one, and what a prompt costs by its patches.
+
+    Raises:
+        ValueError: `words` was given, and there is no prompt.
+    """
+    adapter = tower.adapter
+    if not isinstance(adapter, Prompted):
+        if words is not None:
+            raise ValueError(f"words counts the prompt of a language model, and {type(model).__name__} has none")
+        return 1, None
+    core = adapter.core(model)
+    side, extra = adapter.side(core), adapter.extra(core, {})
+    if words is None:
+        return side, None
+    return side, lambda patches: adapter.prompt_cost(core, extra + patches // side**2, words)
 
 
 def _rates(step: int, count: int, per_layer: bool) -> tuple[float, ...]:

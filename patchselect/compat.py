@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import sys
 from contextlib import nullcontext
 from typing import Any
 
@@ -38,6 +39,13 @@ else:
         return bool(torch.onnx.is_in_onnx_export())
 
 
+def forget_compiled() -> None:
+    """Let dynamo look at all modules again; before torch 2.7 it does not see that one has another class (2.1: seen)."""
+    dynamo = sys.modules.get("torch._dynamo")
+    if dynamo is not None and RELEASE < (2, 7):
+        dynamo.reset()
+
+
 KEEPS_GRAPH = (
     "call checkpoint(..., use_reentrant=False)"
     if "use_reentrant" in inspect.signature(torch.utils.checkpoint.checkpoint).parameters  # torch 1.11
@@ -47,20 +55,20 @@ KEEPS_GRAPH = (
 
 
 def memory_of(tensor: Tensor) -> Any:
-    """An object that lives as long as the memory of `tensor`."""
+    """Return an object that lives as long as the memory of `tensor`."""
     # On torch 2.1 the finalizer of a storage never runs, and before it the object around a storage is made anew for
     # each call; the tensor lives on. 2.4.1 is right.
     return tensor.untyped_storage() if KEEPS_STORAGES else tensor
 
 
 def address_of(tensor: Tensor) -> int:
-    """The same for all views of one memory."""
+    """Return a number that all views of one memory share."""
     held = tensor.untyped_storage() if hasattr(tensor, "untyped_storage") else tensor.storage()
     return int(held._cdata if KEEPS_STORAGES else held.data_ptr())
 
 
 def bits_of(flat: Tensor, dtype: torch.dtype) -> Tensor:
-    """The memory of a flat tensor, read as another type."""
+    """Read the memory of a flat tensor as another type."""
     try:
         return flat.view(dtype)
     except RuntimeError:  # torch 1.10: types of one size alone
@@ -69,7 +77,7 @@ def bits_of(flat: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def in_graph_task() -> bool:
-    """Whether this thread runs a backward pass."""
+    """Tell whether this thread runs a backward pass."""
     found = getattr(torch._C, "_current_graph_task_id", None)  # torch 2.0
     if found is not None:
         return bool(found() != -1)
@@ -100,7 +108,7 @@ def refuse_old_trace() -> None:
 
 
 def baked_in(tensor: Tensor) -> bool:
-    """Whether `torch.jit.trace`, if it is running, takes a tensor for a constant: made of none of its inputs."""
+    """Tell whether `torch.jit.trace`, if it is running, takes a tensor for a constant: made of none of its inputs."""
     if is_compiling() or not torch.jit.is_tracing():
         return False
     traced: Any = torch._C
@@ -122,6 +130,15 @@ def without_modes() -> Any:
     return nullcontext() if leave is None else leave()
 
 
+def watched() -> bool:
+    """Tell whether something counts, fakes or watches the operations of this thread."""
+    count = getattr(torch._C, "_len_torch_dispatch_stack", None)  # torch 2.0
+    if count is not None:
+        return bool(count())
+    mode = getattr(torch._C, "_get_torch_dispatch_mode", None)  # torch 1.13
+    return mode is not None and mode() is not None
+
+
 def load_tensors(path: Any) -> Any:
     """Load a file of tensors, without running code of the file where torch can (1.13)."""
     if "weights_only" in inspect.signature(torch.load).parameters:
@@ -130,7 +147,7 @@ def load_tensors(path: Any) -> Any:
 
 
 def allow_in_files(*classes: type) -> None:
-    """Classes that `torch.load(weights_only=True)` may make."""
+    """Name classes that `torch.load(weights_only=True)` may make."""
     allow = getattr(torch.serialization, "add_safe_globals", None)  # torch 2.4
     if allow is not None:
         allow(list(classes))
@@ -162,7 +179,7 @@ else:
 
 
 def partial_average() -> Any:
-    """How a gradient that each rank has a share of becomes one."""
+    """Return the placement by which a gradient that each rank has a share of becomes one."""
     try:
         from torch.distributed.tensor import Partial  # torch 2.5
     except ImportError:

@@ -45,10 +45,10 @@ def skip_unread_outputs(model: nn.Module) -> None:
             raise ValueError(f"block {last} selects patches, so its outputs are not free to skip: drop it from layers")
         check_halves(tower, last)
         weights = tower.adapter.projections(tower.blocks[last])
-        if weights.key_norm is not None or weights.nonlinear_values is not None:
+        if weights.key_norm is not None or weights.nonlinear_values is not None or tower.rotary:
             raise ValueError(
-                f"block {last} of {type(tower.module).__name__} normalises its queries and keys or "
-                "is not linear in its values, so one query cannot be folded through them"
+                f"block {last} of {type(tower.module).__name__} normalises its queries and keys, turns them by their "
+                "places, or is not linear in its values, so one query cannot be folded through them"
             )
     for tower in wiring.towers:
         last = len(tower.blocks) - 1

@@ -11,7 +11,7 @@ from torch import Tensor
 def retrieval_recall(
     similarity: Tensor, owner: Tensor | Sequence[int], ks: Sequence[int] = (1, 5, 10)
 ) -> dict[str, dict[int, float]]:
-    """R@K: in how many of a hundred queries something that belongs to them is among the K most similar.
+    """Compute R@K: in how many of a hundred queries something that belongs to them is among the K most similar.
 
     Image to text counts a hit if ANY caption of the image is among the top K (the Karpathy convention); images
     without a caption are not asked. Among equals, the ones in front win. Ties and NaN are no way to a good score: a

@@ -9,17 +9,22 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from .adapter import Adapter, Tower, Wrapper
+from .hooked import unheard
+from .prompts.checks import check_prompts, plan_for_prompts
 from .reduction import Reduction
 from .relevance import Relevance
 from .wiring.blocks import call_block, run_block
-from .wiring.changes import place_of_blocks
+from .wiring.changes import check_heard, places_of
 from .wiring.checks import check_counting, check_methods, check_pairing, check_reachable
-from .wiring.guard import check_halves
+from .wiring.guard import check_blocks
 from .wiring.journey import call_tower
-from .wiring.merging import run_counting
+from .wiring.merging import run_counting, run_placed
+from .wiring.outside import check_objects
+from .wiring.places import follows
 from .wiring.plan import Plan
 from .wiring.recorder import Trace, recording
 from .wiring.state import STATE, Layer, Wiring, forget, wiring_of
+from .wiring.text_sides import join_text_side
 from .wiring.towers import find_towers, unwrapped
 
 
@@ -105,6 +110,8 @@ def apply(
     *,
     merge: float = 0.0,
     sizes: bool | None = None,
+    text_side: nn.Module | None = None,
+    positions: str = "original",
 ) -> Handle:
     """Put text-relevant patch selection into the vision tower(s) of `model` (TRIPS, EMNLP 2022).
 
@@ -136,6 +143,12 @@ def apply(
             of the IMAGE, so the number of tokens after it does not depend on `merge`.
         sizes: whether attention counts how many patches a token stands for, from the first reduction on; `None` means
             where `merge` is above 0.
+        text_side: for a vision tower that has lost its text half (LLaVA's CLIP, …): the dual encoder that it came
+            from. Its projection and final norm are read, so that `guide` takes its text features; nothing of it
+            becomes a part of the model. Without it such hosts take vectors of the vision width.
+        positions: of a language model that reads the patches in its prompt: `"original"`, each patch keeps the position
+            that it had in the whole prompt, and so does the text after it; `"renumbered"`, positions are counted over
+            what is left.
 
     Returns:
         The handle; `handle.record()` shows what was kept, `handle.remove()` undoes everything.
@@ -149,22 +162,27 @@ def apply(
     host = unwrapped(model)
     towers = find_towers(host, adapter)
     kind = towers[0].adapter
-    depth = min(len(tower.blocks) for tower in towers)
-    plan = Plan.of(depth, keep_rate, layers, guidance, relevance, fusion, kind.default_relevance, pairing, merge, sizes)
+    depth, chosen = min(len(tower.blocks) for tower in towers), kind.relevance_for(towers[0])
+    plan = Plan.of(depth, keep_rate, layers, guidance, relevance, fusion, chosen, pairing, merge, sizes, positions)
+    plan = plan_for_prompts(plan, host, towers[0])
+    join_text_side(towers, text_side)
+    check_prompts(plan, host, towers)
+    places = []
     for tower in towers:
-        check_reachable(plan, tower)
-        check_counting(plan, tower)
-        for index in plan.layers:
-            check_halves(tower, index)
-            kind.projections(tower.blocks[index])
-        plan.relevance.check(tower, plan.layers, guidance)
+        with unheard():
+            check_reachable(plan, tower)
+            check_counting(plan, tower)
+            places.append(places_of(tower, check_blocks(plan, tower)))
+            check_heard(tower, places[-1])
+            plan.relevance.check(tower, plan.layers, guidance)
+            check_objects(plan, tower)
     methods: dict[nn.Module, dict[str, Wrapper]] = {tower.module: {"forward": call_tower} for tower in towers}
     for module, wrappers in kind.methods(host, towers):
         methods.setdefault(module, {}).update(wrappers)
     check_methods(plan, methods)
     check_pairing(plan, type(host).__name__, methods)
     remove(host)
-    wiring = Wiring(plan, host, towers, [place_of_blocks(tower) for tower in towers])
+    wiring = Wiring(plan, host, towers, places)
     _patch(wiring, methods)
     return Handle(wiring)
 
@@ -174,9 +192,10 @@ def _patch(wiring: Wiring, methods: Mapping[nn.Module, Mapping[str, Wrapper]]) -
     for tower in wiring.towers:
         ratios = dict(zip(plan.layers, plan.ratios))
         for index, block in enumerate(tower.blocks):
-            if index not in ratios and not plan.counts(index):
+            if index not in ratios and not plan.counts(index) and not follows(plan, tower, index):
                 continue
-            overrides: dict[str, Wrapper] = {"forward": run_block if index in ratios else run_counting}
+            other = run_counting if plan.counts(index) else run_placed
+            overrides: dict[str, Wrapper] = {"forward": run_block if index in ratios else other}
             if hasattr(block, "gradient_checkpointing"):
                 overrides["__call__"] = call_block
             ratio = ratios.get(index, (1, 1))

@@ -21,7 +21,7 @@ def restore(tokens: Tensor, trace: list[Selected] | Selected, fill: float | Tens
             `"fused"` for the fused token that the patch went into.
 
     Returns:
-        `(B, H, W, D)`.
+        `(B, H, W, D)`; of a padded batch a list, `(H, W, D)` of each image.
 
     Raises:
         ValueError: the trace is empty or of another call, or `fill="fused"` and there is no fused token.
@@ -29,6 +29,9 @@ def restore(tokens: Tensor, trace: list[Selected] | Selected, fill: float | Tens
     entry = trace if isinstance(trace, Selected) else (trace[-1] if trace else None)
     if entry is None:
         raise ValueError("the trace is empty: run the model inside of `with handle.record() as trace:`")
+    if entry.images is not None:
+        cut = enumerate(image.num_tokens + tokens.shape[1] - entry.num_tokens for image in entry.images)
+        return [restore(tokens[i : i + 1, :n], entry.images[i], fill)[0] for i, n in cut]  # type: ignore[return-value]
     if entry.grid is None or entry.holders is None:
         raise ValueError("the trace does not know its grid: record a call of the whole tower, not of its blocks")
     rows, width = tokens.shape[0], tokens.shape[-1]

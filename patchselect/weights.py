@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .compat import is_compiling
+from .hooked import asks_hooks, changed_by_hooks, hooks_of_users, refuse_bent, refuse_changed_norm
 from .reading import accelerate_hooks, evaluating, gathered, held, place_of, remade_by_hook
 
 UNIT = 256.0
@@ -100,6 +101,11 @@ class _Hidden(Projections):
         return found[name]
 
 
+def shown(weights: Projections) -> bool:
+    """Tell whether the layers showed their weights, so that to read them again costs nothing."""
+    return not isinstance(weights, _Hidden)
+
+
 def is_linear(module: Any) -> bool:
     """Tell a linear layer, whatever stands around it or became of its weight, by its widths."""
     widths = (getattr(module, name, None) for name in ("in_features", "out_features"))
@@ -184,7 +190,7 @@ def output_of(attention: Any) -> Tensor:
 
 def shows_weight(linear: Any) -> bool:
     """Tell whether `held(linear, "weight")` is what a linear layer applies."""
-    if type(linear).forward is not nn.Linear.forward or not _runs_own_class(linear):
+    if type(linear).forward is not nn.Linear.forward or not runs_own_class(linear) or changed_by_hooks(linear):
         return False
     weight = linear._parameters.get("weight")
     if weight is None:  # made of other parameters: by a property each time it is read, or by a hook that we know
@@ -193,7 +199,7 @@ def shows_weight(linear: Any) -> bool:
     return whole and weight.dim() == 2
 
 
-def _runs_own_class(module: nn.Module) -> bool:
+def runs_own_class(module: nn.Module) -> bool:
     """Tell whether no `forward` stands in front of that of its class, but such as bring its weights."""
     if "forward" not in module.__dict__:
         return True
@@ -206,8 +212,11 @@ def _read_off(linear: Any) -> tuple[Tensor, Tensor]:
     device = torch.device(place["device"]).type
     units = torch.eye(linear.in_features, **place) * UNIT
     with torch.autocast("cpu" if device == "meta" else device, enabled=False):
-        bias = linear(torch.zeros_like(units[:1]))
-        return ((linear(units) - bias) / UNIT).T, bias[0]
+        bias = linear(torch.zeros_like(units[:1])[None])[0]
+        found = ((linear(units[None])[0] - bias) / UNIT).T, bias[0]
+        if hooks_of_users(linear) and not is_compiling() and device != "meta":
+            refuse_bent(linear, *found)
+    return found
 
 
 def present(module: nn.Module | None) -> bool:
@@ -219,11 +228,16 @@ def norm_scale(norm: nn.Module) -> Tensor | None:
     """Return the scale `(D,)` of a norm that need not be running; `None` where it has none.
 
     Raises:
-        TypeError: it is hidden in a wrapper (LN tuning).
+        TypeError: it is hidden in a wrapper (LN tuning), or a hook changes what the norm returns.
     """
     if isinstance(getattr(norm, "base_layer", None), nn.Module):
         raise TypeError(f"{type(norm).__name__} hides the scale of the norm in it, which is read here: merge it first")
-    return None if getattr(norm, "weight", None) is None else gathered(held(norm, "weight"))
+    if getattr(norm, "weight", None) is None:
+        return None
+    scale = gathered(held(norm, "weight"))
+    if asks_hooks(norm) and not is_compiling() and not scale.is_meta:
+        refuse_changed_norm(norm, scale)
+    return scale
 
 
 def norm_eps(norm: nn.Module) -> float:

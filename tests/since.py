@@ -31,6 +31,7 @@ class Feature(NamedTuple):
 
 TORCH = {
     "compile": Feature("torch", "2.0", "torch.compile does not exist", "torch:compile"),
+    "compiled selection": Feature("torch", "2.1", "dynamo fails on a block that selects (2.0: seen)"),
     "function transforms": Feature("torch", "2.0", "torch.func does not exist", "torch:func"),
     "fused attention": Feature(
         "torch", "2.0", "there is no fused attention", "torch.nn.functional:scaled_dot_product_attention"
@@ -45,6 +46,7 @@ TORCH = {
     "device mesh": Feature("torch", "2.2", "there is no device mesh", "torch.distributed.device_mesh:init_device_mesh"),
     "benchmark interfaces": Feature("torch", "2.3", "what the benchmarks count and choose with is missing"),
     "FSDP2": Feature("torch", "2.6", "FSDP2 is not public", "torch.distributed.fsdp:fully_shard"),
+    "averages of FSDP2": Feature("torch", "2.14", "FSDP2 sums gradients on CPUs, selection or not (2.7: seen)"),
     "half on CPU": Feature("torch", "2.4", "autocast on CPU knows bfloat16 alone"),
     "dispatch modes": Feature("torch", "1.13", "memory and products are watched in another way"),
     "checkpoints without reentry": Feature("torch", "1.11", "checkpointing is reentrant and knows no other way"),
@@ -91,7 +93,36 @@ TRANSFORMERS = {
     "LLaVA": Feature("transformers", "4.36", "there is no LLaVA", "transformers:LlavaForConditionalGeneration"),
     "SigLIP": Feature("transformers", "4.37", "there is no SigLIP", "transformers:SiglipModel"),
     "SigLIP 2": Feature("transformers", "4.50", "there is no SigLIP 2", "transformers:Siglip2Model"),
+    "dual encoders": Feature(
+        "transformers", "4.13", "there is no dual encoder of any two", "transformers:VisionTextDualEncoderModel"
+    ),
+    "DINOv2": Feature("transformers", "4.31", "there is no DINOv2", "transformers:Dinov2Model"),
+    "DINOv2 with registers": Feature(
+        "transformers", "4.48", "there is no DINOv2 with registers", "transformers:Dinov2WithRegistersModel"
+    ),
+    "ViT-MSN": Feature("transformers", "4.23", "there is no ViT-MSN", "transformers:ViTMSNModel"),
+    "ViTMAE": Feature("transformers", "4.17", "there is no ViTMAE", "transformers:ViTMAEModel"),
+    "FLAVA": Feature("transformers", "4.20", "there is no FLAVA", "transformers:FlavaModel"),
+    "I-JEPA": Feature("transformers", "4.48", "there is no I-JEPA", "transformers:IJepaModel"),
+    "AIMv2": Feature("transformers", "4.54", "there is no AIMv2", "transformers:Aimv2VisionModel"),
+    "timm wrapper": Feature("transformers", "4.48", "there is no wrapper of timm", "transformers:TimmWrapperModel"),
+    "DPT": Feature("transformers", "4.18", "there is no DPT", "transformers:DPTModel"),
+    "YOLOS": Feature("transformers", "4.20", "there is no YOLOS", "transformers:YolosModel"),
+    "BEiT": Feature("transformers", "4.11", "there is no BEiT", "transformers:BeitModel"),
+    "ViViT": Feature("transformers", "4.32", "there is no ViViT", "transformers:VivitModel"),
+    "GroupViT": Feature("transformers", "4.21", "there is no GroupViT", "transformers:GroupViTModel"),
+    "X-CLIP": Feature("transformers", "4.22", "there is no X-CLIP", "transformers:XCLIPModel"),
+    "BridgeTower": Feature("transformers", "4.27", "there is no BridgeTower", "transformers:BridgeTowerModel"),
+    "attention by switch": Feature(
+        "transformers", "4.56", "a model that is made cannot be told to attend in another way (4.53: seen)"
+    ),
+    "eager attention by name": Feature(
+        "transformers", "4.48", "a model is not told which attention it uses (4.37: measured)"
+    ),
+    "plain layers": Feature("transformers", "5.0", "the layers of plain ViTs have other names (4.57: seen)"),
+    "DINOv3": Feature("transformers", "4.56", "there is no DINOv3", "transformers:DINOv3ViTModel"),
     "MetaCLIP 2": Feature("transformers", "4.56", "there is no MetaCLIP 2", "transformers:MetaClip2Model"),
+    "encoded images": Feature("transformers", "5.23", "models take no encoded images (5.23: measured)"),
     "checkpoints of CLIP": Feature(
         "transformers", "4.33", "CLIP throws away what its checkpointed layers compute, selection or not (4.15: seen)"
     ),
@@ -99,6 +130,7 @@ TRANSFORMERS = {
     "checkpointed layers": Feature(
         "transformers", "4.53", "a checkpointed layer gets its arguments from outside, and no text"
     ),
+    "fused CLIP": Feature("transformers", "4.53", "CLIP computes the map of its attention itself (4.37: seen)"),
     "other sizes of CLIP": Feature("transformers", "4.45", "CLIP takes images of one size"),
 }
 """Features of transformers."""
@@ -115,12 +147,20 @@ OTHERS = {
     "56 configurations": Feature("open_clip_torch", "3.3", "there are fewer configurations"),
     "scaled cosine": Feature("open_clip_torch", "3.0", "its towers have no attention by scaled cosine"),
     "CoCa": Feature("open_clip_torch", "2.24", "CoCa counts its tokens and queries in another way"),
+    "timm on meta": Feature(
+        "timm", "1.0.31", "towers read numbers while they are built, which have none on meta (1.0.15: seen)"
+    ),
     "timm": Feature("timm", "0.4.9", "there is no timm", "timm.models.vision_transformer:VisionTransformer"),
     "average pooling": Feature("timm", "0.6", "a ViT of timm pools by its class token alone"),
     "images of other sizes": Feature("timm", "0.9.7", "a ViT of timm takes images of one size"),
     "timm switch": Feature("timm", "0.6", "a ViT of timm has no switch for checkpointing"),
     "timm checkpoints": Feature("timm", "1.0.15", "checkpointing is reentrant and takes no options"),
     "registers": Feature("timm", "0.9.8", "a ViT of timm has no register tokens and no pool by attention"),
+    "rotary towers": Feature("timm", "1.0.15", "Eva has fewer ways to attend", "timm.models.eva:Eva"),
+    "kinds of rotary towers": Feature("timm", "1.0.20", "Eva knows fewer kinds of rotary positions"),
+    "perception encoders": Feature(
+        "timm", "1.0.20", "Eva has no attention of the Perception Encoder (1.0.15: seen)", "timm.models.eva:Eva"
+    ),
     "intermediates": Feature("timm", "1.0", "a ViT of timm has no forward_intermediates"),
 }
 """Features of the other hosts, and what tests need besides."""

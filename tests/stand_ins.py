@@ -19,6 +19,7 @@ from doubles import albef as albef_doubles
 from doubles import mplug as mplug_doubles
 from doubles.text import Output, pictures, sentences
 from hosts.case import VOCABULARY
+from since import needs
 from torch import Tensor, nn
 
 DEPTH = 12
@@ -54,6 +55,30 @@ def clip() -> nn.Module:
     return transformers.CLIPModel(config).eval()
 
 
+def llava() -> nn.Module:
+    """A `LlavaForConditionalGeneration` of transformers, whose tower is that of `clip`."""
+    needs("encoded images")
+    transformers = _host("transformers")
+    dual = clip()
+    language = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, pad_token_id=0)
+    config = transformers.LlavaConfig(
+        vision_config=dual.config.vision_config,
+        text_config=transformers.LlamaConfig(**language, vocab_size=VOCABULARY),
+        image_token_id=VOCABULARY - 3,
+    )
+    torch.manual_seed(0)
+    model = transformers.LlavaForConditionalGeneration(config).eval()
+    model.model.vision_tower.load_state_dict(dual.vision_model.state_dict())
+    return model
+
+
+def llava_inputs() -> dict[str, Tensor]:
+    """What a processor makes of two prompts with one image each."""
+    ids = torch.randint(3, 90, (2, 8), generator=torch.Generator().manual_seed(0))
+    ids = torch.cat([ids[:, :1], torch.full((2, 64), VOCABULARY - 3), ids[:, 1:]], dim=1)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": images(2)}
+
+
 def open_clip() -> nn.Module:
     """A `CLIP` of open_clip."""
     library = _host("open_clip")
@@ -84,6 +109,14 @@ def blip_captioning() -> nn.Module:
     config = transformers.BlipConfig(text_config=text, vision_config=vision, projection_dim=32)
     torch.manual_seed(0)
     return transformers.BlipForConditionalGeneration(config).eval()
+
+
+def dinov2() -> nn.Module:
+    """A DINOv2 with three registers, for images of 64 x 64 in patches of 16."""
+    transformers = _host("transformers", "4.48")
+    sizes = dict(hidden_size=48, num_hidden_layers=6, num_attention_heads=4, image_size=64, patch_size=16, mlp_ratio=2)
+    config = transformers.Dinov2WithRegistersConfig(**sizes, num_register_tokens=3)
+    return transformers.Dinov2WithRegistersModel(config).eval()
 
 
 def _named(model: nn.Module, **names: nn.Module) -> nn.Module:

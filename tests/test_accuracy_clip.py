@@ -110,10 +110,11 @@ def test_caption_is_read_where_it_ends(model):
 
 
 @pytest.mark.parametrize("rate", study.RATES)
-@pytest.mark.parametrize("guidance", ["image", "tome", "tome front", "grid"])
+@pytest.mark.parametrize("guidance", ["image", "tome", "tome front", "grid", "merged", "once"])
 def test_equal_flops(model, guidance, rate):
     """The tokens that FLOPs are counted from are those that really pass, and what is called equal is, nearly."""
-    seen, arm = [], arms.Arm("", guidance)
+    merge = {"merged": 0.5, "once": 0.0}.get(guidance)
+    seen, arm = [], arms.Arm("", guidance) if merge is None else arms.Arm("", "image", merge=merge)
 
     def watch(module, tokens, out):
         seen.append(tokens[0].shape[1])
@@ -128,8 +129,8 @@ def test_equal_flops(model, guidance, rate):
             hook.remove()
     assert list(zip(seen[::2], seen[1::2])) == arms.lengths(arm, rate)
     # Whole patches; the even merging cannot merge enough at the lowest rate.
-    target = arms.flops(arms.selected(rate))
-    assert arms.flops(arms.lengths(arm, rate)) == pytest.approx(target, rel=0.08 if guidance == "grid" else 0.04)
+    target = arms.TOWER.share(arms.TOWER.selected(rate))
+    assert arms.flops(arm, rate) == pytest.approx(target, rel={"grid": 0.08, "tome": 0.04}.get(guidance, 0.01))
 
 
 def test_flops_are_those_that_are_counted(model, flops):
@@ -138,8 +139,8 @@ def test_flops_are_those_that_are_counted(model, flops):
     whole = count_flops(lambda: model.encode_image(image))
     with token_merging(model, 40, first=2):
         merged = count_flops(lambda: model.encode_image(image))
-    blocks = 2 * clip.WIDTH * arms.products([(65, 65)] * clip.DEPTH)
-    saved = (1 - arms.flops(arms.merged(40, 2))) * blocks
+    blocks = 2 * clip.WIDTH * arms.TOWER.products([(65, 65)] * clip.DEPTH)
+    saved = (1 - arms.TOWER.share(arms.TOWER.merged(40, 2))) * blocks
     assert whole - merged == pytest.approx(saved, rel=0.02)  # matching itself costs a little
 
 

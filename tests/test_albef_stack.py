@@ -158,7 +158,7 @@ def step(name: str, checkpointing: CheckpointImpl | None, detached: bool = False
         norm.register_forward_pre_hook(lambda module, args, runs=runs: runs.append(args[0].detach().clone()))
     text, weights = head.text_features(), dict(model.named_parameters())
     if checkpointing is not None:
-        handle.towers[0].parts["text_encoder"].config.gradient_checkpointing = True
+        handle.towers[0].reader.text_encoder.config.gradient_checkpointing = True
         for tower in handle.towers:
             for index, block in enumerate(tower.blocks):
                 tower.module.blocks[index] = checkpoint_wrapper(block, checkpoint_impl=checkpointing)

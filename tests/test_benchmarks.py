@@ -14,10 +14,10 @@ from benchmarks.common.photographs import SOURCES, batch_of, load_photos
 from benchmarks.common.tome import attend, front, match, matching_flops, merge, schedule, token_merging
 from benchmarks.models.loading import load
 from benchmarks.speed.__main__ import main
-from benchmarks.speed.cases import Case, Inputs, Selection
+from benchmarks.speed.cases import MERGED, Case, Inputs, Selection
 from benchmarks.speed.counting import FlopBook
 from benchmarks.speed.run import inputs_of
-from patchselect.functional import num_kept
+from patchselect.functional import as_ratio, merge_schedule, num_kept
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -39,15 +39,18 @@ def base():
 def test_command_line(tiny, tmp_path, capsys):
     main(
         f"--model {tiny} --batch 2 --keep-rate 0.5 --pass forward train checkpointed "
-        f"--tome published fused --rounds 2 --output {tmp_path}".split()
+        "--guidance text image random "
+        f"--tome published fused front --text-encoder --memory --merge-at --rounds 2 --output {tmp_path}".split()
     )
     report = json.loads((tmp_path / "speed.json").read_text())
-    assert {"created", "machine", "versions", "model", "notes", "settings", "flop_limit", "results"} <= set(report)
+    assert {"schema", "created", "commit", "machine", "versions", "settings"} <= set(report)
+    assert {"model", "notes", "flop_limit", "results"} <= set(report)
     assert {"processor", "threads", "cores", "device"} <= set(report["machine"])
     assert {"torch", "patchselect", "open_clip_torch"} <= set(report["versions"])
     assert report["model"]["random_weights"] and report["model"]["layers"] == [1, 2]
     methods = {record["method"] for record in report["results"]}
-    assert methods == {"unpatched", "text", "image", "random", "tome", "fused tome", "text encoder"}
+    tomes = {"tome", "fused tome", "tome front"}
+    assert methods == {"unpatched", "text", "image", "random", "merged", *tomes, "text encoder"}
     for record in report["results"]:
         assert len(record["seconds"]) == record["rounds"] == 2
         assert record["peak_memory_bytes"] > 0 and record["gflops_per_image"] > 0
@@ -55,12 +58,12 @@ def test_command_line(tiny, tmp_path, capsys):
         if record["method"] == "text encoder":
             continue
         assert record["efficiency"] == pytest.approx(record["speed_up"]["median"] / record["flop_ratio"])
-        guided = record["method"] in ("text", "image", "random")
+        guided = record["method"] in ("text", "image", "random", "merged")
         assert (record["selecting_share"] is not None) == (guided and record["work"] == "forward")
         if guided and record["work"] == "forward":
             assert 0 < record["selecting_share"]["median"] < 1
-        if record["method"] == "text" and record["work"] != "checkpointed":
-            assert set(record["against_tome"]) == {"tome", "fused tome"}
+        if record["method"] in ("text", "merged") and record["work"] != "checkpointed":
+            assert set(record["against_tome"]) == tomes
     assert (tmp_path / "speed.png").read_bytes()[:4] == b"\x89PNG"
     shown = capsys.readouterr().out
     assert (tmp_path / "speed.md").read_text() in shown
@@ -79,7 +82,16 @@ def test_pair_view_and_two_sizes(tiny, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "arguments", ["--keep-rate 1.0", "--view pair --pass train", "--batch 0", "--rounds 0", "--keep-rate -1"]
+    "arguments",
+    [
+        "--keep-rate 1.0",
+        "--view pair --pass train",
+        "--batch 0",
+        "--rounds 0",
+        "--keep-rate -1",
+        "--merge 1",
+        "--layers 0 5",
+    ],
 )
 def test_options_that_make_no_sense(arguments):
     with pytest.raises(SystemExit) as stop:
@@ -128,6 +140,24 @@ def test_flops_do_not_depend_on_the_batch(base):
 def test_tome_meets_the_flops_of_selection(base):
     removed = base.tome_removals(Case("text", 0.5))
     assert base.of(Case("tome", 0.5, removed)) == pytest.approx(base.of(Case("text", 0.5)), rel=0.005)
+
+
+@pytest.mark.parametrize("rate", [0.3, 0.7])
+def test_merging_early_meets_the_flops_of_selection(base, rate):
+    """At every rate; and what merging, ranking and fusing cost by themselves is a small share of it."""
+    text = Case("text", rate)
+    front = Case("tome front", rate, base.tome_removals(text, "tome front"))
+    assert base.of(front) == pytest.approx(base.of(text), rel=0.005)
+    own = base.merged_rate(text)
+    found = base.of(Case(MERGED, rate, own_rate=own))
+    assert found == pytest.approx(base.of(text), rel=0.005)
+    patches, lengths = 196, []
+    for merged in merge_schedule(196, as_ratio(own), 0.5, 4):
+        lengths.append((1 + patches, 1 + patches - merged))
+        patches -= merged
+    left = num_kept(196, own) + 2
+    tokens = vit_base_flops([*lengths, (1 + patches, left), *[(left, left)] * 7])
+    assert 0 < found - tokens < 0.005 * tokens
 
 
 def test_matching_flops_finds_the_closest():

@@ -208,3 +208,103 @@ def test_copies_of_a_model_and_of_a_tower_have_a_selection_of_their_own():
                 assert layer.wiring is other.wiring and layer.tower is other.towers[0]
             with torch.no_grad(), patchselect.guide(twin, texts(case, 2)):
                 other.towers[0].module(case.images(2))
+
+
+@pytest.mark.parametrize("merge", [0, 0.5])
+@pytest.mark.parametrize("name", ["clip", "open_clip", "timm_class_token", "albef"])
+def test_a_pickled_block_is_a_plain_one_and_carries_nothing(name, merge):
+    case = build(name)
+    blocks = patchselect.wiring.towers.find_towers(case.model)[0].blocks
+    expected = [len(pickle.dumps(block)) for block in blocks]
+    handle = patchselect.apply(case.model, 0.5, layers=[3], merge=merge)
+    for index in (1, 3):
+        pickled = pickle.dumps(blocks[index])
+        assert len(pickled) < expected[index] + 1000
+        twin = pickle.loads(pickled)
+        tokens = torch.randn(2, case.prefix + 16, handle.towers[0].width)
+        tokens = tokens if handle.towers[0].batch_first else tokens.transpose(0, 1)
+        kwargs = guard._call(handle.towers[0], blocks[0], tokens)[1]
+        with torch.no_grad():
+            found = twin(tokens, **kwargs)
+        with pytest.raises(ValueError, match="is not patched"):
+            patchselect.handle_of(twin)
+        patchselect.remove(twin)
+        plain = patchselect.wiring.swapping.own_class(type(blocks[index]))
+        assert type(twin) is plain and not any("patchselect" in key for key in vars(twin))
+        with torch.no_grad():
+            assert repr(found) == repr(twin(tokens, **kwargs))
+
+
+@pytest.mark.parametrize("name", ["clip", "albef"])
+def test_a_copy_of_a_block_that_merges_is_a_plain_one_without_the_selection(name):
+    case = build(name)
+    handle = patchselect.apply(case.model, 0.5, layers=[3], merge=0.5)
+    block = handle.towers[0].blocks[2]
+    twin = copy.deepcopy(block)
+    handle.remove()
+    tokens = torch.randn(2, case.prefix + 16, handle.towers[0].width)
+    kwargs = guard._call(handle.towers[0], block, tokens)[1]
+    with torch.no_grad():
+        assert repr(twin(tokens, **kwargs)) == repr(block(tokens, **kwargs))
+
+
+class Kept(nn.Module):
+    """As peft wraps a module that is trained as a whole (`modules_to_save`): the old one is in it too."""
+
+    def __init__(self, old, new):
+        super().__init__()
+        self.original_module, self.new = old, nn.ModuleDict({"default": new})
+
+    @property
+    def weight(self):
+        return self.new["default"].weight
+
+    @property
+    def normalized_shape(self):
+        return self.new["default"].normalized_shape
+
+    def forward(self, x):
+        return self.new["default"](x)
+
+
+TOWERS_WITH_NORM = ["clip", "siglip", "open_clip", "timm_class_token", "openai_clip", "albef"]
+
+
+@pytest.mark.parametrize("relevance", ["values", "joint"])
+@pytest.mark.parametrize(
+    "name, wrapped",
+    [*((name, False) for name in TOWERS_WITH_NORM), *((name, True) for name in TOWERS_WITH_NORM if name != "albef")],
+)
+def test_an_exchanged_final_norm_is_the_one_that_is_read(name, wrapped, relevance):
+    """Whether it is exchanged before `apply` or after it, both select alike, and not as before."""
+    found = {}
+    for order in ("never", "after", "before"):
+        case = build(name)
+        if relevance not in case.relevances:
+            pytest.skip(f"{name} has no joint space")
+
+        def exchange(tower):
+            path = next(path for path, part in tower.module.named_modules() if part is tower.final_norm)
+            holder = tower.module.get_submodule(path.rpartition(".")[0])
+            old, new = tower.final_norm, copy.deepcopy(tower.final_norm)
+            with torch.no_grad():
+                new.weight.copy_(torch.randn(new.weight.shape, generator=torch.Generator().manual_seed(1)))
+            setattr(holder, path.rpartition(".")[2], Kept(old, new) if wrapped else new)
+
+        if order == "before":
+            exchange(patchselect.wiring.towers.find_towers(case.model)[0])
+        handle = patchselect.apply(case.model, 0.5, layers=[3], relevance=relevance)
+        if order == "after":
+            for tower in handle.towers:
+                exchange(tower)
+        with torch.no_grad(), handle.record() as trace, patchselect.guide(case.model, texts(case, 2)):
+            case.image_side(case.model, case.images(2))
+        found[order] = trace[0].relevance
+    assert torch.equal(found["after"], found["before"])
+    assert (found["after"] - found["never"]).abs().max() > 1e-3
+
+
+def test_a_deleted_final_norm():
+    case, _ = patched()
+    del case.model.norm
+    refuses(case, "its norm is gone")

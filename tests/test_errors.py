@@ -8,6 +8,7 @@ import pytest
 import torch
 from hosts import build, ids, vision_transformer
 from since import needs, since
+from sweeping import on_meta
 from torch import nn
 
 import patchselect
@@ -40,7 +41,7 @@ BAD_ARGUMENTS = [
     (dict(guidance="txt"), ValueError, "guidance must be one of 'text', 'image', 'random'; got 'txt'"),
     (dict(relevance="queries"), ValueError, "relevance must be one of 'keys'"),
     (dict(fusion="max"), ValueError, "fusion must be one of 'mean', 'sum', 'none'"),
-    (dict(adapter="clip"), ValueError, "there is no adapter 'clip'; there are 'transformers-clip'"),
+    (dict(adapter="clip"), ValueError, "there is no adapter 'clip'; there are 'transformers-llava-clip'"),
     (dict(adapter="timm"), TypeError, "adapter 'timm' does not know .*CLIPModel"),
 ]
 
@@ -220,7 +221,8 @@ def test_data_parallel_around_a_patched_model_is_refused():
     ],
 )
 def test_open_clip_towers_that_cannot_be_supported_are_refused_by_name(name, reason):
-    needs("towers on meta")
+    needs(*(("towers on meta",) if name == "RN50" else ("towers on meta", "timm on meta")))
+    needs(*(("56 configurations",) if name.startswith("PE-Core") else ()))
     import open_clip
 
     with torch.device("meta"):
@@ -232,7 +234,7 @@ def test_open_clip_towers_that_cannot_be_supported_are_refused_by_name(name, rea
 
 
 def test_dense_readers_are_refused():
-    needs("CLIPSeg", "LLaVA")
+    needs("CLIPSeg")
     import transformers
 
     sizes = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2)
@@ -245,14 +247,35 @@ def test_dense_readers_are_refused():
         patchselect.apply(segmenter)
     with pytest.raises(TypeError, match="its segmentation decoder reads a dense grid"):
         patchselect.apply(segmenter.clip)
-    language = transformers.LlamaConfig(
-        hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=99
-    )
-    llava = transformers.LlavaForConditionalGeneration(
-        transformers.LlavaConfig(vision_config=transformers.CLIPVisionConfig(**vision), text_config=language)
-    )
-    with pytest.raises(TypeError, match="may need a fixed number of patches"):
-        patchselect.apply(llava)
+
+
+READERS = {
+    "LlavaNext": "packs their whole grids",
+    "LlavaOnevision": "packs their whole grids",
+    "Gemma3": "averages squares of a whole grid",
+    "Mistral3": "joins neighbours of a whole grid",
+    "Qwen2VL": "packed into one sequence with rotary positions",
+    "Qwen2_5_VL": "its tower attends in windows",
+    "Qwen3VL": "layers of its language model read tokens of its tower",
+    "Idefics2": "a resampler reads its tower",
+    "Ovis2": "a visual vocabulary",
+}
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_readers_of_whole_grids_are_refused_with_the_reason(name):
+    needs("encoded images")
+    import transformers
+
+    kind = getattr(transformers, f"{name}ForConditionalGeneration")
+    with torch.device("meta"):
+        model = on_meta(kind)
+    before = classes(model)
+    with pytest.raises(TypeError, match=f"{name}ForConditionalGeneration cannot be patched: .*{READERS[name]}"):
+        patchselect.apply(model)
+    with pytest.raises(TypeError, match=f"cannot be patched: .*{READERS[name]}"):
+        patchselect.apply(model.model)
+    assert classes(model) == before
 
 
 @pytest.mark.parametrize("name", ["open_clip", "timm_class_token", "open_clip_siglip"])
@@ -269,28 +292,6 @@ def test_grids_of_a_shortened_sequence_are_refused(name):
     tower.forward_intermediates(images)
     patchselect.remove(case.model)
     tower.forward_intermediates(images)
-
-
-def test_padded_images_are_refused():
-    case = build("siglip2")
-    patchselect.apply(case.model, 0.5, guidance="image")
-    images = case.images(2)
-    images["spatial_shapes"][1] = torch.tensor([3, 4])
-    images["pixel_attention_mask"][1, 12:] = 0
-    with pytest.raises(ValueError, match="attention_mask, which hides patches.*batch images of one size"):
-        case.image_side(case.model, images)
-
-
-@pytest.mark.parametrize("guidance", ["text", "image"])
-def test_scores_of_padded_images_are_refused(guidance):
-    case = build("siglip2")
-    patchselect.apply(case.model, 0.5, guidance=guidance)
-    images, text = case.images(2), torch.randn(2, 48)
-    patchselect.score_pairs(case.model, images, text, progress=False)
-    images["spatial_shapes"][1] = torch.tensor([3, 4])
-    images["pixel_attention_mask"][1, 12:] = 0
-    with pytest.raises(ValueError, match="attention_mask, which hides patches.*batch images of one size"):
-        patchselect.score_pairs(case.model, images, text, progress=False)
 
 
 def test_a_mask_that_the_tower_does_not_read_is_refused_if_it_hides_something(case):

@@ -56,7 +56,7 @@ def scored(name: str, relevance: patchselect.Relevance, merge: float):
     text = texts(case, 2).double()
     with torch.no_grad(), patchselect.guide(model, text, pairing="shared"):
         case.image_side(model, case.images(3).double())
-    return kept.found[0]
+    return kept.found[-1]  # before it, `apply` has asked once
 
 
 def z(scores):

@@ -12,6 +12,7 @@ from torch import nn
 
 import patchselect
 from patchselect.adapters.albef import Albef
+from patchselect.wiring import guard
 
 
 def refused(model, message, **options):
@@ -77,6 +78,23 @@ def test_real_code_that_looks_like_albef(kind):
     refused(tower_of(kind), rf"the forward of .*{kind.__name__} ran where they raised .*apply\(model, adapter=…\)")
 
 
+def test_a_tower_that_lacks_what_an_adapter_looks_for_is_refused_in_words():
+    """LAVIS `eva_vit`: blocks as of ALBEF, and no final norm; weights under other names; an attribute that is gone."""
+    model = Vit().eval()
+    del model.norm
+    refused(model, "no adapter knows")
+    model = Vit().eval()
+    del model.blocks[1].attn.scale
+    refused(model, "block 1 of Vit .*has no attribute 'scale'")
+
+    class Lost(Albef):
+        def towers(self, model):
+            return model.nowhere
+
+    with pytest.raises(TypeError, match="looks like a host of the adapter 'albef', which does not find.*'nowhere'"):
+        patchselect.apply(Vit(), 0.5, adapter=Lost())
+
+
 def test_a_forward_replaced_on_the_class(monkeypatch):
     model = Vit().eval()
     plain = Block.forward
@@ -107,6 +125,41 @@ def test_only_blocks_that_select_are_asked(layers):
     model.blocks[1] = ScaledByParameters(32, model.blocks[1].attn.num_heads).eval()
     patchselect.apply(model, 0.5, layers=layers, guidance="image")
     refused(model, "block 1 of Vit cannot select.*Leave this block out of layers", layers=[1, 3])
+
+
+@pytest.mark.parametrize("index", [0, 2])
+@pytest.mark.parametrize("options", [{}, {"sizes": False}])
+def test_blocks_that_merge_are_asked_too(index, options):
+    model = Vit().eval()
+    model.blocks[index] = ScaledByParameters(32, model.blocks[index].attn.num_heads).eval()
+    patchselect.apply(model, 0.5, layers=[3], guidance="image")
+    refused(model, f"block {index} of Vit .*gives other numbers.*without merge", layers=[3], merge=0.5, **options)
+
+
+def test_blocks_that_are_alike_are_compared_once(monkeypatch):
+    asked, check = [], guard.check_halves
+    monkeypatch.setattr(
+        guard, "check_halves", lambda tower, index, plan: asked.append(index) or check(tower, index, plan)
+    )
+
+    def asked_of(model):
+        asked.clear()
+        patchselect.apply(model, 0.5, layers=[3], guidance="image", merge=0.5, sizes=False)
+        return asked
+
+    assert asked_of(Vit().eval()) == [0]
+    for index, change in {
+        1: lambda block: setattr(block.mlp, "shift", 1.0),
+        2: lambda block: setattr(block.attn, "__class__", type("Attention", (type(block.attn),), {})),
+        3: lambda block: setattr(block.norm1, "eps", 1e-3),
+    }.items():
+        model = Vit().eval()
+        change(model.blocks[index])
+        assert asked_of(model) == [0, index]
+    model = Vit().eval()
+    for index, block in enumerate(model.blocks):
+        block.drop_path = nn.Dropout(0.1 + 0.01 * index)
+    assert asked_of(model) == [0]
 
 
 class Counted(nn.Module):

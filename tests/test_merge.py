@@ -130,8 +130,9 @@ def test_sizes_of_one_are_the_attention_of_the_host(name):
     hidden = hidden if tower.batch_first else hidden.transpose(0, 1)
     for block in tower.blocks:
         with torch.no_grad():
-            own = tower.adapter.attend(tower, block, hidden)
-            found = tower.adapter.attend_sized(tower, block, torch.ones(2, length), hidden)
+            args, kwargs = tower.adapter.sample_call(tower, block, hidden)
+            own = tower.adapter.attend(tower, block, *args, **kwargs)
+            found = tower.adapter.attend_sized(tower, block, torch.ones(2, length), *args, **kwargs)
             normed = own.normed if tower.batch_first else own.normed.transpose(0, 1)
             keys = mean_key(tower.adapter.projections(block), normed)
         torch.testing.assert_close(found.tokens, own.tokens, rtol=1e-4, atol=1e-5)

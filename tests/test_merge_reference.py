@@ -1,7 +1,7 @@
-"""Whole towers of four hosts that merge, then select, against an independent float64 computation of the equations.
+"""Whole towers of several hosts that merge, then select, against an independent float64 computation of the equations.
 
 The reference loops over images, heads and patches, and reads nothing of the library; of the host it reads tensors of
-the state dict, and the tokens that come to the first block.
+the state dict, the tokens that come to the first block and, of a rotary one, the sines and cosines of each place.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Callable
 import pytest
 import torch
 from hosts import build, texts
+from since import needs
 from test_merge import slow_merge
 from test_promises import tokens_of
 from torch import Tensor
@@ -29,7 +30,8 @@ class Names:
     norms: tuple[str, str]
     heads: int
     out: str
-    mlp: tuple[str, str]
+    mlp: tuple[str, ...]
+    """The layers of the MLP in order; of a gated one the gate, what it gates, and the last."""
     activation: Callable[[Tensor], Tensor]
     fused: str | None = None
     """Weight and bias of queries, keys and values in one."""
@@ -40,12 +42,25 @@ class Names:
     """The visual projection, `(joint, width)` if it ends in `.weight`, else `(width, joint)`."""
     post: str | None = None
     eps: float = 1e-5
+    prefix: int = 1
+    inner: tuple[str, str] | None = None
+    """Norms before the last layer of attention and of the MLP."""
+    rotary: Callable[[tuple, dict], tuple[Tensor, Tensor]] | None = None
+    """Sines and cosines `(n, E)` of all places, of the arguments of a block."""
+    half: bool = False
+
+
+def silu(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(x)
 
 
 def erf_gelu(x: Tensor) -> Tensor:
     return x * 0.5 * (1 + torch.erf(x / math.sqrt(2)))
 
 
+GATED = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+OF_RELEASE = {"vit": "plain layers", "dinov2_registers": "plain layers"}
+"""Hosts whose parts have these names in some releases alone."""
 TIMM = Names(
     "blocks.{}.", ("norm1", "norm2"), 4, "attn.proj", ("mlp.fc1", "mlp.fc2"), erf_gelu, "attn.qkv.",
     scales=("ls1.gamma", "ls2.gamma"), eps=1e-6,
@@ -65,26 +80,50 @@ NAMES = {
         "eyes.blocks.{}.", ("norm1", "norm2"), 4, "attn.proj", ("mlp.up", "mlp.down"), erf_gelu, "attn.qkv."
     ),
     "timm_class_token": TIMM,
+    "vit": Names(
+        "layers.{}.", ("layernorm_before", "layernorm_after"), 4, "attention.o_proj", ("mlp.fc1", "mlp.fc2"), erf_gelu,
+        apart=("attention.q_proj", "attention.k_proj", "attention.v_proj"), post="layernorm.weight", eps=1e-12,
+    ),
+    "dinov2_registers": Names(
+        "encoder.layer.{}.", ("norm1", "norm2"), 4, "attention.o_proj", GATED, silu,
+        apart=("attention.q_proj", "attention.k_proj", "attention.v_proj"), post="layernorm.weight", eps=1e-6,
+        scales=("layer_scale1.lambda1", "layer_scale2.lambda1"), prefix=4,
+    ),
+    "dinov3": Names(
+        "model.layer.{}.", ("norm1", "norm2"), 4, "attention.o_proj", GATED, erf_gelu,
+        apart=("attention.q_proj", "attention.k_proj", "attention.v_proj"), post="norm.weight",
+        scales=("layer_scale1.lambda1", "layer_scale2.lambda1"), prefix=4,
+        rotary=lambda args, kwargs: kwargs["position_embeddings"][::-1], half=True,
+    ),
+    "timm_eva02": Names(
+        "blocks.{}.", ("norm1", "norm2"), 4, "attn.proj", ("mlp.fc1_g", "mlp.fc1_x", "mlp.fc2"), silu,
+        apart=("attn.q_proj", "attn.k_proj", "attn.v_proj"), scales=("gamma_1", "gamma_2"), eps=1e-6,
+        inner=("attn.norm", "mlp.norm"), rotary=lambda args, kwargs: kwargs["rope"].chunk(2, dim=-1),
+    ),
 }  # fmt: skip
 
 
 class Reference:
     """The blocks of one tower, one image at a time."""
 
-    def __init__(self, state, names: Names, layers, rates, merge, sizes, relevance) -> None:
-        self.w, self.names = state, names
+    def __init__(self, state, names: Names, layers, rates, merge, sizes, relevance, tables=None) -> None:
+        self.w, self.names, self.tables = state, names, tables
         self.layers, self.rates, self.merge, self.counts, self.relevance = layers, rates, merge, sizes, relevance
 
     def get(self, index: int, name: str) -> Tensor:
         return self.w[self.names.blocks.format(index) + name]
 
     def linear(self, x: Tensor, index: int, name: str) -> Tensor:
-        return x @ self.get(index, f"{name}.weight").T + self.get(index, f"{name}.bias")
+        return x @ self.get(index, f"{name}.weight").T + self.bias(index, name)
+
+    def bias(self, index: int, name: str) -> Tensor | float:
+        return self.w.get(self.names.blocks.format(index) + f"{name}.bias", 0.0)
 
     def norm(self, x: Tensor, index: int, which: int) -> Tensor:
-        return self.plain(x) * self.get(index, f"{self.names.norms[which]}.weight") + self.get(
-            index, f"{self.names.norms[which]}.bias"
-        )
+        return self.named_norm(x, index, self.names.norms[which])
+
+    def named_norm(self, x: Tensor, index: int, name: str) -> Tensor:
+        return self.plain(x) * self.get(index, f"{name}.weight") + self.bias(index, name)
 
     def plain(self, x: Tensor) -> Tensor:
         centred = x - x.mean(-1, keepdim=True)
@@ -93,7 +132,7 @@ class Reference:
     def parts(self, index: int) -> list[tuple[Tensor, Tensor]]:
         names = self.names
         if names.apart is not None:
-            return [(self.get(index, f"{n}.weight"), self.get(index, f"{n}.bias")) for n in names.apart]
+            return [(self.get(index, f"{n}.weight"), self.bias(index, n)) for n in names.apart]
         weight, bias = self.get(index, f"{names.fused}weight"), self.get(index, f"{names.fused}bias")
         return list(zip(weight.chunk(3), bias.chunk(3)))
 
@@ -101,8 +140,10 @@ class Reference:
         return branch if self.names.scales is None else branch * self.get(index, self.names.scales[which])
 
     def __call__(self, x: Tensor, depth: int, text: Tensor) -> Tensor:
-        """Return what the last block gives for the tokens `(1 + n, D)` of one image."""
-        patches, first = len(x) - 1, self.layers[0]
+        """Return what the last block gives for the tokens `(P + n, D)` of one image."""
+        prefix, first = self.names.prefix, self.layers[0]
+        patches = len(x) - prefix
+        self.places: list[int | None] = [None] * prefix + list(range(patches))
         after = math.ceil(self.rates[0] * patches - 1e-9) + 1
         removed = round(self.merge * (patches - after))
         sizes, reduced = torch.ones(len(x), dtype=x.dtype), False
@@ -113,26 +154,58 @@ class Reference:
             if index < first:
                 count = math.floor((index + 1) * removed / first) - math.floor(index * removed / first)
                 mean = torch.stack(list(keys.chunk(self.names.heads, dim=1))).mean(0)
-                x, sizes, _ = slow_merge(x, sizes, mean, min(count, (len(x) - 1) // 2), 1)
+                x, sizes, into = slow_merge(x, sizes, mean, min(count, (len(x) - prefix) // 2), prefix)
+                self.merge_places(into)
                 reduced = reduced or count > 0
             elif index in self.layers:
-                whole = patches if index == first else len(x) - 1
+                whole = patches if index == first else len(x) - prefix
                 keep = math.ceil(self.rates[self.layers.index(index)] * whole - 1e-9)
                 x, sizes = self.select(x, before, seen, sizes, keep, index, text, depth)
                 reduced = True
-            hidden = self.linear(self.norm(x, index, 1), index, self.names.mlp[0])
-            x = x + self.scaled(self.linear(self.names.activation(hidden), index, self.names.mlp[1]), index, 1)
+            normed = self.norm(x, index, 1)
+            hidden = self.names.activation(self.linear(normed, index, self.names.mlp[0]))
+            if len(self.names.mlp) == 3:
+                hidden = hidden * self.linear(normed, index, self.names.mlp[1])
+            if self.names.inner is not None:
+                hidden = self.named_norm(hidden, index, self.names.inner[1])
+            x = x + self.scaled(self.linear(hidden, index, self.names.mlp[-1]), index, 1)
         return x
+
+    def merge_places(self, into: list[int]) -> None:
+        """A merged token stands where the odd patch stood that the others merged into."""
+        prefix, before = self.names.prefix, self.places
+        after: dict[int, int | None] = {}
+        for patch, goes in enumerate(into[prefix:]):
+            if goes not in after or patch % 2 == 1:
+                after[goes] = before[prefix + patch]
+        self.places = [None] * prefix + [after[token] for token in sorted(after)]
+
+    def turned(self, x: Tensor) -> Tensor:
+        """Queries or keys of one head `(N, E)`, turned by the places of their tokens; one without a place is not."""
+        if self.tables is None:
+            return x
+        out, width = x.clone(), x.shape[1]
+        for token, place in enumerate(self.places):
+            for entry in range(width) if place is not None else ():
+                if self.names.half:
+                    sign, other = (-1, entry + width // 2) if entry < width // 2 else (1, entry - width // 2)
+                else:
+                    sign, other = (-1, entry + 1) if entry % 2 == 0 else (1, entry - 1)
+                sine, cosine = (table[place, entry] for table in self.tables)
+                out[token, entry] = x[token, entry] * cosine + sign * x[token, other] * sine
+        return out
 
     def attention(self, x: Tensor, index: int, sizes: Tensor | None) -> Tensor:
         q, k, v = (x @ weight.T + bias for weight, bias in self.parts(index))
         out, width = torch.zeros_like(x), x.shape[1] // self.names.heads
         for head in range(self.names.heads):
             part = slice(head * width, (head + 1) * width)
-            logits = q[:, part] @ k[:, part].T / math.sqrt(width)
+            logits = self.turned(q[:, part]) @ self.turned(k[:, part]).T / math.sqrt(width)
             if sizes is not None:
                 logits = logits + sizes.log()
             out[:, part] = logits.softmax(-1) @ v[:, part]
+        if self.names.inner is not None:
+            out = self.named_norm(out, index, self.names.inner[0])
         return self.linear(out, index, self.names.out)
 
     def select(self, x, before, seen, sizes, keep, index, text, depth):
@@ -145,10 +218,12 @@ class Reference:
         kept, rest = sorted(ranked[:keep]), ranked[keep:]
         if not rest:
             return x, sizes
-        fused = sum(a[i] * x[1 + i] for i in rest) / sum(a[i] for i in rest)
-        total = sum(sizes[1 + i] for i in rest)
-        tokens = torch.stack([x[0], *(x[1 + i] for i in kept), fused])
-        return tokens, torch.stack([sizes[0], *(sizes[1 + i] for i in kept), total])
+        p = self.names.prefix
+        fused = sum(a[i] * x[p + i] for i in rest) / sum(a[i] for i in rest)
+        total = sum(sizes[p + i] for i in rest)
+        tokens = torch.stack([*x[:p], *(x[p + i] for i in kept), fused])
+        self.places = [*self.places[:p], *(self.places[p + i] for i in kept), None]
+        return tokens, torch.stack([*sizes[:p], *(sizes[p + i] for i in kept), total])
 
     def lifted(self, text: Tensor) -> Tensor:
         if self.names.lift is None:
@@ -158,18 +233,19 @@ class Reference:
 
     def by_keys(self, seen: Tensor, index: int, text: Tensor) -> Tensor:
         (query, query_bias), (key, key_bias), _ = self.parts(index)
-        q, k = query @ self.norm(self.lifted(text), index, 0) + query_bias, seen[1:] @ key.T + key_bias
+        q, k = query @ self.norm(self.lifted(text), index, 0) + query_bias, seen @ key.T + key_bias
         width = len(q) // self.names.heads
         heads = [slice(h * width, (h + 1) * width) for h in range(self.names.heads)]
-        return torch.stack([(k[:, p] @ q[p] / math.sqrt(width)).softmax(-1) for p in heads]).mean(0)
+        keys = [self.turned(k[:, p])[self.names.prefix :] for p in heads]
+        return torch.stack([(key @ q[p] / math.sqrt(width)).softmax(-1) for key, p in zip(keys, heads)]).mean(0)
 
     def by_values(self, x: Tensor, before: Tensor, index: int, text: Tensor, depth: int) -> Tensor:
         g = self.w[self.names.post] * self.lifted(text)
         g = g - g.mean()
-        scores = torch.zeros(len(x) - 1, dtype=x.dtype)
+        scores = torch.zeros(len(x) - self.names.prefix, dtype=x.dtype)
         for later in range(index, depth):
-            w = g @ self.get(later, f"{self.names.out}.weight") @ self.parts(later)[2][0]
-            scores += self.norm((before if later == index else x)[1:], later, 0) @ w
+            w = self.scaled(g, later, 0) @ self.get(later, f"{self.names.out}.weight") @ self.parts(later)[2][0]
+            scores += self.norm((before if later == index else x)[self.names.prefix :], later, 0) @ w
         return ((scores - scores.mean()) / scores.std(unbiased=False)).softmax(-1)
 
 
@@ -183,23 +259,31 @@ SETTINGS = [
 ]
 
 
-def through_the_blocks(case, tower, images, text) -> tuple[Tensor, Tensor]:
-    """Return what comes to the first block and what the last one gives, in a guided call."""
-    came, went = [], []
+def through_the_blocks(case, tower, images, text) -> tuple[Tensor, Tensor, tuple, dict]:
+    """Return what comes to the first block and what the last one gives, and the arguments of the first."""
+    came, went, given = [], [], []
+
+    def first(module, args, kwargs={}):  # noqa: B006 (releases before 2.0 give none)
+        came.append(tokens_of(tower, args[0]))
+        given.append((args, kwargs))
+
+    with_kwargs = {"with_kwargs": True} if tower.rotary else {}
     hooks = [
-        tower.blocks[0].register_forward_pre_hook(lambda module, args: came.append(tokens_of(tower, args[0]))),
+        tower.blocks[0].register_forward_pre_hook(first, **with_kwargs),
         tower.blocks[-1].register_forward_hook(lambda module, args, out: went.append(tokens_of(tower, out))),
     ]
     with torch.no_grad(), patchselect.guide(case.model, text):
         case.image_side(case.model, images)
     for hook in hooks:
         hook.remove()
-    return came[0], went[0]
+    return came[0], went[0], *given[0]
 
 
 @pytest.mark.parametrize(("layers", "rates", "merge", "sizes"), SETTINGS)
 @pytest.mark.parametrize("name", list(NAMES))
 def test_whole_towers(name, layers, rates, merge, sizes):
+    if name in OF_RELEASE:
+        needs(OF_RELEASE[name])
     case = build(name)
     case.model.double()
     names, tower = NAMES[name], find_towers(case.model)[0]
@@ -209,8 +293,10 @@ def test_whole_towers(name, layers, rates, merge, sizes):
     images, text = case.images(2).double(), texts(case, 2).double()
     for relevance in ("keys", "values") if names.post else ("keys",):
         patchselect.apply(case.model, list(rates), list(layers), relevance=relevance, merge=merge, sizes=sizes)
-        came, went = through_the_blocks(case, tower, images, text)
-        reference = Reference(state, names, layers, rates, merge, merge > 0 if sizes is None else sizes, relevance)
+        came, went, *given = through_the_blocks(case, tower, images, text)
+        tables = None if names.rotary is None else names.rotary(*given)
+        counts = merge > 0 if sizes is None else sizes
+        reference = Reference(state, names, layers, rates, merge, counts, relevance, tables)
         expected = torch.stack([reference(x, len(tower.blocks), t) for x, t in zip(came, text)])
         assert went.shape == expected.shape
         assert ((went - expected).norm() / expected.norm()).item() < 1e-8

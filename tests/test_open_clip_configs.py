@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import os
+import re
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -11,12 +14,17 @@ from since import needs, since
 
 import patchselect
 from patchselect.functional import num_kept
+from patchselect.wiring.towers import find_towers
 
 needs("open_clip", "timm", module=True)
 import open_clip
 import timm
 
 TIMM_SMALL = dict(img_size=64, patch_size=16, embed_dim=32, depth=4, num_heads=2)
+ROTARY = ("eva", "vit_pe")
+HYBRID = ("vit_base_mci", "vitamin")
+VITS = ("vit_base", "vit_large", "vit_so400m", "vit_giantopt", "vit_medium", "vitamin", *ROTARY)
+"""How the names of timm's vision transformers begin; all other trunks are refused."""
 CONFIGS = {name: open_clip.get_model_config(name) for name in open_clip.list_models()}
 
 
@@ -26,15 +34,31 @@ def kind(config) -> str:
     if "audio_cfg" in config or "genlip_cfg" in config or not vision:
         return "other"
     if name is None:
-        return "resnet" if isinstance(vision.get("layers"), list) else "own"
-    plain = name.startswith(
-        ("vit_base_patch", "vit_large_patch", "vit_so400m", "vit_giantopt", "vit_medium_patch16_gap")
-    )
-    return "timm" if plain else "other"
+        return "refused" if isinstance(vision.get("layers"), list) else "own"
+    return "timm" if name.startswith(VITS) else "refused"
 
 
 OWN = [name for name, config in CONFIGS.items() if kind(config) == "own"]
 TIMM = [name for name, config in CONFIGS.items() if kind(config) == "timm"]
+SLOW = "PATCHSELECT_SLOW" in os.environ
+REFUSED = [name for name, config in CONFIGS.items() if kind(config) == "refused"]
+
+
+def once(names: list[str]) -> list[Any]:
+    """Mark configurations whose trunk an earlier one has at another size: they are built where there is time."""
+    seen: set[str] = set()
+    found = []
+    for name in names:
+        trunk = CONFIGS[name]["vision_cfg"].get("timm_model_name") or "resnet"
+        family = re.sub(r"(_w)?_[0-9]+$", "", trunk) if trunk.startswith((*HYBRID, "resnet")) else trunk
+        family = re.match("[a-z]+", trunk).group() if name in REFUSED else family  # type: ignore[union-attr]
+        again = family in seen and (trunk.startswith(HYBRID) or name in REFUSED)
+        reason = f"{family} at one size is enough: set PATCHSELECT_SLOW=1"
+        found.append(pytest.param(name, marks=pytest.mark.skipif(again and not SLOW, reason=reason)))
+        seen.add(family)
+    return found
+
+
 TRANSFORMERS_TEXT = [name for name in OWN if CONFIGS[name]["text_cfg"].get("hf_model_name")]
 
 
@@ -93,7 +117,9 @@ def check(model, images: torch.Tensor, prefix: int, patches: int) -> None:
 
 @since("56 configurations")
 def test_the_lists_are_what_the_readme_says():
-    assert len(OWN) >= 56 and len(TRANSFORMERS_TEXT) >= 8 and len(TIMM) >= 20
+    assert len(OWN) >= 56 and len(TRANSFORMERS_TEXT) >= 8 and len(TIMM) >= 58 and len(REFUSED) <= 30
+    neither = [name for name in CONFIGS if name not in {*OWN, *TIMM, *REFUSED}]
+    assert all("vision_cfg" not in CONFIGS[name] or "genlip_cfg" in CONFIGS[name] for name in neither), neither
 
 
 @pytest.mark.parametrize("name", OWN)
@@ -103,11 +129,11 @@ def test_own_vision_transformer(name):
     model = shrunk(name)
     size = model.visual.image_size
     height, width = size if isinstance(size, (tuple, list)) else (size, size)
-    assert patchselect.wiring.towers.find_towers(model)[0].adapter.name == "open_clip"
+    assert find_towers(model)[0].adapter.name == "open_clip"
     check(model, torch.randn(2, 3, height, width), 1, 9)
 
 
-@pytest.mark.parametrize("name", TIMM)
+@pytest.mark.parametrize("name", once(TIMM))
 def test_timm_tower(name):
     needs("average pooling")
     config = copy.deepcopy(CONFIGS[name])
@@ -117,15 +143,33 @@ def test_timm_tower(name):
 
     def create_small(model_name, **options):
         options.pop("pretrained", None)
-        return create(model_name, **options, **TIMM_SMALL)
+        of_stem = model_name.startswith(HYBRID)  # whose convolutions give width and stride
+        small = dict(img_size=64, depth=2) if of_stem else TIMM_SMALL
+        return create(model_name, **options, **small)
 
     config["text_cfg"] = dict(width=32, heads=2, layers=1, context_length=8, vocab_size=99)
     projected = config["vision_cfg"].get("timm_proj") in ("linear", "mlp")
     config["embed_dim"] = 24 if projected else 32
     with mock.patch.object(timm, "create_model", create_small):
         model = open_clip.CustomTextCLIP(**config)
-    assert patchselect.wiring.towers.find_towers(model)[0].adapter.name == "open_clip-timm"
+    rotary = CONFIGS[name]["vision_cfg"]["timm_model_name"].startswith(ROTARY)
+    assert find_towers(model)[0].adapter.name == ("open_clip-eva" if rotary else "open_clip-timm")
     check(model, torch.randn(2, 3, 64, 64), model.visual.trunk.num_prefix_tokens, 16)
+
+
+@since("towers on meta")
+@pytest.mark.parametrize("name", once(REFUSED))
+def test_everything_else_is_refused_by_name(name):
+    config = copy.deepcopy(CONFIGS[name])
+    for extra in ("custom_text", "tokenizer_cfg"):
+        config.pop(extra, None)
+    config["text_cfg"] = dict(width=32, heads=2, layers=1, context_length=8, vocab_size=99)
+    with torch.device("meta"):
+        trunk = config["vision_cfg"].get("timm_model_name")
+        model = (open_clip.CustomTextCLIP if trunk else open_clip.CLIP)(**config)
+    kind = type(model.visual.trunk if trunk else model.visual).__name__
+    with pytest.raises(TypeError, match=f"{kind} of .* cannot be patched: (it|its) "):
+        patchselect.apply(model, 0.5)
 
 
 @pytest.mark.parametrize("name", TRANSFORMERS_TEXT)

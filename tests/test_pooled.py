@@ -9,7 +9,8 @@ from since import BENCHMARKS, needs
 
 import patchselect
 
-POOLED = {"clip", "chinese_clip", "alt_clip", "metaclip2", "clip_vision_projected", "open_clip", "timm_class_token"}
+POOLED = {"clip", "chinese_clip", "alt_clip", "metaclip2", "clip_vision_projected", "open_clip", "timm_class_token",
+          "dual_encoder"}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", list(HOSTS))

@@ -17,7 +17,7 @@ import patchselect
 from patchselect.functional import num_kept
 
 RATE = 0.5
-every_host = pytest.mark.parametrize("name", list(HOSTS))
+every_host = pytest.mark.parametrize("name", [*HOSTS, "llava", "vipllava", "paligemma"])
 
 
 def encode(case: Case, images, text: Tensor | None = None, pairing: str = "paired", model=None) -> Tensor:
@@ -218,8 +218,10 @@ def test_copies_and_pickles_are_models_of_their_own(name):
         torch.save(case.model, buffer)
         saved = loaded(io.BytesIO(buffer.getvalue()))
     except (pickle.PicklingError, AttributeError):
+        unpatched = build(name)
+        encode(unpatched, images)  # transformers hangs hooks on models that were asked for hidden states
         with pytest.raises((pickle.PicklingError, AttributeError)):
-            pickle.dumps(build(name).model)
+            pickle.dumps(unpatched.model)
         saved = None
     for twin in (copy.deepcopy(case.model), saved):
         if twin is None:

@@ -225,7 +225,10 @@ def _tokenizer(transformers, vocabulary):
     made.pre_tokenizer = pre_tokenizers.Whitespace()
     ends = [("<|startoftext|>", 97), ("<|endoftext|>", 98)]
     made.post_processor = processors.TemplateProcessing("<|startoftext|> $A <|endoftext|>", special_tokens=ends)
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=made, pad_token="!", unk_token="!")
+    names = ["input_ids", "attention_mask"]  # as CLIP's own tokenizer gives; the plain one adds more until 5.0
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=made, pad_token="!", unk_token="!", model_input_names=names
+    )
 
 
 # The joint space of a dual encoder that is put together from two others.

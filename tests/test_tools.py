@@ -64,10 +64,25 @@ METHODS = {
 }
 
 
-def tuned(model: nn.Module, method: str) -> nn.Module:
+PACKED = r"(visual|visual_encoder|eyes|trunk)?\.?(trunk\.)?blocks\.\d+\.attn\.(qkv|proj)"
+OWN_TARGETS = {
+    "open_clip_siglip": PACKED,
+    "timm_class_token": PACKED,
+    "timm_average": PACKED,
+    "albef": PACKED + "|vision_proj|text_proj|see|read",
+}
+"""What adapters are put on in hosts whose attention has one layer for queries, keys and values."""
+
+
+def tuned(model: nn.Module, method: str, targets: str | None = None) -> nn.Module:
     """The model under an adapter that does something."""
     peft = tool("peft")
     kind, settings = METHODS[method]
+    if targets is not None:
+        settings = {key: value for key, value in settings.items() if not key.endswith("_modules")}
+        settings = {**settings, "target_modules": targets}
+        if method == "IA3":
+            settings["feedforward_modules"] = r".*attn\.proj"
     found = peft.get_peft_model(model, getattr(peft, kind)(**{"target_modules": PROJECTIONS, **settings}))
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
@@ -100,6 +115,32 @@ def test_adapters_count_as_if_merged_whether_they_come_before_apply_or_after(met
     patchselect.apply(case.model, 0.5, relevance=relevance)
     after = tuned(case.model, method)
     check_alike(look(case, after), expected)
+
+
+@pytest.mark.parametrize("name", OWN_TARGETS)
+@pytest.mark.parametrize("method", METHODS)
+def test_adapters_on_packed_projections_count_as_if_merged(method, name):
+    """In both orders, for both relevances; the head of ALBEF is called with image and text as its own code does."""
+    for relevance in ("values", "keys"):
+        reference, targets = build(name), OWN_TARGETS[name]
+        patchselect.apply(reference.model, 0.5, relevance=relevance, layers=[1, 3])
+        plain = look(reference, reference.model)
+        patchselect.remove(reference.model)
+        merged = tuned(reference.model, method, targets).merge_and_unload()
+        patchselect.apply(merged, 0.5, relevance=relevance, layers=[1, 3])
+        expected = look(reference, merged)
+        for order in ("before", "after"):
+            case = build(name)
+            if order == "after":
+                patchselect.apply(case.model, 0.5, relevance=relevance, layers=[1, 3])
+            model = tuned(case.model, method, targets)
+            if order == "before":
+                patchselect.apply(model, 0.5, relevance=relevance, layers=[1, 3])
+            check_alike(look(case, case.model), expected, plain)
+            with model.disable_adapter():
+                check_alike(look(case, case.model), plain)
+            unloaded = model.unload()
+            check_alike(look(case, unloaded), plain)
 
 
 def test_the_dropout_of_an_adapter_does_not_hide_its_matrix():
@@ -363,6 +404,65 @@ def test_a_budget_counts_layers_in_whatever_form_they_are_kept(kind):
         QUANTISED[kind](model)
     # Reading a matrix from its layer is counted too, once an image; the towers here are so narrow that it shows.
     assert abs(patchselect.keep_rate_for_budget(model, 0.7) - expected) < 0.05
+
+
+# Hooks
+
+
+@pytest.mark.parametrize("name", ["clip", "siglip", "timm_class_token", "albef", "blip"])
+@pytest.mark.parametrize("order", ["before", "after"])
+def test_hooks_that_change_what_a_layer_returns_count_as_merged(order, name):
+    for guidance, relevance in WAYS:
+        reference, case = build(name), build(name)
+        if guidance == "image" and relevance == "values" and "joint" not in case.relevances:
+            continue
+        plain = build(name)
+        patchselect.apply(plain.model, 0.5, guidance=guidance, relevance=relevance)
+        generator = torch.Generator().manual_seed(3)
+        scales = {}
+        with torch.no_grad():
+            for parent, child, layer in vision_linears(reference.model):
+                scale = 1 + torch.rand(layer.out_features, generator=generator)
+                scales[child, id(parent)] = scale
+                layer.weight.mul_(scale[:, None])
+                if layer.bias is not None:
+                    layer.bias.mul_(scale).add_(1)
+                else:
+                    layer.bias = nn.Parameter(torch.ones(layer.out_features))
+        patchselect.apply(reference.model, 0.5, guidance=guidance, relevance=relevance)
+        expected = look(reference, reference.model, guidance)
+        if order == "after":
+            patchselect.apply(case.model, 0.5, guidance=guidance, relevance=relevance)
+        for scale, (*_, layer) in zip(scales.values(), vision_linears(case.model)):
+            layer.register_forward_hook(lambda module, args, out, scale=scale: out * scale + 1)
+        if order == "before":
+            patchselect.apply(case.model, 0.5, guidance=guidance, relevance=relevance)
+        check_alike(look(case, case.model, guidance), expected, look(plain, plain.model, guidance))
+
+
+def test_hooks_that_look_on_change_nothing_and_see_one_token_more():
+    case, seen = build("clip"), []
+    patchselect.apply(case.model, 0.5, relevance="values")
+    expected = look(case, case.model)
+    for *_, layer in vision_linears(case.model):
+        layer.register_forward_hook(lambda module, args, out: seen.append(tuple(out.shape[:-1])))
+    found = look(case, case.model)
+    assert all(torch.equal(left, right) for left, right in zip(found, expected))
+    assert (1, 1) in seen and all(shape[0] == 2 for shape in seen if shape != (1, 1)), "no unit vectors"
+
+
+def test_hooks_that_bend_a_layer_are_refused_by_name():
+    case = build("clip")
+    patchselect.apply(case.model, 0.5, layers=[2], relevance="keys")
+    layer = patchselect.handle_of(case.model).towers[0].blocks[2].self_attn.q_proj
+    hook = layer.register_forward_hook(lambda module, args, out: out.relu())
+    with pytest.raises(TypeError, match="Linear does not show the matrix.*its hooks make it something else"):
+        look(case, case.model)
+    hook.remove()
+    patchselect.apply(case.model, 0.5, relevance="values")
+    case.model.vision_model.post_layernorm.register_forward_hook(lambda module, args, out: 2 * out)
+    with pytest.raises(TypeError, match="a forward hook changes what LayerNorm returns"):
+        look(case, case.model)
 
 
 class Odd(nn.Linear):

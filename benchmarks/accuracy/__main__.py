@@ -18,13 +18,13 @@ from .albef.throughput import throughput
 from .albef.train import Arm
 from .clip import study as clip
 from .leaks import study as leaks
-from .yours import zeroshot
+from .yours import retrieval, zeroshot
 
 
 def curves(
     name: str, seeds: tuple[int, ...], arms: tuple[Arm, ...], steps: int, queries: int, pool: int, folder: Path
 ) -> None:
-    """Curves over the keep rates: as it is, and after `steps` of training with selection."""
+    """Draw curves over the keep rates: as it is, and after `steps` of training with selection."""
     records = run(seeds, arms, steps, queries, pool, folder)
     speeds = throughput(base(seeds[0], folder))
     folder.mkdir(parents=True, exist_ok=True)
@@ -53,6 +53,7 @@ def main() -> None:
         "leaks": (leaks, "what texts alone, or the places of kept patches alone, answer of the questions"),
         "align": (align, "a short alignment under selection, of the small CLIP or of your model and data"),
         "methods": (methods, "methods side by side at equal FLOPs, as a leaderboard"),
+        "retrieval": (retrieval, "any CLIP on Flickr30K or COCO, in two passes, with and without selection"),
         "zeroshot": (zeroshot, "any CLIP on a folder of classes, with and without selection"),
     }
     for name, (module, about) in others.items():
@@ -67,7 +68,7 @@ def main() -> None:
         curves(
             "quick",
             (0,),
-            tuple(Arm(guidance) for guidance in ("text", "values", "image", "random")),
+            tuple(Arm(guidance) for guidance in ("text", "values", "image", "random", "front", "merged")),
             100,
             640,
             32,

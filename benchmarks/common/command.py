@@ -6,13 +6,17 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .machine import machine, versions
+from .machine import commit, machine, versions
 from .objects import name_of
+
+SCHEMA = 1
+"""Of the JSON files: counted up when a name in them changes its meaning."""
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -58,9 +62,11 @@ def add_output(parser: argparse.ArgumentParser, default: str, about: str = "fold
 
 
 def report_on(options: argparse.Namespace, device: str = "cpu") -> dict[str, Any]:
-    """Start a report with the machine, the releases and the settings; call it before the run, for the load."""
+    """Start a report with machine, releases, commit and settings; call it before the run, for load and commit."""
     settings = {name: _plain(value) for name, value in vars(options).items()}
-    return {"machine": machine(torch.device(device)), "versions": versions(), "settings": settings}
+    created = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    about = {"schema": SCHEMA, "created": created, "commit": commit()}
+    return {**about, "machine": machine(torch.device(device)), "versions": versions(), "settings": settings}
 
 
 def _plain(value: Any) -> Any:

@@ -41,7 +41,7 @@ def countable() -> Iterator[Any]:
 
 
 def count_flops(call: Callable[[], object]) -> int:
-    """FLOPs of a call, 2 per multiply-add, as `torch.utils.flop_counter` counts them.
+    """Count the FLOPs of a call, 2 per multiply-add, as `torch.utils.flop_counter` counts them.
 
     The call runs on fake tensors (real modules, no arithmetic): it must make its own inputs with `torch.zeros`.
     """
@@ -51,7 +51,7 @@ def count_flops(call: Callable[[], object]) -> int:
 
 
 def peak_memory(call: Callable[[], object], device: torch.device) -> int:
-    """Bytes that a call holds at its peak, on top of what was there before it (weights, inputs).
+    """Return bytes that a call holds at its peak, on top of what was there before it (weights, inputs).
 
     CUDA: `torch.cuda.max_memory_allocated`. CPU: the running sum of torch's own allocations and releases, as its
     profiler records them; the resident size of the process would hide a smaller peak behind an earlier, larger one.

@@ -48,7 +48,7 @@ SOURCES: tuple[Source, ...] = (
 
 
 def load_photos(sources: Sequence[Source] = SOURCES) -> list[Photo]:
-    """The photographs that are installed, as RGB, with their captions.
+    """Return the photographs that are installed, as RGB, with their captions.
 
     Raises:
         ModuleNotFoundError: neither scikit-image nor scikit-learn is installed.
@@ -68,5 +68,5 @@ def load_photos(sources: Sequence[Source] = SOURCES) -> list[Photo]:
 
 
 def batch_of(photos: Sequence[Photo], size: int) -> list[Photo]:
-    """A batch of any size: the photographs in turn, each with its own caption."""
+    """Return a batch of any size: the photographs in turn, each with its own caption."""
     return list(islice(cycle(photos), size))

@@ -13,6 +13,11 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     return {"median": middle, "q1": low, "q3": high}
 
 
+def apart(value: Mapping[str, float]) -> float:
+    """Return how far the farther quartile of what `spread` returned lies from the median, as a share of it."""
+    return max(value["q3"] - value["median"], value["median"] - value["q1"]) / value["median"]
+
+
 def quartiles(value: Mapping[str, float], digits: int, unit: str = "", scale: float = 1.0) -> str:
     """Write `median [first quartile, third quartile]` of what `spread` returned."""
     middle, low, high = (f"{value[name] * scale:.{digits}f}" for name in ("median", "q1", "q3"))

@@ -34,7 +34,7 @@ class Matching(NamedTuple):
 
 
 def match(keys: Tensor, removed: int) -> Matching:
-    """Bipartite soft matching (§3, "Bipartite Soft Matching").
+    """Match tokens by bipartite soft matching (§3, "Bipartite Soft Matching").
 
     Args:
         keys: `(B, n, E)`, what patches are compared by.
@@ -75,7 +75,7 @@ def merge(tokens: Tensor, sizes: Tensor, keys: Tensor, removed: int, prefix: int
 
 
 def schedule(total: int, depth: int, first: int | None = None) -> list[int]:
-    """`total` removals spread evenly over `depth` layers: the paper's constant `r`, also where it is no integer.
+    """Return `total` removals spread evenly over `depth` layers: the paper's constant `r`, also where it is no integer.
 
     With `first`, over the first so many layers alone.
     """
@@ -85,12 +85,12 @@ def schedule(total: int, depth: int, first: int | None = None) -> list[int]:
 
 
 def front(depth: int) -> int:
-    """The first third of `depth` layers: merging there saves the most FLOPs a removal, and did best at equal FLOPs."""
+    """Return the first third of `depth` layers: removals save the most FLOPs there; it did best at equal FLOPs."""
     return max(1, round(depth / 3))
 
 
 def projected(attention: Any, normed: Tensor) -> tuple[Sequence[Tensor], nn.Module]:
-    """Queries, keys and values `(B, N, D)` of a host's attention, and its output projection."""
+    """Return queries, keys and values `(B, N, D)` of a host's attention, and its output projection."""
     if getattr(attention, "in_proj_weight", None) is not None:  # nn.MultiheadAttention, and open_clip's own
         return F.linear(normed, attention.in_proj_weight, attention.in_proj_bias).chunk(3, dim=-1), attention.out_proj
     if hasattr(attention, "qkv"):  # timm
@@ -99,7 +99,7 @@ def projected(attention: Any, normed: Tensor) -> tuple[Sequence[Tensor], nn.Modu
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, scale: float, sizes: Tensor | None, fused: bool) -> Tensor:
-    """Proportional attention, `softmax(Q K^T * scale + log s) V`, on `(B, H, N, E)`; `sizes` `(B, N, 1)`, or all 1."""
+    """Attend in proportion, `softmax(Q K^T * scale + log s) V`, on `(B, H, N, E)`; `sizes` `(B, N, 1)`, or all 1."""
     bias = None if sizes is None else sizes.log().to(query.dtype).transpose(1, 2).unsqueeze(1)
     if fused:
         return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale)
@@ -117,7 +117,7 @@ def run_block(
     *args: Any,
     **_: Any,
 ) -> Any:
-    """One block with merging; `state` carries the sizes from block to block of one forward pass."""
+    """Run one block with merging; `state` carries the sizes from block to block of one forward pass."""
     x: Tensor = args[0] if tower.batch_first else args[0].transpose(0, 1)
     weights = tower.adapter.projections(block)
     if weights.key_norm is not None:
@@ -155,7 +155,7 @@ def token_merging(model: nn.Module, removed: int, fused: bool = True, first: int
 
 
 def matching_flops(target: float, count: Callable[[int], float], most: int) -> int:
-    """How many patches ToMe must remove in all to cost `target`, by bisection; costs fall as removals grow.
+    """Return how many patches ToMe must remove in all to cost `target`, by bisection; costs fall as removals grow.
 
     Args:
         target: FLOPs to meet.

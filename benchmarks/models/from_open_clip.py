@@ -13,7 +13,7 @@ from .host import RANDOM, OpenClipHost, first_line
 
 
 def is_open_clip(name: str) -> bool:
-    """Whether open_clip is installed and has an architecture of that name."""
+    """Tell whether open_clip is installed and has an architecture of that name."""
     try:
         import open_clip
     except ModuleNotFoundError:
@@ -70,14 +70,14 @@ def load_open_clip(name: str, image_size: int | None, pretrained: str | None) ->
 
 
 def _quick_gelu(name: str, tag: str) -> bool:
-    """Whether the weights of this tag want QuickGELU where the architecture may not; open_clip only warns."""
+    """Tell whether the weights of this tag want QuickGELU where the architecture may not; open_clip only warns."""
     import open_clip
 
     return bool(open_clip.get_pretrained_cfg(name, tag).get("quick_gelu"))
 
 
 def _open_clip_tokenizer(name: str, text: dict[str, Any]) -> tuple[Any, tuple[str, ...]]:
-    """The model's own tokenizer or, where that would be a download, CLIP's with its ids inside of the vocabulary."""
+    """Return the model's own tokenizer or, where that would be a download, CLIP's with ids inside of the vocabulary."""
     import open_clip
 
     try:
@@ -90,7 +90,7 @@ def _open_clip_tokenizer(name: str, text: dict[str, Any]) -> tuple[Any, tuple[st
 
 
 def _cached_tag(name: str) -> str | None:
-    """The first pretrained tag of an open_clip model whose file is in the local Hugging Face cache."""
+    """Return the first pretrained tag of an open_clip model whose file is in the local Hugging Face cache."""
     import open_clip
     from huggingface_hub import try_to_load_from_cache
 
@@ -103,7 +103,7 @@ def _cached_tag(name: str) -> str | None:
 
 
 def name_of_shapes(path: Path) -> str:
-    """The open_clip architecture that a state dict fits, by its shapes.
+    """Return the open_clip architecture that a state dict fits, by its shapes.
 
     Raises:
         ValueError: no plain CLIP of open_clip has these shapes, or several do (those with GELU and with QuickGELU).
@@ -132,12 +132,12 @@ def name_of_shapes(path: Path) -> str:
 
 
 def _shapes(state: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Of all but the scale, which some files hold as `(1,)`."""
+    """Return the shapes of all but the scale, which some files hold as `(1,)`."""
     return {name: tuple(value.shape) for name, value in state.items() if name != "logit_scale"}
 
 
 def _shapes_of(name: str, patches: tuple[int, ...]) -> dict[str, tuple[int, ...]] | None:
-    """The shapes of an architecture, of a plain `open_clip.CLIP` whose patch embedding has this shape alone."""
+    """Return the shapes of an architecture, of a plain `open_clip.CLIP` whose patch embedding has this shape alone."""
     import open_clip
 
     config = open_clip.get_model_config(name)

@@ -88,7 +88,7 @@ def _known_config(name: str) -> Any:
 
 
 def _image_processor(name: str) -> tuple[Any, bool]:
-    """The model's own, or CLIP's in its place; and which of the two."""
+    """Return the model's own, or CLIP's in its place; and which of the two."""
     from transformers import AutoImageProcessor, CLIPImageProcessor
 
     try:
@@ -98,7 +98,7 @@ def _image_processor(name: str) -> tuple[Any, bool]:
 
 
 def preprocessing(processor: Any, size: int) -> Callable[[Image.Image], Tensor]:
-    """A picture to `(3, size, size)` as the processor makes it, with no more of it changed than another size needs.
+    """Turn a picture into `(3, size, size)` as the processor does, changing no more than another size needs.
 
     The returned function raises a ValueError where the processor makes something else.
     """
@@ -126,7 +126,7 @@ def preprocessing(processor: Any, size: int) -> Callable[[Image.Image], Tensor]:
 
 
 def _tokenizer(name: str) -> Any:
-    """The model's own, or `None`."""
+    """Return the model's own, or `None`."""
     from transformers import AutoTokenizer
 
     try:

@@ -37,6 +37,8 @@ class Host:
     """What a reader of the figures must know."""
     own_words: bool = True
     """Whether the tokenizer is the model's, not another in its place."""
+    reads_tokens: bool = False
+    """Whether its head reads the tokens of a text beside those of the image, and scores a pair itself."""
 
     def check_accuracy(self) -> None:
         """Raise a ValueError where figures of accuracy would mean nothing."""
@@ -53,7 +55,7 @@ class Host:
         raise NotImplementedError
 
     def images(self, pictures: Sequence[Image.Image]) -> Tensor:
-        """`(B, 3, H, W)` on the model's device, in the dtype of its weights."""
+        """Return `(B, 3, H, W)` on the model's device, in the dtype of its weights."""
         weight = next(self.model.parameters())
         return torch.stack([self.preprocess(picture) for picture in pictures]).to(weight.device, weight.dtype)
 
@@ -62,15 +64,15 @@ class Host:
         return {name: ids.to(device) for name, ids in self.tokenize(captions).items()}
 
     def encode_image(self, images: Tensor) -> Tensor:
-        """The vision tower and its projection, `(B, E)`."""
+        """Run the vision tower and its projection, `(B, E)`."""
         raise NotImplementedError
 
     def encode_text(self, tokens: Tokens) -> Tensor:
-        """The text tower and its projection, `(B, E)`."""
+        """Run the text tower and its projection, `(B, E)`."""
         raise NotImplementedError
 
     def both(self, images: Tensor, tokens: Tokens) -> Any:
-        """One call of the whole model: the text of this call guides its vision tower."""
+        """Call the whole model: the text of this call guides its vision tower."""
         raise NotImplementedError
 
     def checkpoint(self, on: bool) -> None:
@@ -138,15 +140,15 @@ class TransformersHost(Host):
 
 
 def _features(output: Any) -> Tensor:
-    """transformers 4 gives the features, transformers 5 an output that holds them."""
+    """Return the features: transformers 4 gives them, transformers 5 an output that holds them."""
     return output if isinstance(output, Tensor) else output.pooler_output
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any]:
-    """`amp`: fp32 weights under bf16 autocast. Otherwise nothing: the weights have the precision."""
+    """Return `amp`: fp32 weights under bf16 autocast. Otherwise nothing: the weights have the precision."""
     return torch.autocast(device.type, torch.bfloat16) if precision == "amp" else nullcontext()
 
 
 def first_line(error: BaseException) -> str:
-    """What went wrong, short enough for a note."""
+    """Say what went wrong, short enough for a note."""
     return (str(error).splitlines() or [type(error).__name__])[0][:200]

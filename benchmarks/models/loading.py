@@ -14,7 +14,7 @@ from .host import Host
 
 
 def load(name: str, image_size: int | None = None, pretrained: str | None = None) -> Host:
-    """A model by whatever names it.
+    """Load a model by whatever names it.
 
     Nothing is downloaded unless that was asked for, by `pretrained` or by an `hf-hub:` name; weights that are in the
     local cache are found without asking.
@@ -65,7 +65,7 @@ def offline(unless: bool = False) -> Iterator[None]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Hosts warn that weights are random: the benchmark says so itself, once."""
+    """Silence hosts that warn of random weights: the benchmark says so itself, once."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

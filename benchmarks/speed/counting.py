@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
+
 from benchmarks.common.cost import count_flops
 from benchmarks.common.tome import matching_flops
 from benchmarks.models.host import Host
 from patchselect.wiring.towers import find_towers
 
-from .cases import Case, Inputs, Selection, Setting, patched, runner
+from .cases import AGAIN, MERGED, Case, Inputs, Selection, Setting, patched, runner
 
 
 class FlopBook:
@@ -18,7 +21,8 @@ class FlopBook:
         self.known: dict[tuple[str, Case], float] = {}
 
     def of(self, case: Case, view: str = "tower") -> float:
-        """FLOPs per image (or per text, for the text encoder)."""
+        """FLOPs per image (or per text, for the text encoder); those of `AGAIN` are those of a first image."""
+        case = dataclasses.replace(case, method="text") if case.method == AGAIN else case
         if (view, case) not in self.known:
             setting = Setting(self.host.image_size, len(self.inputs.images), "fp32", view=view)
 
@@ -29,16 +33,26 @@ class FlopBook:
                 self.known[view, case] = count_flops(call) / len(self.inputs.images)
         return self.known[view, case]
 
-    def tome_removals(self, case: Case) -> int:
-        """How many patches ToMe must remove in all for its FLOPs to come closest to those of `case`."""
+    def tome_removals(self, case: Case, method: str = "tome") -> int:
+        """Return how many patches this kind of ToMe must remove for its FLOPs to come closest to those of `case`."""
+        patches, depth = self.size()
+        count = lambda removed: self.of(Case(method, case.keep_rate, removed))  # noqa: E731
+        return matching_flops(self.of(case), count, patches - depth)
+
+    def merged_rate(self, case: Case) -> float:
+        """Return which keep rate one selection after merging needs for its FLOPs to come closest to those of `case`."""
+        patches, _ = self.size()
+        count = lambda removed: self.of(Case(MERGED, case.keep_rate, own_rate=1 - removed / patches))  # noqa: E731
+        return 1 - matching_flops(self.of(case), count, patches - 1) / patches
+
+    def size(self) -> tuple[int, int]:
+        """Return patches of an image, and blocks of the tower."""
         (tower,) = find_towers(self.host.model)
         height, width = tower.adapter.grid(tower, self.inputs.images)
-        most = height * width - len(tower.blocks)
-        return matching_flops(self.of(case), lambda removed: self.of(Case("tome", case.keep_rate, removed)), most)
+        return height * width, len(tower.blocks)
 
-    def limit(self, lowest: float, view: str) -> list[dict[str, float]]:
-        """The FLOP ratio of text guidance over the keep rates that a plot shows."""
-        rates = sorted({lowest, *(rate / 10 for rate in range(1, 10) if rate / 10 > lowest)})
+    def limit(self, rates: Sequence[float], view: str) -> list[dict[str, float]]:
+        """Return the FLOP ratio of text guidance at these keep rates, and at 1."""
         base = self.of(Case("unpatched"), view)
         points = [{"keep_rate": rate, "flop_ratio": base / self.of(Case("text", rate), view)} for rate in rates]
         return [*points, {"keep_rate": 1.0, "flop_ratio": 1.0}]

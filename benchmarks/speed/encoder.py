@@ -11,12 +11,12 @@ from torch import nn
 import patchselect
 
 
-def vit(size: int) -> nn.Module:
-    """A ViT-B/16 of real size with random weights, as in CLIP and (up to its norms) in ALBEF."""
+def vit(size: int, depth: int = 12) -> nn.Module:
+    """Build a ViT-B/16 of real size with random weights, as in CLIP and (up to its norms) in ALBEF."""
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
     config = CLIPVisionConfig(
-        hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, patch_size=16,
+        hidden_size=768, intermediate_size=3072, num_hidden_layers=depth, num_attention_heads=12, patch_size=16,
         image_size=size, projection_dim=512,
     )  # fmt: skip
     torch.manual_seed(0)
@@ -24,7 +24,7 @@ def vit(size: int) -> nn.Module:
 
 
 def call_of(model: nn.Module, batch: int, size: int, guided: bool, device: torch.device | None) -> Callable[[], Any]:
-    """One forward; without a device its inputs are made inside of it, as the FLOP counter wants."""
+    """Run one forward; without a device its inputs are made inside of it, as the FLOP counter wants."""
     home = device or torch.device("cpu")
 
     def made() -> tuple[torch.Tensor, torch.Tensor]:

@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def measure(model: nn.Module, rate: float, options: argparse.Namespace) -> dict[str, Any]:
-    """GFLOPs, seconds and pooled outputs of one keep rate, without and with the option."""
+    """Return GFLOPs, seconds and pooled outputs of one keep rate, without and with the option."""
     size, batch = options.image_size, options.batch
     device = torch.device(options.device)
     guided = rate < 1

@@ -1,11 +1,14 @@
-"""Interleaved timing: every round runs every case once, in a new order, so that drift hits all of them alike."""
+"""Interleaved timing: every round runs every case once, in a new order, until the speed-ups have settled."""
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import gc
+import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
@@ -13,15 +16,38 @@ from unittest import mock
 import torch
 from tqdm import tqdm
 
-from benchmarks.common.clock import timed, turns
+import patchselect
+from benchmarks.common.clock import CLOCKS, captured, on_stream, timed, turns
 from benchmarks.common.cost import peak_memory
+from benchmarks.common.show import apart, spread
 from benchmarks.models.host import Host
-from patchselect.wiring import blocks
+from patchselect.wiring import blocks, merging
 
-from .cases import Case, Inputs, Selection, Setting, mode, patched, runner
+from .cases import AGAIN, Case, Inputs, Selection, Setting, mode, patched, runner
 
 FEWEST_ROUNDS = 3
+"""Before these nothing counts as settled."""
 MOST_ROUNDS = 40
+SETTLED = 0.05
+"""How far the quartiles of a speed-up may lie from its median."""
+
+
+@dataclass(frozen=True)
+class How:
+    """How calls are timed."""
+
+    clock: str = "wall"
+    """One of `CLOCKS`."""
+    rounds: int | None = None
+    """Exactly so many; `None`: until everything has settled, or the time is up."""
+    memory: bool = False
+    """Measure peak memory too."""
+    compiled: bool = False
+    """Compile each case, the unpatched one too."""
+    graphs: bool = False
+    """Replay each case as one CUDA graph; a CPU has none, and calls."""
+    seed: int = 0
+    """Of the order of the cases."""
 
 
 @dataclass
@@ -30,30 +56,30 @@ class Measured:
 
     setting: Setting
     case: Case
-    peak_memory: int
+    peak_memory: int | None = None
     """Bytes on top of weights and inputs."""
     seconds: list[float] = field(default_factory=list)
     """One call each, in the order of the rounds."""
     selecting: list[float] = field(default_factory=list)
-    """The part of `seconds` that went into relevance, selection and fusion."""
+    """The part of `seconds` that went into relevance, selection, fusion and merging; empty where nobody can tell."""
 
 
 class SelectionClock:
-    """The time that one call spends in relevance, selection and fusion (all of `select`)."""
+    """The time that one call spends in relevance, selection and fusion (all of `select`), and in merging."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, device: torch.device, clock: str) -> None:
+        self.device, self.now = device, CLOCKS[clock]
         self.marks: list[tuple[Any, Any]] = []
 
     def mark(self) -> Any:
         if self.device.type != "cuda":
-            return time.perf_counter()
+            return self.now()
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
 
     def read(self) -> float:
-        """Seconds since the last reading; after the device was synchronised."""
+        """Return seconds since the last reading; after the device was synchronised."""
         marks, self.marks = self.marks, []
         if self.device.type != "cuda":
             return sum(end - start for start, end in marks)
@@ -61,17 +87,37 @@ class SelectionClock:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Two readings of the clock per selection layer: about a microsecond, so it runs in every timed call."""
-        select = blocks.select
+        """Read the clock twice per reducing layer: about a microsecond, so it runs in every timed call."""
 
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            start = self.mark()
-            result = select(*args, **kwargs)
-            self.marks.append((start, self.mark()))
-            return result
+        def timing(function: Callable[..., Any]) -> Callable[..., Any]:
+            def timed(*args: Any, **kwargs: Any) -> Any:
+                start = self.mark()
+                result = function(*args, **kwargs)
+                self.marks.append((start, self.mark()))
+                return result
 
-        with mock.patch.object(blocks, "select", timed):
-            yield
+            return timed
+
+        with mock.patch.object(blocks, "select", timing(blocks.select)):
+            with mock.patch.object(merging, "merge", timing(merging.merge)):
+                yield
+
+
+def twin(host: Host) -> Host:
+    """Return the model once more, of the same parameters: each case is patched, compiled and captured once."""
+    held = itertools.chain(host.model.parameters(), host.model.buffers())
+    return dataclasses.replace(host, model=copy.deepcopy(host.model, {id(tensor): tensor for tensor in held}))
+
+
+def ratios(base: Measured, other: Measured) -> list[float]:
+    """Return the speed-up of each round."""
+    return [b / o for b, o in zip(base.seconds, other.seconds)]
+
+
+def settled(base: Measured, other: Measured) -> bool:
+    """Whether the quartiles of a speed-up lie close to its median."""
+    found = ratios(base, other)
+    return len(found) >= FEWEST_ROUNDS and apart(spread(found)) <= SETTLED
 
 
 def measure(
@@ -80,51 +126,61 @@ def measure(
     cases: Sequence[Case],
     inputs: Inputs,
     selection: Selection,
-    seconds: float,
-    rounds: int | None,
+    how: How,
+    end: float,
     bar: tqdm[Any],
-    seed: int = 0,
 ) -> list[Measured]:
     """Time all cases of one setting.
 
     Args:
         host: the model, on its device and in its precision.
         setting: what they share.
-        cases: what is compared.
+        cases: what is compared, the unpatched model first.
         inputs: one batch.
         selection: what `patchselect.apply` takes besides the keep rate and the guidance.
-        seconds: warm-up and rounds together may take about this long; at least `FEWEST_ROUNDS` rounds are run.
-        rounds: exactly so many instead.
+        how: the clock, and what is done with each case before it is timed.
+        end: of `time.monotonic`: no round begins that would pass it, but for the first.
         bar: told about every call.
-        seed: of the order of the cases.
     """
     device = inputs.images.device
-    clock, results = SelectionClock(device), {}
-    end = time.monotonic() + seconds
-
-    @contextmanager
-    def ready(case: Case) -> Iterator[Callable[[], object]]:
-        bar.set_description_str(f"{setting} | {case}")
-        with patched(host, case, selection):
-            yield runner(host, case, setting, inputs)
-        bar.update()
-
-    with mode(host, setting.work), clock.running():
-        with patched(host, cases[0], selection):
-            runner(host, cases[0], setting, inputs)()  # the very first call allocates what all later ones reuse
-        start = time.monotonic()
-        for case in cases:  # the warm-up of each case is where its memory is measured
-            with ready(case) as call:
-                results[case] = Measured(setting, case, peak_memory(call, device))
+    clock = None if how.compiled or how.graphs else SelectionClock(device, how.clock)
+    results = {case: Measured(setting, case) for case in cases}
+    base = results[cases[0]]
+    with ExitStack() as stack:
+        stack.enter_context(nullcontext() if clock is None else clock.running())
+        stack.enter_context(on_stream(device))
+        calls = {}
+        for case in cases:
+            bar.set_description_str(f"{setting} | warming up {case}")
+            own = twin(host)
+            stack.enter_context(mode(own, setting.work))
+            stack.enter_context(patched(own, case, selection))
+            if case.method == AGAIN:
+                stack.enter_context(patchselect.guide(own.model, inputs.text))
+            call = runner(own, case, setting, inputs, how.compiled)
+            calls[case] = call = captured(call, device) if how.graphs else call
+            if how.memory:
+                results[case].peak_memory = peak_memory(call, device)
+            elif device.type == "cuda" or how.compiled or setting.work != "forward" or case.method == AGAIN:
+                call()
+            else:  # what a first call has to prepare, one image shows
+                runner(own, case, setting, inputs.first())()
+            bar.update()
+        if clock is not None:
             clock.read()
-        if rounds is None:
-            fitting = int((end - time.monotonic()) / (time.monotonic() - start))
-            rounds = min(max(fitting, FEWEST_ROUNDS), MOST_ROUNDS)
-        bar.total = bar.n + rounds * len(cases)
-        for order in turns(cases, rounds, seed):
+        longest = 0.0
+        for number, order in enumerate(turns(cases, how.rounds or MOST_ROUNDS, how.seed)):
+            start = time.monotonic()
+            done = start + longest > end or all(settled(base, each) for each in results.values())
+            if number and how.rounds is None and done:
+                break
+            bar.total = bar.n + len(cases) * max(1, (how.rounds or 1) - number)
             for case in order:
-                with ready(case) as call:
-                    results[case].seconds.append(timed(call, device))
-                results[case].selecting.append(clock.read())
+                bar.set_description_str(f"{setting} | {case}")
+                results[case].seconds.append(timed(calls[case], device, how.clock))
+                if clock is not None:
+                    results[case].selecting.append(clock.read())
+                bar.update()
             gc.collect()
+            longest = max(longest, time.monotonic() - start)
     return list(results.values())

@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def calls(host: Host, images: Tensor, texts: Tensor) -> dict[str, Callable[[], Any]]:
-    """What is compared; every call encodes all images for all texts."""
+    """Return what is compared; every call encodes all images for all texts."""
     model = host.model
     prefix = patchselect.encode_prefix(model, images)
     repeated, tiled = images.repeat_interleave(len(texts), dim=0), texts.repeat(len(images), 1)
@@ -64,7 +64,7 @@ def calls(host: Host, images: Tensor, texts: Tensor) -> dict[str, Callable[[], A
 
 
 def flops_of(host: Host, images: Tensor, texts: Tensor) -> dict[str, float]:
-    """GFLOPs of each call, counted on tensors that hold nothing; the prefix is what `all` costs without its suffix."""
+    """Count GFLOPs of each call on tensors that hold nothing; the prefix is what `all` costs without its suffix."""
 
     def counted(rows: int, text: int, pairing: str) -> float:
         def call() -> None:
@@ -90,7 +90,7 @@ def flops_of(host: Host, images: Tensor, texts: Tensor) -> dict[str, float]:
 
 
 def compare(host: Host, options: argparse.Namespace, count: int, bar: tqdm[Any]) -> list[dict[str, Any]]:
-    """One record per way of encoding `count` texts per image."""
+    """Return one record per way of encoding `count` texts per image."""
     device = torch.device(options.device)
     size, generator = host.image_size, torch.Generator().manual_seed(0)
     images = torch.randn(options.images, 3, size, size, generator=generator).to(device)

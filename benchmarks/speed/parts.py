@@ -12,7 +12,7 @@ from benchmarks.common.show import markdown
 
 
 def stretches(depth: int, layers: Sequence[int]) -> list[tuple[str, slice]]:
-    """Blocks that see sequences of one length, named as people count them: `blocks 1-5` ends with layer 4."""
+    """Return blocks that see sequences of one length, named as people count them: `blocks 1-5` ends with layer 4."""
     ends = sorted({*(layer + 1 for layer in layers if layer < depth), depth})
     starts = [0, *ends[:-1]]
     return [(f"blocks {start + 1}-{end}", slice(start, end)) for start, end in zip(starts, ends)]
@@ -21,7 +21,7 @@ def stretches(depth: int, layers: Sequence[int]) -> list[tuple[str, slice]]:
 def spent_by_part(
     call: Callable[[], object], blocks: Sequence[nn.Module], layers: Sequence[int], clock: Callable[[], float]
 ) -> dict[str, float]:
-    """What `clock` advances by during the call in each stretch of `blocks` (if any), in all the rest, and in all."""
+    """Return what `clock` advances by in each stretch of `blocks` (if any), in all the rest, and in all."""
     found: dict[str, float] = {}
     hooks = []
     for name, place in stretches(len(blocks), layers) if blocks else ():
@@ -44,12 +44,12 @@ def spent_by_part(
 
 
 def as_parts(flops: Mapping[str, float], rounds: Sequence[Mapping[str, float]]) -> dict[str, Any]:
-    """GFLOPs and median seconds of each part."""
+    """Return GFLOPs and median seconds of each part."""
     return {part: {"gflops": count / 1e9, "seconds": median(r[part] for r in rounds)} for part, count in flops.items()}
 
 
 def parts_table(records: Sequence[Mapping[str, Any]]) -> str:
-    """One row per part; for each method its seconds per pair, then for each its GFLOPs per pair."""
+    """Tabulate one row per part; for each method its seconds per pair, then for each its GFLOPs per pair."""
     names = [r["method"] if r["keep_rate"] is None else f"keep {r['keep_rate']}" for r in records]
     rows = [["part", *(f"{name}, s" for name in names), *(f"{name}, GFLOPs" for name in names)]]
     for part in records[0]["parts"]:

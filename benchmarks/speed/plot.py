@@ -9,20 +9,23 @@ from typing import Any
 
 from benchmarks.common.show import canvas
 
-from .cases import GUIDED
+from .cases import SELECTING
 from .report import VIEW, WORK
 
 STYLES = {
     "text": ("tab:red", "o-", "guided by text"),
+    "again": ("tab:orange", "o:", "guided by text, from the second image on"),
     "image": ("tab:blue", "s-", "guided by the image"),
     "random": ("tab:gray", "^-", "at random"),
+    "merged": ("tab:purple", "P-", "merged, then one selection, same FLOPs"),
     "tome": ("tab:green", "D", "ToMe as published, same FLOPs"),
     "fused tome": ("tab:olive", "v", "ToMe with fused attention, same FLOPs"),
+    "tome front": ("tab:cyan", "X", "ToMe-front with fused attention, same FLOPs"),
 }
 
 
 def draw(report: dict[str, Any], path: Path) -> None:
-    """One panel per setting; medians with quartiles."""
+    """Draw one panel per setting; medians with quartiles."""
     keys = ("image_size", "batch", "precision", "work", "view")
     groups = [(k, list(g)) for k, g in groupby(report["results"], key=lambda r: tuple(r[key] for key in keys))]
     columns = min(3, len(groups))
@@ -34,8 +37,15 @@ def draw(report: dict[str, Any], path: Path) -> None:
         axis.set_title(f"{size} px, batch {batch}, {precision}\n{WORK[work]}, {VIEW[view]}", fontsize=10)
     for axis in axes[len(groups) :]:
         axis.remove()
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3 if columns < 3 else 6, frameon=False, fontsize=9)
+    shown = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels())}
+    figure.legend(
+        list(shown.values()),
+        list(shown),
+        loc="outside lower center",
+        ncols=3 if columns < 3 else 6,
+        frameon=False,
+        fontsize=9,
+    )
     model, machine = report["model"], report["machine"]
     figure.suptitle(f"{model['name']}: {machine['processor']}, {machine['threads']} threads", fontsize=10)
     figure.savefig(path, dpi=150)
@@ -54,13 +64,18 @@ def _panel(axis: Any, records: Sequence[dict[str, Any]], limit: Sequence[dict[st
         colour, line, label = STYLES[method]
         shown = sorted((r for r in records if r["method"] == method), key=lambda r: r["keep_rate"])
         _, *asked = shown[0]["label"].split(", ", 1)  # the relevance and the fusion, where they were chosen
-        label += "".join(f" ({names})" for names in asked) if method in GUIDED else ""
-        medians = [r["speed_up"]["median"] for r in shown]
-        lower = [r["speed_up"]["median"] - r["speed_up"]["q1"] for r in shown]
-        upper = [r["speed_up"]["q3"] - r["speed_up"]["median"] for r in shown]
-        # Beside each other, so that error bars can be told apart.
-        places = [r["keep_rate"] + 0.006 * (position - (len(methods) - 1) / 2) for r in shown]
-        axis.errorbar(places, medians, (lower, upper), fmt=line, color=colour, label=label, capsize=2, markersize=4)
+        label += "".join(f" ({names})" for names in asked) if method in SELECTING else ""
+        for sure, strength in ((True, 1.0), (False, 0.3)):
+            these = [r for r in shown if r["settled"] == sure]
+            # Beside each other, so that error bars can be told apart.
+            places = [r["keep_rate"] + 0.006 * (position - (len(methods) - 1) / 2) for r in these]
+            medians = [r["speed_up"]["median"] for r in these]
+            lower = [r["speed_up"]["median"] - r["speed_up"]["q1"] for r in these]
+            upper = [r["speed_up"]["q3"] - r["speed_up"]["median"] for r in these]
+            name = label if sure else f"{label}, not settled"
+            if these:
+                style = dict(color=colour, alpha=strength, capsize=2, markersize=4)
+                axis.errorbar(places, medians, (lower, upper), fmt=line, label=name, **style)
     axis.axhline(1, color="0.7", linewidth=0.8)
     axis.set_xlabel("keep rate of each selection layer")
     axis.set_ylabel("speed-up over unpatched")

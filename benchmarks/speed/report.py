@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import groupby
+from itertools import groupby, product
 from typing import Any
 
-from benchmarks.common.show import aligned, quartiles, spread
+from benchmarks.common.show import aligned, apart, quartiles, spread
 
-from .cases import GUIDED, TOME, Case, Selection
-from .measure import Measured
+from .cases import MERGED, SELECTING, TOME, Case, Selection
+from .measure import FEWEST_ROUNDS, SETTLED, Measured, ratios, settled
 
 COLUMNS = (
     "method", "keep", "images/s", "speed-up", "GFLOPs each", "FLOP ratio", "efficiency", "peak MB", "selecting",
@@ -17,10 +17,14 @@ COLUMNS = (
 
 LEGEND = """\
 Unpatched, guided by text (TRIPS), by the image's [CLS] (EViT) and at random ran in turns, in a new order each round.
-images/s and speed-up: median [quartiles]; the speed-up of a round is its unpatched time over its own time.
+images/s and speed-up: median [quartiles]; the speed-up of a round is its unpatched time over its own time. Rounds go
+on until the quartiles of every speed-up are within {settled:.0%} of its median, or the time is up: "not settled" are
+those that are further apart, by ± so much. Times are {clock}.
 FLOP ratio: unpatched FLOPs over FLOPs of the forward pass, the selection's own counted in: the limit of the speed-up.
-efficiency: speed-up over FLOP ratio. selecting: share of the forward pass spent on relevance, selection and fusion.
-ToMe (token merging) removes as many patches, evenly over all blocks, as make its FLOPs those of the text-guided case.
+efficiency: speed-up over FLOP ratio. selecting: share of the time spent on merging, relevance, selection and fusion.
+ToMe (token merging) removes as many patches, evenly over all blocks, as make its FLOPs those of the text-guided case;
+ToMe-front does so in the first third of the blocks. "merge": similar patches merge, then the text selects once, at the
+keep rate with the same FLOPs.
 peak MB: highest memory on top of weights and inputs ({memory})."""
 
 TOWER = "The text features are ready before the clock starts; encoding them once per caption is the row 'text encoder'."
@@ -34,7 +38,7 @@ PAIR = "Each call is the whole model on images and texts: the text encoder is in
 def summarise(
     measured: Sequence[Measured], flops: dict[tuple[int, str, Case], float], selection: Selection
 ) -> list[dict[str, Any]]:
-    """One record per setting and case: every figure that the table shows, and the times behind it.
+    """Return one record per setting and case: every figure that the table shows, and the times behind it.
 
     Args:
         measured: what `measure` returned, the unpatched case first in each setting.
@@ -61,14 +65,16 @@ def summarise(
                 "peak_memory_bytes": entry.peak_memory,
                 "selecting_share": None,
                 "tome_removed_patches": case.removed or None,
+                "own_keep_rate": case.own_rate if case.method == MERGED else None,
             }
             if case.method != "text encoder":
-                record["speed_up"] = spread([b / s for b, s in zip(base.seconds, entry.seconds)])
+                record["speed_up"] = spread(ratios(base, entry))
+                record["settled"] = entry is base or settled(base, entry)
                 record["flop_ratio"] = flops[setting.image_size, setting.view, base.case] / cost
                 record["efficiency"] = record["speed_up"]["median"] / record["flop_ratio"]
-            if case.method in GUIDED and setting.work == "forward":
+            if case.method in SELECTING and entry.selecting and setting.work == "forward":
                 record["selecting_share"] = spread([p / s for p, s in zip(entry.selecting, entry.seconds)])
-            if case.method == "text" and tome:
+            if case.method in ("text", MERGED) and tome:
                 rivals = {name: tome[name, case.keep_rate].seconds for name in TOME if (name, case.keep_rate) in tome}
                 record["against_tome"] = {
                     name: spread([r / s for r, s in zip(rival, entry.seconds)]) for name, rival in rivals.items()
@@ -93,13 +99,20 @@ def _cells(record: dict[str, Any]) -> tuple[str, ...]:
         record["label"],
         "–" if plain else f"{record['keep_rate']:g}",
         shown("images_per_second", 2),
-        "1" if method == "unpatched" else shown("speed_up", 3),
+        "1" if method == "unpatched" else shown("speed_up", 3) if record.get("settled", True) else unsettled(record),
         f"{record['gflops_per_image']:.4g}",
         "1" if method == "unpatched" else shown("flop_ratio", 3),
         "–" if plain else shown("efficiency", 3),
-        f"{record['peak_memory_bytes'] / 1e6:.4g}",
+        "–" if record["peak_memory_bytes"] is None else f"{record['peak_memory_bytes'] / 1e6:.4g}",
         "–" if share is None else f"{100 * share['median']:.2f} %",
     )
+
+
+def unsettled(record: dict[str, Any]) -> str:
+    """Say of a speed-up that it is none yet."""
+    if record["rounds"] < FEWEST_ROUNDS:
+        return f"not settled: {record['rounds']} round(s)"
+    return f"not settled: {record['speed_up']['median']:.2f} ±{apart(record['speed_up']):.0%}"
 
 
 def table(records: Sequence[dict[str, Any]]) -> str:
@@ -107,16 +120,25 @@ def table(records: Sequence[dict[str, Any]]) -> str:
     return aligned([COLUMNS, *map(_cells, records)])
 
 
+def timing(report: dict[str, Any]) -> str:
+    """Say what the times are, and what was done to the calls."""
+    settings, machine = report["settings"], report["machine"]
+    threads = "one thread" if machine["threads"] == 1 else f"{machine['threads']} threads"
+    clock = f"CPU seconds of {threads}, which other work hardly changes" if settings["clock"] == "cpu" else "wall clock"
+    done = [name for name, flag in (("compiled", "compile"), ("CUDA graphs", "cuda_graphs")) if settings[flag]]
+    return "; ".join([clock, *(f"all cases, the unpatched one too, are {name}" for name in done)])
+
+
 def document(report: dict[str, Any]) -> str:
-    """The whole report in words and tables (Markdown)."""
+    """Write the whole report in words and tables (Markdown)."""
     model, machine = report["model"], report["machine"]
     memory = "CUDA allocator" if machine["device"] == "cuda" else "torch's CPU allocations"
     parts = [
         f"# Speed of {model['name']} with patch selection",
         f"{model['library']}; selection in blocks {model['layers']} (0-based) of {model['depth']}; {model['weights']}.",
-        f"{machine['processor']}, {machine['threads']} threads, torch {report['versions']['torch']}.",
+        f"{machine['processor']}, {machine['threads']} thread(s), torch {report['versions']['torch']}.",
         *(f"Note: {note}." for note in report["notes"]),
-        LEGEND.format(memory=memory),
+        LEGEND.format(memory=memory, settled=SETTLED, clock=timing(report)),
     ]
     keys = ("image_size", "batch", "precision", "work", "view")
     for values, group in groupby(report["results"], key=lambda record: tuple(record[key] for key in keys)):
@@ -124,15 +146,12 @@ def document(report: dict[str, Any]) -> str:
         records = list(group)
         title = f"## {size} px, batch {batch}, {precision}, {WORK[work]}, {VIEW[view]}, {records[0]['rounds']} rounds"
         parts += [title, TRAIN if work != "forward" else PAIR if view == "pair" else TOWER, table(records)]
-        for name, label in TOME.items():
-            ahead = [
-                f"{r['against_tome'][name]['median']:.2f} [{r['against_tome'][name]['q1']:.2f}, "
-                f"{r['against_tome'][name]['q3']:.2f}] at keep {r['keep_rate']:g}"
-                for r in records
-                if name in r.get("against_tome", {})
-            ]
+        for method, (name, label) in product(("text", MERGED), TOME.items()):
+            rivals = [r for r in records if r["method"] == method and name in r.get("against_tome", {})]
+            ahead = [f"{quartiles(r['against_tome'][name], 2)} at keep {r['keep_rate']:g}" for r in rivals]
             if ahead:
-                parts.append(f"Throughput of text guidance over {label} at the same FLOPs: {', '.join(ahead)}.")
+                ours = rivals[0]["label"]
+                parts.append(f"Throughput of {ours} over {label} at the same FLOPs: {', '.join(ahead)}.")
     return "\n\n".join(parts) + "\n"
 
 

@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def rows(model: nn.Module, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """The sizes that the budget can pay for, with their rates and counted FLOPs; others with the reason why not."""
+    """Return the sizes that the budget can pay for, with rates and counted FLOPs; others with the reason why not."""
     own = count_flops(call_of(model, 1, options.own_size, False, None))
     records: list[dict[str, Any]] = []
     for size in options.sizes:
@@ -64,7 +64,7 @@ def rows(model: nn.Module, options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def time_rows(model: nn.Module, records: list[dict[str, Any]], options: argparse.Namespace) -> dict[str, float]:
-    """Seconds of each size and of the unpatched encoder at its own size, all in turns."""
+    """Time each size and of the unpatched encoder at its own size, all in turns."""
     device = torch.device(options.device)
     measured = [record for record in records if "rate" in record]
     baseline: list[float] = []

@@ -18,11 +18,11 @@ from benchmarks.models.loading import load
 from patchselect.wiring.plan import check_layers
 from patchselect.wiring.towers import find_towers
 
-from .cases import TOME, Case, Inputs, Selection, Setting, dtype_of
+from .cases import MERGED, TOME, Case, Inputs, Selection, Setting, dtype_of
 from .counting import FlopBook
-from .measure import Measured, measure
+from .measure import How, Measured, measure
 
-KINDS = {"tome": "published", "fused tome": "fused"}
+KINDS = {"tome": "published", "fused tome": "fused", "tome front": "front"}
 """Cases of ToMe, as `--tome` names them."""
 
 
@@ -41,53 +41,72 @@ class Found:
 
 def run(options: argparse.Namespace, bar: tqdm[Any]) -> Found:
     """Measure what the options of `benchmarks.speed` ask for."""
-    photos, found, end = load_photos(), Found(), 0.0
+    photos, found, end = load_photos(), Found(), time.monotonic() + options.seconds
     selection = selection_of(options)
     sizes = options.image_size or [None]
     combinations = list(product(options.batch, options.precision, options.work, options.view))
     ahead = len(sizes) * sum(weight(*combination) for combination in combinations)
+    how = how_of(options)
+    pace = 0.0  # seconds of a round per image, of what was measured so far
     for size in sizes:
         bar.set_description_str(f"loading {options.model}")
         host = load(options.model, size, options.pretrained)
         host.model.to(options.device)
-        end = end or time.monotonic() + options.seconds
         describe(host, options, found)
         bar.set_description_str("counting FLOPs")
         book = FlopBook(host, selection, inputs_of(host, photos, 1))
         cases = {view: cases_of(options, book, view) for view in options.view}
         for view in options.view:
-            found.limits[f"{host.image_size}/{view}"] = book.limit(min(options.keep_rate), view)
+            found.limits[f"{host.image_size}/{view}"] = book.limit(options.keep_rate, view)
             found.flops.update({(host.image_size, view, case): book.of(case, view) for case in cases[view]})
-        for batch, precision, work, view in combinations:
-            host.model.to(dtype=dtype_of(precision))
+        measured = {}
+        # The short ones first: they settle, and leave the rest of their time to the long ones.
+        for batch, precision, work, view in sorted(combinations, key=lambda combination: weight(*combination)):
             mine = weight(batch, precision, work, view)
-            found.measured += measure(
+            needed = pace * batch
+            if pace and options.rounds is None and time.monotonic() + needed > end:
+                found.notes.append(
+                    f"no time was left for batch {batch}, {precision}, {work}, {view}, of which one round takes about "
+                    f"{needed:.0f} s here: give more --seconds"
+                )
+                ahead -= mine
+                continue
+            host.model.to(dtype=dtype_of(precision))
+            start = time.monotonic()
+            measured[batch, precision, work, view] = measure(
                 host,
                 Setting(host.image_size, batch, precision, work, view),
                 [case for case in cases[view] if suits(case, work)],
                 inputs_of(host, photos, batch),
                 selection,
-                seconds=mine / ahead * (end - time.monotonic()),
-                rounds=options.rounds,
-                bar=bar,
-                seed=options.seed,
+                how,
+                time.monotonic() + mine / ahead * (end - time.monotonic()),
+                bar,
             )
             ahead -= mine
+            rounds = 1 + len(measured[batch, precision, work, view][0].seconds)
+            pace = max(pace, (time.monotonic() - start) / rounds / batch)
+        found.measured += [entry for combination in combinations for entry in measured.get(combination, ())]
     return found
+
+
+def how_of(options: argparse.Namespace) -> How:
+    """Return how calls are timed."""
+    return How(options.clock, options.rounds, options.memory, options.compile, options.cuda_graphs, options.seed)
 
 
 def selection_of(options: argparse.Namespace) -> Selection:
     """Return what all selecting cases share."""
-    return Selection(options.layers, options.relevance, options.fusion)
+    return Selection(options.layers, options.relevance, options.fusion, options.merge)
 
 
 def weight(batch: int, precision: str, work: str, view: str) -> float:
-    """How the time is shared out: large batches need more of it, small ones gain more from every round."""
+    """Weigh how the time is shared out: large batches need more of it, small ones gain more from every round."""
     return float((batch * (1 if work == "forward" else 3)) ** 0.6)
 
 
 def describe(host: Host, options: argparse.Namespace, found: Found) -> None:
-    """What the report says about the model."""
+    """Write what the report says about the model."""
     (tower,) = find_towers(host.model)
     found.model = {
         "name": host.name,
@@ -102,25 +121,30 @@ def describe(host: Host, options: argparse.Namespace, found: Found) -> None:
 
 
 def cases_of(options: argparse.Namespace, book: FlopBook, view: str) -> list[Case]:
-    """Unpatched first, then every guidance at every rate, then ToMe at the cost of each text-guided case."""
+    """List unpatched first, each guidance at each rate, then merging, with and without one selection, at their cost."""
     cases = [Case("unpatched"), *(Case(g, rate) for g in options.guidance for rate in options.keep_rate)]
     if view == "tower":
-        for rate in options.keep_rate if options.tome else ():
-            removed = book.tome_removals(Case("text", rate))
-            cases += [Case(name, rate, removed) for name, kind in KINDS.items() if kind in options.tome]
-        cases.append(Case("text encoder"))
+        for rate in options.merge_at or options.keep_rate:
+            text = Case("text", rate)
+            if options.merge:
+                cases.append(Case(MERGED, rate, own_rate=book.merged_rate(text)))
+            for name, kind in KINDS.items():
+                if kind in options.tome:
+                    cases.append(Case(name, rate, book.tome_removals(text, name)))
+        if options.text_encoder:
+            cases.append(Case("text encoder"))
     return cases
 
 
 def suits(case: Case, work: str) -> bool:
-    """Whether a case is measured in this pass. ToMe hands sizes from block to block, which recomputation breaks."""
+    """Tell whether a case is measured in this pass. Recomputation breaks ToMe, which hands sizes on by block."""
     if case.method == "text encoder":
         return work == "forward"
     return case.method not in TOME or work != "checkpointed"
 
 
 def inputs_of(host: Host, photos: Sequence[Photo], batch: int) -> Inputs:
-    """Photographs and captions as the model wants them, the captions already encoded."""
+    """Return photographs and captions as the model wants them, the captions already encoded."""
     pictures, captions = zip(*batch_of(photos, batch))
     tokens = host.tokens(list(captions))
     with torch.no_grad():

@@ -25,12 +25,12 @@ Attention = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 def plain(query: Tensor, key: Tensor, value: Tensor, sizes: Tensor) -> Tensor:
-    """Attention that counts no sizes."""
+    """Attend without counting sizes."""
     return F.scaled_dot_product_attention(query, key, value)
 
 
 def widened(query: Tensor, key: Tensor, value: Tensor, sizes: Tensor) -> Tensor:
-    """`q' = [q, sqrt(E)]` and `k' = [k, log s]` have the logits `q.k / sqrt(E) + log s`; padded to a multiple of 8."""
+    """Attend with `q' = [q, sqrt(E)]` and `k' = [k, log s]`, whose logits are `q.k / sqrt(E) + log s`; padded to 8."""
     width, padding = query.shape[-1], -(query.shape[-1] + 1) % 8
     ones = torch.full_like(query[..., :1], width**0.5)
     logs = sizes.log().to(key.dtype)[:, None, :, None].expand_as(key[..., :1])
@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 @torch.inference_mode()
 def measure(tokens: int, dtype: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Seconds of each way, and how far the two ways that count sizes are apart."""
+    """Measure the seconds of each way, and how far the two ways that count sizes are apart."""
     device = torch.device(options.device)
     like = dict(device=device, dtype=DTYPES[dtype])
     query, key, value = (torch.randn(options.batch, 12, tokens, 64, **like) for _ in range(3))

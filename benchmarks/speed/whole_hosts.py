@@ -28,7 +28,7 @@ class Whole:
 
 
 def albef(work: str, size: int, batch: int, length: int) -> Whole:
-    """`model_ve` for pairs (image, text, fusion, head), `model_retrieval` for training (ITC, ITM, momentum)."""
+    """Return `model_ve` for pairs (image, text, fusion, head), `model_retrieval` for training (ITC, ITM, momentum)."""
     runners = os.environ.get("PATCHSELECT_TARGETS")
     if not runners or not os.environ.get("ALBEF_DIR"):
         raise SystemExit(
@@ -59,7 +59,7 @@ def albef(work: str, size: int, batch: int, length: int) -> Whole:
 
 
 def blip(work: str, size: int, batch: int, length: int) -> Whole:
-    """`BlipForImageTextRetrieval` with its matching head, at the size of blip-itm-base."""
+    """Return `BlipForImageTextRetrieval` with its matching head, at the size of blip-itm-base."""
     import transformers
 
     transformers.logging.set_verbosity_error()

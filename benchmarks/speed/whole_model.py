@@ -52,7 +52,7 @@ def cases_of(whole: Whole, work: str, rates: Sequence[float]) -> list[tuple[str,
 
 
 def measure(options: argparse.Namespace, work: str, size: int, bar: tqdm[Any]) -> list[dict[str, Any]]:
-    """One record per case."""
+    """Return one record per case."""
     torch.manual_seed(options.seed)
     whole = HOSTS[options.host](work, size, options.batch, options.text_length)
     cases = cases_of(whole, work, options.keep_rate)

@@ -52,8 +52,10 @@ def run_few_tokens(tower: Tower, blocks: Sequence[nn.Module]) -> None:
     tokens = tokens if tower.batch_first else tokens.transpose(0, 1)
     kind = torch.device(place["device"]).type
     with torch.autocast("cpu" if kind == "meta" else kind, enabled=False):
+        whole = tokens
         for block in blocks:
-            found = evaluating(block)(tokens, *_nothing_for(block))
+            more = tower.adapter.sample_call(tower, block, whole)[1] if tower.rotary else {}
+            found = evaluating(block)(tokens, *_nothing_for(block), **more)
             tokens = found[0] if isinstance(found, tuple) else found
 
 

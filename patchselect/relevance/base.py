@@ -12,7 +12,7 @@ from typing import Any, Sequence
 import torch
 from torch import Tensor, nn
 
-from ..adapter import Tower
+from ..adapter import Tower, Turn
 from ..compat import FlopCounterMode
 from ..weights import Projections, mean_key, place_of
 from .kernels import combine_attention, in_tiles, standardise
@@ -44,8 +44,12 @@ class Candidates:
     """Where the first selection layer of an inference pass may leave what later ones would compute again."""
     sizes: Tensor | None = None
     """`(B, P + n)`: how many patches of the image each token stands for; `None` means one each, or not counted."""
+    memory: dict[str, Any] | None = None
+    """What lasts until the `guide` block ends, for what depends on text and weights alone; `None`: keep nothing."""
     keys: Tensor | None = None
     """`(B, P + n, E)`: the keys of this block's attention, averaged over the heads, where they are at hand."""
+    turn: Turn | None = None
+    """How the block turns keys `(B, n, H, E)` of the patches by their places; `None` where it does not."""
 
     @property
     def normed(self) -> Tensor:
@@ -79,8 +83,8 @@ class Candidates:
 
 def projected(tower: Tower, tokens: Tensor) -> Tensor:
     """Map tokens into the joint space, fed to the final norm in the dtype of its weights."""
-    weight = getattr(tower.final_norm, "weight", None)
-    return tower.adapter.project(tower, tokens if weight is None else tokens.to(weight.dtype))
+    weight = getattr(tower.half.final_norm, "weight", None)
+    return tower.project(tokens if weight is None else tokens.to(weight.dtype))
 
 
 class Relevance:
@@ -168,18 +172,35 @@ class Relevance:
 
     @torch.no_grad()
     def _scored(self, tower: Tower, index: int, patches: int, guidance: str) -> Tensor:
+        seen, text = self.sample(tower, index, patches, guidance)
+        kind = seen.all_tokens.device.type
+        with torch.autocast("cpu" if kind == "meta" else kind, enabled=False):
+            return self.scores_by_image(seen) if text is None else self.scores(seen, text)
+
+    def sample(
+        self, tower: Tower, index: int, patches: int, guidance: str, rows: int = 1, texts: int = 1
+    ) -> tuple[Candidates, Tensor | None]:
+        """Return made-up patches of `rows` images, as block `index` would see them, and as many texts for each.
+
+        The text `(rows, texts, D_text)` is `None` where no text guides.
+        """
         place = place_of(tower.blocks[index])
-        tokens = torch.linspace(-1, 1, (tower.num_prefix_tokens + patches) * tower.width, **place)
-        tokens = tokens.view(1, -1, tower.width)
+        tokens = torch.linspace(-1, 1, rows * (tower.num_prefix_tokens + patches) * tower.width, **place)
+        tokens = tokens.view(rows, -1, tower.width)
         seen = Candidates(
             tower, index, tower.blocks[index], tokens, tokens, tower.num_prefix_tokens,
-            guiding_place(tower, guidance), (index,),
+            guiding_place(tower, guidance), (index,), turn=self._sample_turn(tower, index, tokens),
         )  # fmt: skip
-        kind = torch.device(place["device"]).type
-        with torch.autocast("cpu" if kind == "meta" else kind, enabled=False):
-            if guidance != "text" or tower.single_stream:
-                return self.scores_by_image(seen)
-            return self.scores(seen, torch.ones(1, 1, tower.adapter.text_width(tower), **place))
+        if guidance != "text" or tower.single_stream:
+            return seen, None
+        return seen, torch.ones(1, texts, tower.text_width(), **place).expand(rows, -1, -1)
+
+    @staticmethod
+    def _sample_turn(tower: Tower, index: int, tokens: Tensor) -> Turn | None:
+        if not tower.rotary:
+            return None
+        args, kwargs = tower.adapter.sample_call(tower, tower.blocks[index], tokens)
+        return tower.adapter.turn(tower, tower.blocks[index], *args, **kwargs)
 
     def __repr__(self) -> str:
         settings = ", ".join(f"{name}={value!r}" for name, value in sorted(vars(self).items()))
@@ -199,7 +220,7 @@ def guiding_place(tower: Tower, guidance: str, num_prefix_tokens: int | None = N
 
 def probe(tower: Tower) -> Tensor:
     """Return a text of zeros `(1, D_text)` on the device and in the dtype of the tower."""
-    return torch.zeros(1, tower.adapter.text_width(tower), **place_of(tower.blocks[0]))
+    return torch.zeros(1, tower.text_width(), **place_of(tower.blocks[0]))
 
 
 @torch.no_grad()
@@ -207,7 +228,7 @@ def check_projects(tower: Tower, name: str, guidance: str) -> None:
     """Raise a ValueError if a token of this tower does not reach the joint space."""
     token = torch.zeros(1, 1, tower.width, **place_of(tower.blocks[0]))
     try:
-        tower.adapter.project(tower, token)
+        tower.project(token)
     except ValueError as error:
         if guidance != "image":
             raise
@@ -228,5 +249,5 @@ def lift_cost(tower: Tower, guidance: str, read_back: bool = False) -> int:
     """Count the multiply-adds that lift one text to the tower's width, or read it back into the residual stream."""
     if guidance != "text" or tower.single_stream:
         return 0
-    way = tower.adapter.read_back if read_back else tower.adapter.lift
-    return multiply_adds(lambda: way(tower, probe(tower)))
+    way = tower.read_back if read_back else tower.lift
+    return multiply_adds(lambda: way(probe(tower)))

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from ..weights import gathered, norm_eps, norm_scale
 from .base import Candidates
+from .directions import head_directions
 from .kernels import linear_scores, normalised_scores, standardise, wide
-from .values import Values, head_directions
+from .values import Values
 
 
 class Contrast(Values):
@@ -41,7 +42,7 @@ class Contrast(Values):
         text = F.normalize(wide(text), dim=-1)
         if self.background is not None:
             text = text - self.share * text.new_tensor(self.background)
-        goal = tower.adapter.read_back(tower, text)
+        goal = tower.read_back(text)
         total, later = None, None
         for index in range(seen.index, len(tower.blocks)):
             gamma = norm_scale(tower.adapter.projections(tower.blocks[index]).norm)

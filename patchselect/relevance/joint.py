@@ -26,11 +26,11 @@ class Joint(Relevance):
         return combine_scores(scores)
 
     def check(self, tower: Tower, layers: Sequence[int], guidance: str) -> None:
-        tower.adapter.text_width(tower)  # a host that shares one sequence says so here
+        tower.text_width()  # a host that shares one sequence says so here
         check_projects(tower, self.name, guidance)
 
     def cost(self, tower: Tower, index: int, first: bool, guidance: str) -> tuple[int, int]:
-        width = tower.adapter.text_width(tower) if guidance == "text" else 0
+        width = tower.text_width() if guidance == "text" else 0
         return 0, projection_cost(tower) + width
 
 
@@ -38,6 +38,6 @@ def projection_cost(tower: Tower) -> int:
     """Count the multiply-adds that take one token into the joint space; 0 where there is none."""
     token = torch.zeros(1, 1, tower.width, **place_of(tower.blocks[0]))
     try:
-        return multiply_adds(lambda: tower.adapter.project(tower, token))
+        return multiply_adds(lambda: tower.project(token))
     except ValueError:
         return 0

@@ -16,7 +16,11 @@ from .kernels import key_relevance, real_key_relevance
 
 
 class Keys(Relevance):
-    """`a = softmax(q . k / sqrt(d_h))` with `q = W_q t` and the layer's own `W_q` and `W_k`, mean over the heads."""
+    """`a = softmax(q . k / sqrt(d_h))` with `q = W_q t` and the layer's own `W_q` and `W_k`, mean over the heads.
+
+    In a rotary tower the keys are turned by their places, as in the layer, and the text is not: it has no place, and is
+    read as the layer reads its class token, which has none either.
+    """
 
     name = "keys"
     takes_tiles = True
@@ -24,7 +28,7 @@ class Keys(Relevance):
 
     def scores(self, seen: Candidates, text: Tensor) -> Tensor:
         weights = seen.weights
-        return self.attention(seen, weights, normalised(weights.norm, seen.tower.adapter.lift(seen.tower, text)))
+        return self.attention(seen, weights, normalised(weights.norm, seen.tower.lift(text)))
 
     def scores_by_image(self, seen: Candidates) -> Tensor:
         return self.attention(seen, seen.weights, seen.guiding(seen.all_normed))
@@ -32,23 +36,25 @@ class Keys(Relevance):
     def attention(self, seen: Candidates, weights: Projections, guide: Tensor) -> Tensor:
         """Return the attention `(B, T, n)` of normed tokens `(B', T, D)` to the patches."""
         query, normed = projected_query(weights, guide), seen.normed.to(weights.query.dtype)
-        if weights.key_norm is None:
+        if weights.key_norm is None and seen.turn is None:
             return key_relevance(query, normed, weights.key, weights.num_heads, weights.scale)
         keys = F.linear(normed, weights.key, weights.key_bias)
         query, keys = (rearrange(x, "b n (h e) -> b n h e", h=weights.num_heads) for x in (query, keys))
         query = query if weights.query_norm is None else weights.query_norm(query)
-        return real_key_relevance(query, weights.key_norm(keys), weights.scale)
+        keys = keys if weights.key_norm is None else weights.key_norm(keys)
+        return real_key_relevance(query, keys if seen.turn is None else seen.turn(keys), weights.scale)
 
     def check(self, tower: Tower, layers: Sequence[int], guidance: str) -> None:
         for index in layers:
             tower.adapter.projections(tower.blocks[index])
         if guidance == "text" and not tower.single_stream:
             with torch.no_grad():
-                tower.adapter.lift(tower, probe(tower))
+                tower.lift(probe(tower))
 
     def cost(self, tower: Tower, index: int, first: bool, guidance: str) -> tuple[int, int]:
         weights = tower.adapter.projections(tower.blocks[index])
-        each = weights.num_heads * tower.width if weights.key_norm is None else tower.width**2
+        folds = weights.key_norm is None and not tower.rotary
+        each = weights.num_heads * tower.width if folds else tower.width**2
         return 2 * tower.width**2 + lift_cost(tower, guidance), each
 
 

@@ -18,8 +18,9 @@ from torch import Tensor
 from ..adapter import Tower
 from ..weights import gathered, norm_eps, norm_scale, normalised
 from .base import Candidates
+from .directions import head_directions
 from .kernels import in_tiles, linear_scores, normalised_scores, standardise, wide
-from .values import Values, head_directions
+from .values import Values
 
 
 class Peek(Values):
@@ -39,7 +40,7 @@ class Peek(Values):
 
     def scores(self, seen: Candidates, text: Tensor) -> Tensor:
         tower, rows = seen.tower, seen.all_tokens.shape[0]
-        goal = tower.adapter.read_back(tower, text)
+        goal = tower.read_back(text)
         values = linear_scores(head_directions(tower, seen.index, goal).sum(dim=2), seen.normed)
         if seen.index + 1 == len(tower.blocks):
             return standardise(values)

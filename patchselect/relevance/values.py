@@ -8,7 +8,7 @@ minus its mean; `w_l = g W_o^l W_v^l`; `s_i = sum over l >= j of LN_l(x_i) . w_l
 
 from __future__ import annotations
 
-from typing import NamedTuple, Sequence
+from typing import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -18,20 +18,8 @@ from ..adapter import Tower
 from ..compat import is_compiling
 from ..weights import gathered, norm_eps, norm_scale
 from .base import Candidates, Relevance, check_projects, lift_cost, probe
-from .kernels import combine_scores, linear_scores, normalised_scores, value_direction
-
-
-class Directions(NamedTuple):
-    """What one selection layer reads its patches with, each `(B, T, D)` or `(1, T, D)`.
-
-    `layer` is compared and never looked for in a dict or a tuple: under torch.compile it can be a symbol, which some
-    releases do not find there.
-    """
-
-    layer: int
-    own: Tensor
-    folded: Tensor | None
-    """The sum over all later layers."""
+from .directions import pulled_back
+from .kernels import combine_scores, linear_scores, normalised_scores
 
 
 class Values(Relevance):
@@ -50,12 +38,12 @@ class Values(Relevance):
         tower, stash, patches = seen.tower, seen.stash, seen.patches
         found = stash.pop(0) if stash and stash[0].layer == seen.index else None
         if found is None:
-            goal = tower.adapter.read_back(tower, text)
+            goal = tower.read_back(text)
             if not is_compiling() and patches.shape[:2].numel() < goal.shape[:2].numel():
                 values = _through_values(tower, seen.index, seen.normed, patches)
                 return linear_scores(goal.to(values.dtype), values)
             later = () if stash is None else tuple(index for index in seen.selecting if index > seen.index)
-            found, left = _directions(tower, seen.index, later, goal)
+            found, left = pulled_back(tower, seen.index, later, goal, seen.memory)
             if stash is not None:
                 stash[:] = left
         # What the first layer of pairing="all" left for (1, T) or (B, T) texts is for (T, 1) or (B * T, 1) texts here.
@@ -90,53 +78,14 @@ class Values(Relevance):
             raise ValueError(f'relevance="values" needs one LayerNorm eps in all blocks, found {sorted(eps)}')
         with torch.no_grad():
             if guidance == "text":
-                tower.adapter.lift(tower, probe(tower))
-            tower.adapter.read_back(tower, probe(tower))
+                tower.lift(probe(tower))
+            tower.read_back(probe(tower))
         if guidance == "image":
             check_projects(tower, self.name, guidance)
 
     def cost(self, tower: Tower, index: int, first: bool, guidance: str) -> tuple[int, int]:
         once = 2 * tower.width**2 * (len(tower.blocks) - index) + lift_cost(tower, guidance, read_back=True)
         return once * first, 3 * tower.width
-
-
-def _directions(tower: Tower, first: int, later: Sequence[int], goal: Tensor) -> tuple[Directions, list[Directions]]:
-    """Return `w_j` and `sum over l > j of gamma_l * w_l` (if any) of layer `first`, and those of the `later` ones."""
-    own = goal
-    folded: Tensor | None = None
-    beyond: Tensor | None = None
-    left: list[Directions] = []
-    for index in reversed(range(first, len(tower.blocks))):
-        weights = tower.adapter.projections(tower.blocks[index])
-        output = gathered(weights.output)
-        scaled = goal if weights.output_scale is None else goal * gathered(weights.output_scale)
-        own, beyond = value_direction(scaled.to(output.dtype), gathered(weights.value), output), folded
-        gamma = norm_scale(weights.norm)
-        term = own if gamma is None else own * gamma
-        folded = term if folded is None else folded + term
-        if index in later:
-            left.append(Directions(index, own, beyond))
-    return Directions(first, own, beyond), left[::-1]
-
-
-def head_directions(tower: Tower, index: int, goal: Tensor) -> Tensor:
-    """Pull directions of the residual stream back through the value-output path of each head of one block.
-
-    Args:
-        tower: the tower.
-        index: 0-based block.
-        goal: `g`, `(B', T, D)`.
-
-    Returns:
-        `w_h = (g W_o)_h W_v^h`, `(B', T, H, D)`; its sum over the heads is what `values` reads patches with.
-    """
-    weights = tower.adapter.projections(tower.blocks[index])
-    output, value = gathered(weights.output), gathered(weights.value)
-    scaled = goal if weights.output_scale is None else goal * gathered(weights.output_scale)
-    read = (scaled.to(output.dtype) @ output).unflatten(-1, (weights.num_heads, -1))  # (B', T, H, E)
-    rows, count, heads, _ = read.shape
-    per_head = read.permute(2, 0, 1, 3).flatten(1, 2) @ value.unflatten(0, (heads, -1))  # (H, B' T, D)
-    return per_head.unflatten(1, (rows, count)).permute(1, 2, 0, 3)
 
 
 def _through_values(tower: Tower, first: int, normed: Tensor, patches: Tensor) -> Tensor:

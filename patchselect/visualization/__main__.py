@@ -69,7 +69,7 @@ class Loaded:
 
 
 def _as_seen(pixels: Tensor) -> Tensor:
-    """The pixels that the model got, each channel back to the colours between its extremes."""
+    """Return the pixels that the model got, each channel back to the colours between its extremes."""
     low, high = pixels.amin(dim=(-1, -2), keepdim=True), pixels.amax(dim=(-1, -2), keepdim=True)
     return (pixels - low) / (high - low).clamp_min(1e-6)
 

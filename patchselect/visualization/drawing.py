@@ -154,7 +154,7 @@ def _one_call(trace: Sequence[Selected] | Selected) -> list[Selected]:
 
 
 def _as_tensor(images: Any) -> Tensor:
-    """A tensor, a NumPy array or a PIL image as a tensor with its colours before its height and width."""
+    """Turn a tensor, a NumPy array or a PIL image into a tensor with its colours before its height and width."""
     if isinstance(images, Tensor):
         return images.detach().cpu()
     if callable(getattr(images, "convert", None)):
@@ -217,7 +217,7 @@ def _canvas(rows: int, columns: int, aspect: float) -> tuple[Figure, list[list[A
 
 
 def _heat(axis: Any, photo: Any, weights: Tensor) -> None:
-    """The relevance over a pale photo, smooth between the patches, from its 30th to its 99th percentile."""
+    """Lay the relevance over a pale photo, smooth between the patches, from its 30th to its 99th percentile."""
     height, width = photo.shape[:2]
     low, high = weights.flatten().quantile(0.3), weights.flatten().quantile(0.99)
     level = ((weights - low) / (high - low).clamp_min(1e-12)).clamp(0, 1)
@@ -228,7 +228,7 @@ def _heat(axis: Any, photo: Any, weights: Tensor) -> None:
 
 
 def _faded(photo: Any, mask: Tensor) -> Any:
-    """The photo with removed patches paled to the paper."""
+    """Return the photo with removed patches paled to the paper."""
     sharp = _to_pixels(mask, photo.shape).unsqueeze(-1).numpy()
     grey = (photo @ torch.tensor([0.299, 0.587, 0.114]).numpy())[..., None]
     return sharp * photo + (1 - sharp) * (FADED + (1 - FADED) * grey)
@@ -239,7 +239,7 @@ def _to_pixels(mask: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def _outline(axis: Any, mask: Tensor, shape: Sequence[int]) -> None:
-    """A line between what is kept and what is not."""
+    """Draw a line between what is kept and what is not."""
     from matplotlib.collections import LineCollection
 
     height, width = shape[0] / mask.shape[0], shape[1] / mask.shape[1]

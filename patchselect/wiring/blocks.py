@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any, Callable
 
 import torch
@@ -16,6 +17,8 @@ from ..relevance import Candidates
 from ..relevance.base import guiding_place
 from .guidance import Guidance, current
 from .journey import Journey, asks, for_rows, journey_of
+from .padding import parts_for, select_parts
+from .places import at_places
 from .recomputation import (
     carried_over,
     in_backward,
@@ -53,20 +56,34 @@ def run_block(block: nn.Module, name: str, original: Original, *args: Any, **kwa
     if held is not None and held.skips(layer):
         return adapter.as_output(tower, hidden)
     attended = None if held is None else held.recall(layer, hidden)
+    args, kwargs = at_places(layer, block, args, kwargs)
     counted = counted_for(layer, hidden)
     if attended is None:
         attended = attend(layer, block, counted, args, kwargs)  # 1: self-attention as always
         if held is not None and held.take(layer, attended):
             return adapter.as_output(tower, hidden)
-    seen = _seen(layer, block, attended, guidance, counted)
-    tokens = select(layer, seen, hidden, guidance, counted)  # 2, 3 and 4
+    turn = adapter.turn(tower, block, *args, **kwargs) if tower.rotary else None
+    seen = dataclasses.replace(_seen(layer, block, attended, guidance, counted), turn=turn)
+    parts = parts_for(layer, hidden)
+    if parts is None:
+        tokens = select(layer, seen, hidden, guidance, counted)  # 2, 3 and 4
+    else:
+        choose = functools.partial(_select_part, layer, hidden, guidance)
+        tokens = select_parts(layer, seen, guidance, parts, choose)
     tokens = tokens if tower.batch_first else tokens.transpose(0, 1)
     return adapter.finish(tower, block, tokens, attended.rest)  # 5: the MLP
 
 
-def select(
-    layer: Layer, seen: Candidates, hidden: Tensor, guidance: Guidance | None, counted: Counted = NOTHING_COUNTED
+def _select_part(
+    layer: Layer, hidden: Tensor, guidance: Guidance | None, seen: Candidates, text: Tensor | None
 ) -> Tensor:
+    return select(layer, seen, hidden, guidance, text=text)
+
+
+def select(
+    layer: Layer, seen: Candidates, hidden: Tensor, guidance: Guidance | None, counted: Counted = NOTHING_COUNTED,
+    text: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Shorten tokens `(B, N, D)` after attention to `(B, N', D)`, or to `(B * T, N', D)` for `pairing="all"`."""
     tokens, prefix = seen.all_tokens, seen.num_prefix_tokens
     patches = tokens.shape[1] - prefix
@@ -74,7 +91,8 @@ def select(
         raise ValueError(f"block {layer.index} got {tokens.shape[1]} tokens, which leaves no patch to select from")
     whole = counted.num_patches if layer.first and counted.num_patches is not None else patches
     keep = min(num_kept(whole, layer.ratio), patches)  # of the patches of the image, whatever merging has left
-    text = None if guidance is None else texts_for(layer, guidance, tokens)
+    if text is None and guidance is not None:
+        text = texts_for(layer, guidance, tokens)
     spread = guidance is not None and guidance.pairing == "all" and layer.first
     copies = text.shape[1] if spread and text is not None else 1
     journey = None if in_backward() else journey_of(layer)
@@ -94,7 +112,7 @@ def select(
     if journey is not None and sources is not None:
         rows, recorder = reduced.tokens.shape[0], active_recorder(layer.wiring)
         sources, members = for_rows(sources, rows), None if recorder is None else journey.holders()
-        journey.go_on(sources, reduced, prefix)
+        journey.go_on(layer.index, sources, reduced, prefix)
         if layer.plan.follows_sizes and keep < patches:
             journey.sizes = layer.plan.reduction.sizes(for_rows(counted.or_ones(tokens), rows), reduced)
         if recorder is not None:
@@ -161,8 +179,20 @@ def _seen(
     stash = None if guidance is None else guidance.stash(tower)
     selecting = tuple(index for index in plan.layers if index >= layer.index)
     place = guiding_place(tower, plan.guidance, prefix)
+    memory = None if guidance is None else guidance.memory(tower)
     return Candidates(
-        tower, layer.index, block, normed, tokens, prefix, place, selecting, stash, counted.sizes, attended.keys
+        tower,
+        layer.index,
+        block,
+        normed,
+        tokens,
+        prefix,
+        place,
+        selecting,
+        stash,
+        counted.sizes,
+        memory,
+        attended.keys,
     )
 
 
@@ -200,10 +230,12 @@ def own_arguments(
     if not hasattr(block, "gradient_checkpointing"):  # else call_block has done it
         kwargs = {**_carried(layer, args, kwargs), **kwargs}
     carried: Guidance | None = kwargs.pop("_patchselect_guidance", None)
-    if carried is None:
-        return args, kwargs, None
-    found = dataclasses.replace(carried, text=args[-1], outer=None, memo=(), opened_by=None, stashes={})
-    return args[:-1], kwargs, found
+    if carried is not None:
+        carried = dataclasses.replace(
+            carried, text=args[-1], outer=None, memo=(), opened_by=None, stashes={}, memories={}
+        )
+        args = args[:-1]
+    return args, kwargs, carried
 
 
 def _guidance(layer: Layer, hidden: Tensor, carried: Guidance | None) -> Guidance | None:
@@ -247,6 +279,8 @@ def call_block(block: nn.Module, name: str, original: Original, *args: Any, **kw
     Reentrant checkpointing passes gradients to tensor arguments alone, so a text that needs one goes in as such.
     """
     layer: Layer = block._patchselect  # type: ignore[assignment]
+    if not layer.wiring.patched:
+        return original(*args, **kwargs)
     kwargs.update(_carried(layer, args, kwargs))
     if getattr(block, "gradient_checkpointing", False) and block.training and layer.plan.guidance == "text":
         guidance = current(layer.wiring)

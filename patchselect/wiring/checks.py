@@ -4,24 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 from torch import nn
 
 from ..adapter import Tower, Wrapper
-from ..reading import evaluating
+from .guard import cannot_count
+from .places import follows
 from .plan import Plan
 from .state import STATE
 from .swapping import is_stuck
 from .text_calls import call_with_text, recall_text
 
-HALF_ON_CPU = (torch.float16, "cpu")
-"""Older releases cannot multiply these."""
-
 
 def check_reachable(plan: Plan, tower: Tower) -> None:
     """Raise a TypeError if a block carries a `forward` of its own, which goes before that of its class."""
     for index, block in enumerate(tower.blocks):
-        if index not in plan.layers and not plan.counts(index):
+        if index not in plan.layers and not plan.counts(index) and not follows(plan, tower, index):
             continue
         _refuse_stuck(block)
         if "forward" in vars(block):
@@ -45,43 +42,17 @@ def check_pairing(plan: Plan, name: str, methods: Mapping[nn.Module, Mapping[str
 
 
 def check_counting(plan: Plan, tower: Tower) -> None:
-    """Raise a ValueError if the keys of a block are not known, or its attention cannot count sizes."""
-    if not plan.follows_sizes:
+    """Raise a ValueError if the adapter does not say how the attention of a block computes, and it is to count sizes.
+
+    Whether it says so rightly is up to `check_blocks`.
+    """
+    if not plan.follows_sizes or not plan.sizes:
         return
     for index, block in enumerate(tower.blocks):
-        if index not in plan.layers and not plan.counts(index):
-            continue
-        weights = tower.adapter.projections(block)
-        known = weights.qkv is not None and weights.out is not None
-        if plan.sizes and not (known and _counts_alike(tower, block)):
-            raise ValueError(
-                f"the attention of block {index} of {type(tower.module).__name__} cannot count how many patches a "
-                f"token stands for: the {tower.adapter.name} adapter "
-                + ("computes it otherwise than the block does" if known else "does not say how it is computed")
-                + (". Use sizes=False (merge alone), or merge=0" if plan.merge else ". Leave sizes out")
-            )
-
-
-@torch.no_grad()
-def _counts_alike(tower: Tower, block: nn.Module) -> bool:
-    """Check that attention which counts sizes of 1 is the block's own, on a few random tokens.
-
-    Where tokens cannot be run here, nothing is checked: on the meta device, of weights in shards, in half precision on
-    a CPU.
-    """
-    weight = next(block.parameters())
-    cannot = weight.is_meta or hasattr(weight, "full_tensor") or (weight.dtype, weight.device.type) == HALF_ON_CPU
-    if cannot or tower.single_stream:
-        return True
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randn(tower.num_prefix_tokens + 4, 2, tower.width, generator=generator).to(weight)
-    tokens = tokens.transpose(0, 1).contiguous() if tower.batch_first else tokens
-    twin = evaluating(block)  # others may be training the block
-    own = tower.adapter.attend(tower, twin, tokens).tokens
-    ones = torch.ones(2, tower.num_prefix_tokens + 4, device=weight.device)
-    found = tower.adapter.attend_sized(tower, twin, ones, tokens).tokens
-    far = (own - found).abs().max() / (own - tokens).abs().max().clamp(min=torch.finfo(weight.dtype).tiny)
-    return bool(far < (0.1 if weight.element_size() < 4 else 0.01))  # TF32 rounds too
+        if index in plan.layers or plan.counts(index):
+            weights = tower.adapter.projections(block)
+            if weights.qkv is None or weights.out is None:
+                raise ValueError(cannot_count(plan, tower, index, "does not say how it is computed"))
 
 
 def check_methods(plan: Plan, methods: Mapping[nn.Module, Mapping[str, Wrapper]]) -> None:

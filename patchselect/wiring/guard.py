@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from contextlib import contextmanager
 from typing import Any, Iterator, Mapping
 
 import torch
@@ -10,16 +11,45 @@ from torch import Tensor, nn
 
 from ..adapter import Tower
 from ..compat import fork_rng, without_modes
+from .alike import likeness
+from .plan import Plan
 from .state import STATE
 from .swapping import own_class
 
 PATCHES = 3
 """How many patches the comparison runs on, besides the prefix tokens."""
+COUNTED = 1e-2
+"""How far attention that counts sizes may be from the host's, of what it adds: kernels and TF32 round otherwise."""
 HOOKS = tuple(name for name in vars(nn.Module()) if name.endswith("_hooks"))
 
 
-def check_halves(tower: Tower, index: int) -> None:
+def check_blocks(plan: Plan, tower: Tower) -> dict[int, tuple[str, ...]]:
+    """Check every block that selects, merges or counts sizes; blocks that are alike but for their weights once.
+
+    Returns:
+        Of each, the parts that its own attention calls and attention that counts sizes does not, or the other way.
+
+    Raises:
+        TypeError: as `check_halves`.
+        ValueError: as `check_halves`, with sizes.
+    """
+    seen: dict[Any, tuple[str, ...]] = {}
+    found = {}
+    for index, block in enumerate(tower.blocks):
+        if index in plan.layers or plan.counts(index):
+            kind = likeness(block)
+            if kind not in seen:
+                seen[kind] = check_halves(tower, index, plan)
+                _check_weights(tower, index)
+            found[index] = seen[kind]
+    return found
+
+
+def check_halves(tower: Tower, index: int, plan: Plan | None = None) -> tuple[str, ...]:
     """Raise a TypeError unless `attend` and `finish` of the adapter are the forward of block `index`.
+
+    Where attention is to count sizes, raise a ValueError unless `attend_sized` with sizes of 1 is `attend`; return the
+    names of the parts that one of the two calls and the other does not.
 
     Both run on a few random tokens, in the dtype and on the device of the block, in evaluation mode, on a copy that
     shares its weights; norms, biases and scales are random there, so that nothing is hidden by ones and zeros. Neither
@@ -29,7 +59,7 @@ def check_halves(tower: Tower, index: int) -> None:
     """
     block = tower.blocks[index]
     if _is_elsewhere(block):
-        return
+        return ()
     generator, device = torch.Generator().manual_seed(0), next(block.parameters()).device
     with without_modes():
         twin = _twin(block, generator, {})
@@ -42,16 +72,43 @@ def check_halves(tower: Tower, index: int) -> None:
         own, tokens, error = _own(tower, twin, tokens.to(device))
         if error is not None:
             if isinstance(error, RuntimeError) and (device.type == "meta" or "not implemented" in str(error)):
-                return
+                return ()
             raise TypeError(_refusal(tower, index, f"cannot be compared with them, as it raised {_said(error)}"))
         try:
-            found = _halves(tower, twin, tokens)
+            attended, called, found = _halves(tower, twin, tokens)
         except Exception as raised:
             raise TypeError(_refusal(tower, index, f"ran where they raised {_said(raised)}")) from raised
-    with without_modes():
         difference = _difference(own, found, tokens)
-    if difference is not None:
-        raise TypeError(_refusal(tower, index, difference))
+        if difference is not None:
+            raise TypeError(_refusal(tower, index, difference))
+        if plan is None or not (plan.follows_sizes and plan.sizes):
+            return ()
+        try:
+            counted, by_us = _counted(tower, twin, tokens)
+        except Exception as raised:
+            raise ValueError(cannot_count(plan, tower, index, f"raised {_said(raised)}")) from raised
+        if _difference(attended, counted, tokens, COUNTED) is not None:
+            raise ValueError(cannot_count(plan, tower, index, "computes it otherwise than the block does"))
+    return tuple(sorted(called ^ by_us))
+
+
+def _check_weights(tower: Tower, index: int) -> None:
+    try:
+        tower.adapter.projections(tower.blocks[index])
+    except AttributeError as error:
+        raise TypeError(
+            f"block {index} of {type(tower.module).__name__} computes as the adapter {tower.adapter.name!r} says, but "
+            f"its weights are not where it looks for them: {error}"
+        ) from error
+
+
+def cannot_count(plan: Plan, tower: Tower, index: int, why: str) -> str:
+    """Say that the attention of a block cannot count sizes, and what to do."""
+    return (
+        f"the attention of block {index} of {type(tower.module).__name__} cannot count how many patches a token stands "
+        f"for: the {tower.adapter.name} adapter {why}"
+        + (". Use sizes=False (merge alone), or merge=0" if plan.merge else ". Leave sizes out")
+    )
 
 
 def _refusal(tower: Tower, index: int, what: str) -> str:
@@ -59,8 +116,9 @@ def _refusal(tower: Tower, index: int, what: str) -> str:
     return (
         f"block {index} of {type(tower.module).__name__} cannot select: the adapter {tower.adapter.name!r} runs its "
         f"attention and its MLP one by one, and the forward of {kind.__module__}.{kind.__qualname__} {what}. Leave "
-        "this block out of layers, or say how it computes: apply(model, adapter=…) with a patchselect.Adapter of your "
-        "own, whose attend and finish are its two halves (and sample_call what it is called with)"
+        "this block out of layers (without merge and sizes, if it does not select), or say how it computes: "
+        "apply(model, adapter=…) with a patchselect.Adapter of your own, whose attend and finish are its two halves "
+        "(and sample_call what it is called with)"
     )
 
 
@@ -77,6 +135,11 @@ def _is_elsewhere(block: nn.Module) -> bool:
     mixed = len({tensor.device for tensor in block.parameters()}) != 1
     hooked = any(hasattr(part, "_hf_hook") for part in block.modules()) and any(tensor.is_meta for tensor in tensors)
     return away or lazy or empty or mixed or hooked
+
+
+def bare_twin(module: nn.Module) -> Any:
+    """Copy a module without its weights and the hooks of its users, in evaluation mode; vectors get some noise."""
+    return _twin(module, torch.Generator().manual_seed(0), {})
 
 
 def _twin(module: nn.Module, generator: torch.Generator, seen: dict[int, nn.Module]) -> Any:
@@ -144,14 +207,41 @@ def _dtypes(block: nn.Module) -> Iterator[torch.dtype]:
     return iter(dict.fromkeys(found) or [torch.float32])
 
 
-def _halves(tower: Tower, twin: Any, tokens: Tensor) -> Any:
+def _halves(tower: Tower, twin: Any, tokens: Tensor) -> tuple[Tensor, set[str], Any]:
+    """Return the tokens after the first half, the names of the parts that it called, and the output of the second."""
     args, kwargs = _call(tower, twin, tokens)
     torch.manual_seed(0)
-    attended = tower.adapter.attend(tower, twin, *args, **kwargs)
-    return tower.adapter.finish(tower, twin, attended.tokens, attended.rest)
+    with _heard(twin) as called:
+        attended = tower.adapter.attend(tower, twin, *args, **kwargs)
+    return attended.tokens, called, tower.adapter.finish(tower, twin, attended.tokens, attended.rest)
 
 
-def _difference(own: Any, found: Any, tokens: Tensor) -> str | None:
+def _counted(tower: Tower, twin: Any, tokens: Tensor) -> tuple[Tensor, set[str]]:
+    """Run attention that counts sizes of 1; return the tokens after it, and the names of the parts that it called."""
+    args, kwargs = _call(tower, twin, tokens)
+    rows = tokens if tower.batch_first else tokens.transpose(0, 1)
+    ones = torch.ones(rows.shape[:2], device=tokens.device)
+    with _heard(twin) as called:
+        found = tower.adapter.attend_sized(tower, twin, ones, *args, **kwargs).tokens
+    return found, called
+
+
+@contextmanager
+def _heard(twin: nn.Module) -> Iterator[set[str]]:
+    """Collect the names of the parts that are called."""
+    called: set[str] = set()
+    hooks = [
+        part.register_forward_pre_hook(lambda module, inputs, path=path: called.add(path))  # type: ignore[misc]
+        for path, part in twin.named_modules()
+    ]
+    try:
+        yield called
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _difference(own: Any, found: Any, tokens: Tensor, share: float = 1e-3) -> str | None:
     """Say how two outputs of a block differ; `None` if they do not, to rounding."""
     if _shape(own) != _shape(found):
         return f"returns {_shape(own)}, where they return {_shape(found)}"
@@ -161,7 +251,7 @@ def _difference(own: Any, found: Any, tokens: Tensor) -> str | None:
         left, right = left.double() if left.device.type == "cpu" else left.float(), right.to(left.device)
         right = right.to(left.dtype)
         added = left - tokens.to(left.dtype) if left.shape == tokens.shape else left
-        allowed = 1e-3 * _largest(added) + 32 * torch.finfo(tokens.dtype).eps * _largest(left)
+        allowed = share * _largest(added) + 32 * torch.finfo(tokens.dtype).eps * _largest(left)
         differs = _largest(left - right)
         if differs > allowed:
             return f"gives other numbers: they differ by {differs:.2g} where it adds up to {_largest(added):.2g}"
@@ -169,7 +259,7 @@ def _difference(own: Any, found: Any, tokens: Tensor) -> str | None:
 
 
 def _largest(tensor: Tensor) -> float:
-    """The largest finite magnitude; what is not a number in one is none in the other where both compute alike."""
+    """Return the largest finite magnitude; where both compute alike, what is no number in one is none in the other."""
     return float(tensor.abs().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).max()) if tensor.numel() else 0.0
 
 

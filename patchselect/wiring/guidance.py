@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..adapter import Attended
-from ..compat import is_compiling, is_dynamo_compiling
+from ..compat import in_functorch, is_compiling, is_dynamo_compiling, watched
 from .state import Layer, Wiring
 
 
@@ -47,6 +47,7 @@ class Guidance:
     prefix: Held | None = None
     opened_by: object = None
     stashes: dict[int, list[Any]] = field(default_factory=dict)
+    memories: dict[int, dict[str, Any]] = field(default_factory=dict)
 
     def stash(self, tower: object) -> list[Any] | None:
         """Return where an inference pass of `tower` leaves what its later layers need again; `None` while training.
@@ -56,6 +57,16 @@ class Guidance:
         if torch.is_grad_enabled() or is_compiling():
             return None
         return self.stashes.setdefault(id(tower), [])
+
+    def memory(self, tower: object) -> dict[str, Any] | None:
+        """Return what lasts from one call of `tower` to the next, until the `with` block ends.
+
+        `None` where what is kept could go stale or be wanted as a step: with gradients, in a graph that is being made,
+        and while something counts, fakes or transforms the operations.
+        """
+        if torch.is_grad_enabled() or is_compiling() or torch.jit.is_tracing() or watched() or in_functorch():
+            return None
+        return self.memories.setdefault(id(tower), {})
 
 
 _current: ContextVar[Guidance | None] = ContextVar("patchselect_guidance", default=None)
@@ -140,7 +151,7 @@ def check_text(wiring: Wiring, text: Any, per_image: bool = False) -> None:
     if not isinstance(text, Tensor) or not text.is_floating_point():
         found = text.dtype if isinstance(text, Tensor) else type(text).__name__
         raise TypeError(f"text_features must be a floating-point tensor (features, not token ids), got {found}")
-    width = wiring.towers[0].adapter.text_width(wiring.towers[0])
+    width = wiring.towers[0].text_width()
     if text.dim() not in ((2, 3) if per_image else (2,)) or 0 in text.shape or text.shape[-1] != width:
         wanted = f"(texts, {width})" + (f" or (images, texts, {width})" if per_image else "")
         own = text.dim() == 3 and not per_image

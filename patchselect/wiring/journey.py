@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
-from typing import Any, Callable
+from dataclasses import dataclass, field
+from typing import Any, Callable, List
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,16 @@ from .changes import check_unchanged
 from .guidance import unlinked
 from .recorder import active_recorder
 from .state import Layer, Wiring
+
+
+@dataclass(eq=False)
+class Part:
+    """Rows of a padded batch that hold images of one size."""
+
+    rows: list[int]
+    count: int
+    """How many patch tokens each of them has now; padding comes after them."""
+    journey: Journey
 
 
 @dataclass(eq=False)
@@ -36,6 +46,10 @@ class Journey:
     """`(B, n)`: the patch token of now that each patch token of the image is in; -1 is in none."""
     sizes: Tensor | None = None
     """`(B, P + m)`: how many patches of the image each token of now stands for; `None` means one each."""
+    stages: dict[int, Tensor] = field(default_factory=dict)
+    """`within` after each block that shortened the sequence, by the index of the block."""
+    parts: list[Part] | None = None
+    """The images of a padded batch, by their size; `None` without padding."""
     outer: Journey | None = None
 
     @property
@@ -78,8 +92,8 @@ class Journey:
         self.within = torch.arange(num_patches, device=device).expand(rows, -1)
         return self.sources
 
-    def go_on(self, sources: Tensor, reduced: Reduced, num_prefix_tokens: int) -> None:
-        """Follow the patches through a reduction; `sources` `(R, n)` are their places before it."""
+    def go_on(self, index: int, sources: Tensor, reduced: Reduced, num_prefix_tokens: int) -> None:
+        """Follow the patches through the reduction of block `index`; `sources` `(R, n)` are their places before it."""
         rows = sources.shape[0]
         kept = sources.gather(1, reduced.kept)
         fused = reduced.tokens.shape[1] - num_prefix_tokens - kept.shape[1]
@@ -89,6 +103,7 @@ class Journey:
             held = for_rows(self.within, rows)
             moved = (reduced.into[:, num_prefix_tokens:] - num_prefix_tokens).clamp(min=-1)
             self.within = moved.gather(1, held.clamp(min=0)).masked_fill(held < 0, -1)
+            self.stages[index] = self.within
 
 
 def for_rows(per_image: Tensor, rows: int) -> Tensor:
@@ -113,9 +128,40 @@ def journey_of(layer: Layer) -> Journey | None:
     return recorder.loose.setdefault(id(layer.tower), Journey(layer.tower))  # type: ignore[no-any-return]
 
 
+_followed: ContextVar[Followed | None] = ContextVar("patchselect_followed", default=None)
+
+
+class Followed(List[Journey]):
+    """The journeys of the calls of the towers of one selection, as they begin."""
+
+    def __init__(self, owner: Wiring, outer: Followed | None) -> None:
+        super().__init__()
+        self.owner, self.outer = owner, outer
+
+
+@contextmanager
+def followed(owner: Wiring) -> Iterator[Followed]:
+    """Collect the journeys of the calls of the towers of `owner` until the end of the `with` block."""
+    found = Followed(owner, _followed.get())
+    token = _followed.set(found)
+    try:
+        yield found
+    finally:
+        _followed.reset(token)
+
+
+def _followers(wiring: Wiring) -> list[Followed]:
+    found, mine = _followed.get(), []
+    while found is not None:
+        mine += [found] if found.owner is wiring else []
+        found = found.outer
+    return mine
+
+
 def asks(wiring: Wiring) -> bool:
     """Tell whether somebody wants to know where in the image the tokens come from."""
-    return active_recorder(wiring) is not None or wiring.plan.reduction.reads_places
+    watched = active_recorder(wiring) is not None or bool(_followers(wiring))
+    return watched or wiring.plan.reduction.reads_places
 
 
 def call_tower(module: nn.Module, name: str, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -124,21 +170,58 @@ def call_tower(module: nn.Module, name: str, original: Callable[..., Any], *args
     for tower, place in zip(wiring.towers, wiring.places):
         if tower.module is module:
             check_unchanged(wiring.plan, tower, place)
-    if not asks(wiring) and not wiring.plan.follows_sizes:
-        return original(*args, **kwargs)
     tower = next(tower for tower in wiring.towers if tower.module is module)
-    journey = Journey(tower, tower.adapter.grid(tower, *args, **kwargs) if asks(wiring) else None)
+    sizes = tower.adapter.images(tower, *args, **kwargs) if tower.padded and wiring.plan.selects else None
+    if sizes is not None and not asks(wiring) and len({height * width for height, width in sizes}) == 1:
+        sizes = None  # all of one length: only a record asks for their grids
+    follows = (tower.rotary and wiring.plan.selects) or sizes is not None
+    if not asks(wiring) and not wiring.plan.follows_sizes and not follows:
+        return original(*args, **kwargs)
+    journey = Journey(tower)
+    if sizes is not None:
+        journey.parts = by_size(tower, sizes)
+    elif asks(wiring):
+        journey.grid = tower.adapter.grid(tower, *args, **kwargs)
     if is_dynamo_compiling():
         outer, wiring.traced_journey = wiring.traced_journey, journey
         found = original(*args, **kwargs)
         wiring.traced_journey = outer
         return found
+    for follower in _followers(wiring):
+        follower.append(journey)
     journey.outer = _journey.get()
     _journey.set(journey)
     try:
         return original(*args, **kwargs)
     finally:
         _journey.set(unlinked(_journey.get(), lambda link: link is journey))
+
+
+def by_size(tower: Tower, sizes: list[tuple[int, int]]) -> list[Part]:
+    """Gather the images of a batch that have one height and width in patches."""
+    rows: dict[tuple[int, int], list[int]] = {}
+    for row, size in enumerate(sizes):
+        rows.setdefault((int(size[0]), int(size[1])), []).append(row)
+    return [Part(found, size[0] * size[1], Journey(tower, size)) for size, found in rows.items()]
+
+
+@contextmanager
+def within(part: Part) -> Iterator[None]:
+    """Let one part of a padded batch be what travels."""
+    part.journey.outer = _journey.get()
+    _journey.set(part.journey)
+    try:
+        yield
+    finally:
+        _journey.set(unlinked(_journey.get(), lambda link: link is part.journey))
+
+
+def parts_of_call(tower: Tower) -> list[Part] | None:
+    """Return the images of the padded batch that this call of the tower is about, by their size."""
+    found = _journey.get()
+    while found is not None and (found.tower is not tower or found.parts is None):
+        found = found.outer
+    return None if found is None else found.parts
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from ..relevance import Random, Relevance, relevance_of
 GUIDANCES = ("text", "image", "random")
 PAIRINGS = ("paired", "shared", "all")
 REPEATS = ("each", "tile")
+POSITIONS = ("original", "renumbered")
 
 
 @dataclass(frozen=True)
@@ -34,14 +35,17 @@ class Plan:
     """Share in [0, 1) of the removed patches that leaves by merging before the first selection layer."""
     sizes: bool = False
     """Whether attention counts how many patches a token stands for, from the first reduction on."""
+    positions: str = "original"
+    """Which positions the patches that stay have in a prompt: their own, or those of a prompt as long as is left."""
 
     @classmethod
     def of(
         cls, depth: int, keep_rate: Any, layers: Any, guidance: str, relevance: Any, fusion: Any, default: str,
-        pairing: str | None = None, merge: Any = 0.0, sizes: Any = None,
+        pairing: str | None = None, merge: Any = 0.0, sizes: Any = None, positions: Any = "original",
     ) -> Plan:  # fmt: skip
         """Check what `apply` was given for a tower of `depth` blocks whose adapter reads texts by `default`."""
         check_choice("guidance", guidance, GUIDANCES)
+        check_choice("positions", positions, POSITIONS)
         check_pairing_of_calls(pairing)
         if relevance is None:
             relevance = default if guidance == "text" else "keys"
@@ -51,7 +55,7 @@ class Plan:
         rates = check_rates(keep_rate, len(chosen))
         ranked = Random() if guidance == "random" else found
         counts = share > 0 if counts is None else counts
-        return cls(chosen, rates, guidance, ranked, reduction_of(fusion), pairing, share, counts)
+        return cls(chosen, rates, guidance, ranked, reduction_of(fusion), pairing, share, counts, positions)
 
     @property
     def ratios(self) -> tuple[tuple[int, int], ...]:

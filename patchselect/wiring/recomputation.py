@@ -22,6 +22,8 @@ _noted: dict[_Key, tuple[Guidance, bool]] = {}
 _recorded: dict[_Key, bool] = {}
 _placed: dict[_Key, Any] = {}
 _sized: dict[_Key, Any] = {}
+_followed: dict[_Key, Any] = {}
+_parted: dict[_Key, Any] = {}
 _carried: dict[_Key, dict[str, Any]] = {}
 
 
@@ -61,7 +63,7 @@ def note_text(hidden: Tensor, reader: object, guidance: Guidance) -> None:
     """Note the text of a block's first run."""
     if not may_be_recomputed(hidden, guidance.text):
         return
-    kept = dataclasses.replace(guidance, outer=None, memo=(), opened_by=None, stashes={})
+    kept = dataclasses.replace(guidance, outer=None, memo=(), opened_by=None, stashes={}, memories={})
     earlier = _noted.get(_key(hidden, reader))
     if earlier is not None and earlier[0].text is not guidance.text:
         kept = dataclasses.replace(kept, pairing="ambiguous")
@@ -99,6 +101,28 @@ def note_sizes(hidden: Tensor, reader: object, counted: Any) -> None:
 def recalled_sizes(hidden: Tensor, reader: object) -> Any:
     """Return what the tokens of the first run on this input stood for; `None` if nobody noted it."""
     return _sized.get(_key(hidden, reader))
+
+
+def note_followed(hidden: Tensor, reader: object, places: Tensor) -> None:
+    """Note which patches the tokens of a block's first run were."""
+    if may_be_recomputed(hidden):
+        _keep(_followed, hidden, reader, places)
+
+
+def recalled_followed(hidden: Tensor, reader: object) -> Any:
+    """Return which patches the tokens of the first run on this input were; `None` if nobody noted it."""
+    return _followed.get(_key(hidden, reader))
+
+
+def note_parts(hidden: Tensor, reader: object, parts: Any) -> None:
+    """Note which rows of a block's first run had how many patches."""
+    if may_be_recomputed(hidden):
+        _keep(_parted, hidden, reader, parts)
+
+
+def recalled_parts(hidden: Tensor, reader: object) -> Any:
+    """Return which rows of the first run on this input had how many patches; `None` if nobody noted it."""
+    return _parted.get(_key(hidden, reader))
 
 
 def carried_over(hidden: Tensor, reader: object, find: Callable[[], dict[str, Any]]) -> dict[str, Any]:

@@ -47,12 +47,18 @@ class Selected:
     holders: Tensor | None = None
     """`(B, H * W)`: the token after the prefix that each place of the grid is in: its own, or the fused one that it
     went into; -1 is in none (`fusion="none"`, or dropped by the host); `None` where `grid` is."""
+    images: tuple[Selected, ...] | None = None
+    """Of a padded batch, the entry of each image alone; the fields of the batch are padded with -2 and 0."""
     members: Tensor | None = None
     """`(B, H * W)`: the same before the selection: the one of the n tokens to choose from that holds each place."""
 
 
 class Trace(List[Selected]):
     """One entry per selection layer and call, in order."""
+
+    def of_image(self, row: int) -> Trace:
+        """Return what was recorded of one image of a padded batch, as if it had been called alone."""
+        return Trace(entry if entry.images is None else entry.images[row] for entry in self)
 
 
 @dataclass(eq=False)

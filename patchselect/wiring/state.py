@@ -11,7 +11,7 @@ from typing import Any, Mapping
 from torch import nn
 
 from ..adapter import Tower, Wrapper
-from .changes import Path
+from .changes import Places
 from .plan import Plan
 from .swapping import swap, unswap
 
@@ -25,8 +25,8 @@ class Wiring:
     plan: Plan
     model: nn.Module = field(repr=False)
     towers: list[Tower] = field(repr=False)
-    places: list[Path | None] = field(repr=False)
-    """Where each tower holds its blocks."""
+    places: list[Places] = field(repr=False)
+    """Where each tower held its parts."""
     patched: list[nn.Module] = field(default_factory=list, repr=False)
     bare: list[nn.Module] = field(default_factory=list, repr=False)
     """Those of the patched modules that keep their class."""
@@ -34,6 +34,22 @@ class Wiring:
     """The guidance of a graph while dynamo traces it; never set on the real object."""
     traced_journey: Any = field(default=None, repr=False)
     """The journey of a graph while dynamo traces it; never set on the real object."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return all that there is; blocks leave their layer out, so that one of them does not carry the model."""
+        layers = [(module, vars(module).get(STATE)) for module in self.patched]
+        return {**vars(self), "layers": [(m, layer.numbers()) for m, layer in layers if isinstance(layer, Layer)]}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        layers = state.pop("layers")
+        vars(self).update(state)
+        for module, (tower, *numbers) in layers:
+            setattr(module, STATE, Layer(self, self.towers[tower], *numbers))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Wiring:
+        made = memo[id(self)] = Wiring.__new__(Wiring)
+        vars(made).update({name: copy.deepcopy(value, memo) for name, value in vars(self).items()})
+        return made
 
     def patch(self, module: nn.Module, overrides: Mapping[str, Wrapper], state: Wiring | Layer) -> None:
         """Let wrappers stand in for methods of `module`, and hang `state` on it."""
@@ -90,6 +106,15 @@ class Layer:
     def plan(self) -> Plan:
         return self.wiring.plan
 
+    def numbers(self) -> tuple[Any, ...]:
+        """Return which tower it is of, and its own fields."""
+        which = next(number for number, tower in enumerate(self.wiring.towers) if tower is self.tower)
+        return which, self.index, self.first, self.ratio
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Leave nothing in the pickle of a block alone: it is a plain one; the wiring gives it back in a whole."""
+        return _nothing, ()
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Layer:
         """Go along with a copy of the model or the tower; a copy of a block alone belongs to the same selection."""
         whole = (self.wiring, self.wiring.model, self.tower.module)
@@ -102,11 +127,15 @@ class Layer:
     @property
     def begins(self) -> bool:
         """Whether it is the first block of its tower that shortens the sequence."""
-        return self.index == (0 if self.plan.merge else self.plan.layers[0])
+        return self.index == (0 if self.plan.counts(0) and self.plan.merge else self.plan.layers[0])
 
     def instead_of_reentry(self) -> str:
         """Return what to do in place of reentrant checkpointing, on this host."""
         return self.tower.adapter.instead_of_reentry(self.wiring.model, self.tower)
+
+
+def _nothing() -> None:
+    """Stand in for the layer of a block that was pickled without its tower."""
 
 
 def wirings_in(model: nn.Module) -> list[Wiring]:
@@ -143,6 +172,10 @@ def forget(model: nn.Module) -> None:
             wiring.unpatch()
         for part in copies:
             release(part, wiring)
+    for part in model.modules():
+        if STATE in vars(part) and vars(part)[STATE] is None:  # a block that was pickled alone
+            delattr(part, STATE)
+            unswap(part)
 
 
 def _of(module: nn.Module) -> Wiring | None:

@@ -17,6 +17,7 @@ from typing import Any, Tuple
 from torch import nn
 
 from ..adapter import Wrapper
+from ..compat import forget_compiled
 
 Overrides = Tuple[Tuple[str, Wrapper], ...]
 _classes: dict[tuple[type, Overrides], type] = {}
@@ -100,6 +101,7 @@ def swap(module: nn.Module, overrides: Mapping[str, Wrapper]) -> None:
     """Let `wrapper(module, name, original, *args, **kwargs)` stand in for each named method of this one object."""
     base = vars(type(module)).get("_patchselect_base", type(module))
     module.__class__ = swapped_class(base, tuple(overrides.items()))
+    forget_compiled()
 
 
 def unswap(module: nn.Module) -> bool:
@@ -112,6 +114,7 @@ def unswap(module: nn.Module) -> bool:
     if not hasattr(kind, "_patchselect_base") or is_stuck(kind):
         return False
     module.__class__ = _without_swap(kind)
+    forget_compiled()
     return True
 
 

@@ -96,9 +96,21 @@ def _asked(model: nn.Module, adapters: Sequence[Adapter]) -> tuple[list[Tower], 
         except TypeError as error:
             refusal = refusal or error
             continue
+        except AttributeError as error:
+            refusal = refusal or _lost(model, candidate, error)
+            continue
         if towers:
             return towers, refusal
     return [], refusal
+
+
+def _lost(model: nn.Module, adapter: Adapter, cause: AttributeError) -> TypeError:
+    error = TypeError(
+        f"{type(model).__name__} looks like a host of the adapter {adapter.name!r}, which does not find its way in it: "
+        f"{cause}"
+    )
+    error.__cause__ = cause
+    return error
 
 
 @contextmanager

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import of_doubles, of_open_clip, of_transformers
+from . import of_doubles, of_open_clip, of_plain, of_prompts, of_transformers
 from .case import Case, ids
 from .of_open_clip import vision_transformer
 from .of_transformers import VISION, clip_config
 
-__all__ = ["HOSTS", "VISION", "Case", "build", "clip_config", "ids", "take", "texts", "vision_transformer"]
+__all__ = ["HOSTS", "PROMPTED", "VISION", "Case", "build", "clip_config", "ids", "take", "texts", "vision_transformer"]
 
 HOSTS: dict[str, Callable[[], Case]] = {
     builder.__name__: builder
@@ -40,14 +40,34 @@ HOSTS: dict[str, Callable[[], Case]] = {
         of_doubles.albef_tower,
         of_doubles.mplug,
         of_transformers.blip,
+        of_plain.vit,
+        of_plain.dinov2_registers,
+        of_plain.dual_encoder,
+        of_plain.dinov3,
+        of_open_clip.timm_eva02,
+        of_open_clip.open_clip_perception,
     )
 }
+PROMPTED: dict[str, Callable[[], Case]] = {
+    builder.__name__: builder
+    for builder in (
+        of_prompts.llava,
+        of_prompts.llava_siglip,
+        of_prompts.llava_full,
+        of_prompts.vipllava,
+        of_prompts.paligemma,
+        of_prompts.smolvlm,
+        of_prompts.idefics3,
+        of_prompts.internvl,
+    )
+}
+"""Language models that read images: what they promise beside is in test_multimodal.py."""
 
 
 def build(name: str, seed: int = 0) -> Case:
     """A host of the table in eval mode; norms, biases and scales are random too, so that nothing is hidden by ones."""
     torch.manual_seed(seed)
-    case = HOSTS[name]()
+    case = {**HOSTS, **PROMPTED}[name]()
     generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
         for parameter in case.model.parameters():

@@ -24,7 +24,7 @@ def _open_clip(name: str, **vision: Any) -> Case:
         model=model,
         image_side=lambda m, x: m.encode_image(x),
         text_side=lambda m, t: m.encode_text(t),
-        pair=lambda m, x, t: m.get_logits(x, t)[0],
+        pair=logits,
         text_width=24,
         images=pixels(),
         tower=lambda m: m.visual.trunk if hasattr(m.visual, "trunk") else m.visual,
@@ -32,6 +32,14 @@ def _open_clip(name: str, **vision: Any) -> Case:
         patches=16,
         grid=(4, 4),
     )
+
+
+def logits(model: Any, images: Any, tokens: Any) -> Any:
+    """Return `(B, T)`: by the model's own method, or of its features, where this release has none (2.20: seen)."""
+    if hasattr(model, "get_logits"):
+        return model.get_logits(images, tokens)[0]
+    image, text, scale = model(images, tokens)[:3]
+    return scale * image @ text.T
 
 
 def vision_fields() -> set[str]:
@@ -148,3 +156,48 @@ def timm_registers() -> Case:
 def timm_average() -> Case:
     needs("average pooling")
     return _timm(class_token=False, global_pool="avg")
+
+
+def eva(**options: Any) -> Case:
+    """Build an Eva of timm with rotary positions; `options` are its own."""
+    needs("rotary towers")
+    from timm.models.eva import Eva
+
+    sizes = dict(img_size=(48, 80), patch_size=16, embed_dim=48, depth=6, num_heads=4, num_classes=10)
+    model = Eva(**{**sizes, "use_rot_pos_emb": True, **options})
+    return Case(
+        model=model,
+        image_side=lambda m, x: m(x),
+        text_width=48,
+        images=pixels(48, 80),
+        tower=lambda m: m,
+        prefix=model.num_prefix_tokens,
+        patches=15,
+        grid=(3, 5),
+    )
+
+
+def timm_eva02() -> Case:
+    """Build an EVA-02 of CLIP: a gated MLP, and norms within attention and MLP, which cannot be read backwards."""
+    case = eva(qkv_fused=False, swiglu_mlp=True, scale_mlp=True, scale_attn_inner=True, init_values=0.3)
+    case.relevances = ("keys", "features", "joint")
+    return case
+
+
+def open_clip_perception() -> Case:
+    """Build what open_clip makes of PE-Core: rotary positions and attention pooling on a trunk of timm."""
+    needs("open_clip", "perception encoders")
+    from open_clip.timm_model import TimmModel
+
+    case = _open_clip("clip")
+    visual = TimmModel.__new__(TimmModel)
+    nn.Module.__init__(visual)
+    visual.trunk = eva(
+        img_size=64, num_classes=24, attn_type="rope", global_pool="map", use_pre_transformer_norm=True,
+        use_post_transformer_norm=True, use_fc_norm=False, head_init_scale=1.0, rope_grid_offset=1.0,
+        rope_grid_indexing="xy",
+    ).model  # fmt: skip
+    visual.head = nn.Sequential()
+    visual.image_size = (64, 64)
+    case.model.visual = visual
+    return case

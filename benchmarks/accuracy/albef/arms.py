@@ -13,16 +13,22 @@ from torch import Tensor
 
 import patchselect
 from benchmarks.common.cost import count_flops
-from benchmarks.common.tome import token_merging
+from benchmarks.common.lengths import Lengthwise
+from benchmarks.common.tome import front, token_merging
 
-from .model import LAYERS, PATCH, MiniAlbef
+from .model import HEADS, LAYERS, PATCH, WIDTH, MiniAlbef
 
 Encode = Callable[[Tensor, Tensor], Tensor]
 """Images `(B, 3, S, S)` and the text [CLS] of their pairs `(B, D)` to image tokens `(B, N, D)`."""
 
-METHODS = ("text", "image", "random", "downsampled", "tome")
-RELEVANCE = {"text": "keys", "values": "values"}
+METHODS = ("text", "image", "random", "downsampled", "tome", "front", "once", "merged")
+RELEVANCE = {"text": "keys", "values": "values", "once": "keys", "merged": "keys"}
 """Of the methods that are guided by text."""
+MERGE = {"once": 0.0, "merged": 0.5}
+"""Of the methods that select once and count sizes: the share of the removed patches that merges before."""
+DEPTH = 6
+FIRST = {"tome": None, "front": front(DEPTH)}
+"""In how many blocks each of the two mergings merges: all, or the first third."""
 LABELS = {
     "words": "text alone, no image",
     "none": "no reduction",
@@ -31,21 +37,29 @@ LABELS = {
     "image": "image [CLS] (EViT)",
     "random": "random",
     "downsampled": "smaller image, same FLOPs",
-    "tome": "merging (ToMe), same tokens",
+    "tome": "merging (ToMe), same FLOPs",
+    "front": "merging early (ToMe-front), same FLOPs",
+    "once": "text, one selection, sizes counted, same FLOPs",
+    "merged": "merge, then select by text, same FLOPs",
 }
 
 
 @contextmanager
 def reduced(
-    model: MiniAlbef, method: str, keep_rate: float = 1.0, layers: tuple[int, ...] = LAYERS
+    model: MiniAlbef,
+    method: str,
+    keep_rate: float = 1.0,
+    layers: tuple[int, ...] = LAYERS,
+    share: float | None = None,
 ) -> Iterator[Encode]:
-    """The model's image encoder under one method; the model is itself again afterwards.
+    """Let the model's image encoder run under one method; the model is itself again afterwards.
 
     Args:
         model: unpatched.
-        method: `none`, `text` (the paper's `keys`), `values`, `image`, `random`, `downsampled` or `tome`.
+        method: `none`, `values` or one of `METHODS`; `text` ranks by the paper's `keys`.
         keep_rate: of each selection layer; the others spend what text guidance at this rate spends in `LAYERS`.
         layers: where text, image and random guidance select.
+        share: of the blocks' FLOPs, which merging or one selection spends instead.
     """
 
     def plain(images: Tensor, text: Tensor) -> Tensor:
@@ -63,62 +77,69 @@ def reduced(
         yield plain
     elif method == "downsampled":
         yield smaller
-    elif method == "tome":
-        with token_merging(model.vision, merged(model.vision.patch_embed.num_patches, keep_rate)):
+    elif method in FIRST:
+        tower = lengthwise(model.vision.patch_embed.num_patches)
+        removed = tower.merged_like(spent(tower, keep_rate) if share is None else share, FIRST[method])
+        with token_merging(model.vision, removed, first=FIRST[method]):
             yield plain
-    elif method in ("text", "values", "image", "random"):
-        relevance = RELEVANCE.get(method)
-        guidance = "text" if relevance else method
-        handle = patchselect.apply(model.vision, keep_rate, layers, guidance, relevance)
+    else:
+        handle = selecting(model, method, keep_rate, layers, share)
         try:
-            yield guided if relevance else plain
+            yield guided if method in RELEVANCE else plain
         finally:
             handle.remove()
-    else:
+
+
+def selecting(
+    model: MiniAlbef, method: str, keep_rate: float, layers: tuple[int, ...] = LAYERS, share: float | None = None
+) -> patchselect.Handle:
+    """Put the selection of one method into the image encoder; arguments as of `reduced`."""
+    if method in MERGE:
+        tower, merge = lengthwise(model.vision.patch_embed.num_patches), MERGE[method]
+        own = tower.rate_like(spent(tower, keep_rate) if share is None else share, merge)
+        relevance = RELEVANCE[method]
+        return patchselect.apply(model.vision, own, LAYERS[:1], "text", relevance, merge=merge, sizes=True)
+    if method not in ("text", "values", "image", "random"):
         raise ValueError(f"method must be one of none, {', '.join(METHODS)} or values; got {method!r}")
+    relevance = RELEVANCE.get(method)
+    return patchselect.apply(model.vision, keep_rate, layers, "text" if relevance else method, relevance)
 
 
 def lifted(model: MiniAlbef, method: str, text: Tensor) -> Tensor:
-    """The text [CLS] `(B, WIDTH)` as the bare tower takes it: as it is, or for "values" through the joint space."""
+    """Return the text [CLS] `(B, WIDTH)` as the bare tower takes it: for "values" through the joint space."""
     return model.text_proj(text) @ model.vision_proj.weight if method == "values" else text
 
 
-def tokens_per_block(patches: int, keep_rate: float, depth: int = 6) -> list[int]:
-    """Tokens that the attention and the MLP of each block see on average, [CLS] and fused tokens included."""
-    seen, now = [], patches + 1
-    for block in range(depth):
-        before = now
-        if block in LAYERS and keep_rate < 1:
-            now = 2 + patchselect.num_kept(now - 1, keep_rate)
-        seen.append((before + now) / 2)
-    return seen  # type: ignore[return-value]
+@lru_cache(maxsize=None)
+def lengthwise(patches: int) -> Lengthwise:
+    """Return the image encoder as its lengths are reckoned."""
+    return Lengthwise(patches, DEPTH, WIDTH, LAYERS, HEADS)
 
 
-def merged(patches: int, keep_rate: float, depth: int = 6) -> int:
-    """How many patches ToMe must merge in all for the tokens of its blocks to sum up to those of the selection.
-
-    Spread evenly, no merging reaches the token count of the lowest rates: it then merges all that it can.
-    """
-    target = sum(tokens_per_block(patches, keep_rate, depth))
-    # r merged in every block: block b sees N - b r before and N - (b + 1) r after its merging.
-    per_block = (depth * (patches + 1) - target) / sum(block + 0.5 for block in range(depth))
-    return min(round(per_block * depth), patches - 1)
+def spent(tower: Lengthwise, keep_rate: float) -> float:
+    """Return the share of the blocks' FLOPs that the two selections of text guidance spend."""
+    return tower.share(tower.selected(keep_rate))
 
 
 @lru_cache(maxsize=None)
-def vision_flops(image_size: int, keep_rate: float, layers: tuple[int, ...] = LAYERS, method: str = "text") -> int:
-    """FLOPs of encoding one image by one of `METHODS`, counted; at keep rate 1 those of the unpatched encoder."""
+def vision_flops(
+    image_size: int,
+    keep_rate: float,
+    layers: tuple[int, ...] = LAYERS,
+    method: str = "text",
+    share: float | None = None,
+) -> int:
+    """Count the FLOPs of encoding one image by one of `METHODS`; at keep rate 1 those of the unpatched encoder."""
     model = MiniAlbef(image_size).eval()
 
-    def call() -> object:
-        with reduced(model, "none" if keep_rate == 1 else method, keep_rate, layers) as encode:
-            return encode(torch.zeros(1, 3, image_size, image_size), torch.zeros(1, model.vision.embed_dim))
-
-    return count_flops(call)
+    with reduced(model, "none" if keep_rate == 1 and share is None else method, keep_rate, layers, share) as encode:
+        return count_flops(
+            lambda: encode(torch.zeros(1, 3, image_size, image_size), torch.zeros(1, model.vision.embed_dim))
+        )
 
 
 @lru_cache(maxsize=None)
 def smaller_side(image_size: int, keep_rate: float) -> int:
-    """The side whose unpatched FLOPs come closest to those of the selection, whole patches only."""
+    """Return the side whose unpatched FLOPs come closest to those of the selection, whole patches only."""
     target = vision_flops(image_size, keep_rate)
     return min(range(2 * PATCH, image_size + 1, PATCH), key=lambda side: abs(vision_flops(side, 1.0) - target))

@@ -30,7 +30,7 @@ NAMES = ("-stage1", "")
 
 
 def train_sampler(seed: int, layout: Layout = VARIED, count: int = TRAIN_SCENES) -> Sampler:
-    """Scenes for training; every seed has its own, and none shares a photograph with the tests."""
+    """Return scenes for training; every seed has its own, and none shares a photograph with the tests."""
     return Sampler(make_scenes(count, 1000 + seed, False, layout), layout.size // PATCH, seed)
 
 
@@ -53,7 +53,7 @@ def train_base(seed: int, folder: Path = RESULTS, steps: Sequence[int] = STEPS) 
 
 
 def save(model: torch.nn.Module, path: Path, **facts: Any) -> None:
-    """The weights in half precision, and how they came about beside them."""
+    """Write the weights in half precision, and how they came about beside them."""
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save({name: value.half() for name, value in model.state_dict().items()}, path)
     command = "python -m benchmarks.accuracy " + " ".join(sys.argv[1:])
@@ -62,20 +62,20 @@ def save(model: torch.nn.Module, path: Path, **facts: Any) -> None:
 
 
 def load(path: Path) -> MiniAlbef:
-    """A base in single precision and evaluation mode. It takes images of any size: positions are resampled."""
+    """Load a base in single precision and evaluation mode. It takes images of any size: positions are resampled."""
     model = MiniAlbef()
     model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     return model.eval()
 
 
 def digest(model: torch.nn.Module) -> str:
-    """Eight letters that say which weights these are: of what was made from other weights, nothing is taken over."""
+    """Return eight letters that say which weights these are: nothing is taken over that others made."""
     parts = (value.numpy().tobytes() for value in model.state_dict().values())
     return hashlib.sha256(b"".join(parts)).hexdigest()[:8]
 
 
 def base(seed: int, folder: Path = RESULTS, stage: int = 2) -> MiniAlbef:
-    """A base that was trained before: of this folder, or the committed one.
+    """Return a base that was trained before: of this folder, or the committed one.
 
     Raises:
         FileNotFoundError: it was not; names the command that trains it.

@@ -60,19 +60,19 @@ class Run:
 
 
 def fits(batch: Batch) -> Tensor:
-    """`(B, B)` booleans: does scene i have everything that caption j names?"""
+    """Return `(B, B)` booleans: whether scene i has everything that caption j names."""
     words = batch.fitting - AND - 1
     has = (batch.objects[:, None, :, None] == words[None, :, None, :]).any(2)
     return (has | (words < 0)[None]).all(-1)
 
 
 def features(model: MiniAlbef, images: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """`(B, JOINT)` of both sides, from the [CLS] of the encoders."""
+    """Return `(B, JOINT)` of both sides, from the [CLS] of the encoders."""
     return model.vision_proj(model.encode_image(images)[:, 0]), model.text_proj(model.text(ids)[:, 0])
 
 
 def clean(batch: Batch) -> Batch:
-    """The pairs of a batch among which no caption fits another scene, taken greedily: the teacher's clean subset."""
+    """Pick the pairs of a batch among which no caption fits another scene, greedily: the teacher's clean subset."""
     wrong = fits(batch)
     chosen: list[int] = []
     for row in range(len(wrong)):
@@ -83,7 +83,7 @@ def clean(batch: Batch) -> Batch:
 
 
 def teach(seed: int, steps: int, folder: Path) -> MiniAlbef:
-    """H_beta: InfoNCE on clean subsets of batches, from the stage-1 base; kept in the folder."""
+    """Train H_beta: InfoNCE on clean subsets of batches, from the stage-1 base; kept in the folder."""
     model = base(seed, folder, stage=1)
     path = folder / f"teacher-{seed}-{steps}-{digest(model)}.pt"
     if path.exists():
@@ -104,7 +104,7 @@ def teach(seed: int, steps: int, folder: Path) -> MiniAlbef:
 
 
 def train(run: Run) -> list[dict[str, Any]]:
-    """One objective from the stage-1 base, and what came of it on every distribution.
+    """Train one objective from the stage-1 base, and measure what came of it on every distribution.
 
     Kept in the folder, for the studies share runs; another base is run anew.
     """
@@ -166,7 +166,7 @@ def note_weights(
     alpha: float,
     delta: float,
 ) -> None:
-    """Weights that SRCL gives, image to text, by whether the caption truly fits (a false negative) or not."""
+    """Note the weights that SRCL gives, image to text, by whether the caption truly fits (a false negative) or not."""
     own = (F.normalize(image, dim=-1) @ F.normalize(text, dim=-1).T).exp()
     similarity = (1 - alpha) * own
     if alpha > 0:
@@ -179,7 +179,7 @@ def note_weights(
 
 @torch.inference_mode()
 def retrieve(model: MiniAlbef, layout: Layout) -> dict[str, Any]:
-    """R@K of the joint space, over scenes whose captions fit no other of their pool: the mean of `POOLS` pools."""
+    """Compute R@K of the joint space, the mean of `POOLS` pools of scenes whose captions fit no other of their pool."""
     found = []
     for pool in range(POOLS):
         questions = Questions.make(POOL, POOL, TEST_SEED + 2 * pool, layout)

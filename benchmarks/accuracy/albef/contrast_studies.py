@@ -21,7 +21,7 @@ KINDS = ("weight_true", "weight_false")
 
 
 def contrasts(folder: Path, seeds: Seeds, objectives: Sequence[Objective], steps: int = 300) -> list[Record]:
-    """The objectives on every seed; a run that the folder has is read, for the studies share some."""
+    """Train the objectives on every seed; a run that the folder has is read, for the studies share some."""
     runs = [Run(seed, objective, steps, folder) for seed in seeds for objective in objectives]
     return [record for made in run_all(contrast, runs, "objectives") for record in made]
 
@@ -32,7 +32,7 @@ SIMILARITIES = tuple(Objective("srcl", 2.0, similarity) for similarity in ("teac
 
 
 def contrast_study(name: str, question: Sequence[Objective], scenes: Sequence[str] | None = None) -> Study:
-    """A study over contrastive objectives: R@K both ways, and the weights that negatives got."""
+    """Study contrastive objectives: R@K both ways, and the weights that negatives got."""
 
     def study(folder: Path, seeds: Seeds) -> None:
         records = contrasts(folder, seeds, question)
@@ -70,14 +70,14 @@ def contrast_study(name: str, question: Sequence[Objective], scenes: Sequence[st
 
 
 def named(objective: Objective) -> str:
-    """For the axis of a plot."""
+    """Name it for the axis of a plot."""
     if objective.loss != "srcl":
         return {"itc": "ITC", "cosine": "cosine"}[objective.loss]
     return f"SRCL, δ = {objective.delta:g}\n{objective.similarity}"
 
 
 def draw(bars: Sequence[Bar], weighed: Sequence[Bar], path: Path) -> None:
-    """R@1 with its standard error over the bases and, where there is a choice of SRCL, what its negatives weigh."""
+    """Draw R@1 with its standard error over the bases and, for a choice of SRCL, what its negatives weigh."""
     columns = 2 if len(weighed) > 1 else 1
     figure, panels = canvas(columns * max(5.6, 0.75 * len(bars)), 4.2, columns=columns)
     panels[0].bar(range(len(bars)), [b[1] for b in bars], yerr=[b[2] for b in bars], color="tab:blue", capsize=3)

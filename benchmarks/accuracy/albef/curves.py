@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .arms import METHODS, reduced
+from .arms import METHODS, RELEVANCE, reduced
 from .base import BATCH, base, train_base, train_sampler
 from .evaluate import Questions, matching_hits, patch_recall, retrieval, without_picture
 from .jobs import call, run_all
@@ -26,6 +26,8 @@ ARMS = (
     Arm("image", aligned=True),
     Arm("values"),
     Arm("values", aligned=True),
+    Arm("front"),
+    Arm("merged"),
 )
 
 
@@ -45,7 +47,7 @@ class Curve:
 
 
 def measure(curve: Curve) -> list[dict[str, Any]]:
-    """Every method of the curve at every keep rate, and at none."""
+    """Measure every method of the curve at every keep rate, and at none."""
     model = base(curve.seed, curve.folder, curve.stage)
     if curve.arm is not None:
         torch.manual_seed(1000 * curve.seed + curve.steps)
@@ -58,7 +60,7 @@ def measure(curve: Curve) -> list[dict[str, Any]]:
             with reduced(model, method, keep_rate) as encode:
                 hits = matching_hits(model, encode, questions).float()
                 recall = retrieval(model, encode, questions)
-            watched = method in ("text", "values", "image", "random")
+            watched = method in (*RELEVANCE, "image", "random")
             patches = 100 * patch_recall(model, method, keep_rate, questions) if watched else None
             records.append(record(curve, method, keep_rate, hits, recall, patches))
     if curve.arm is None:
@@ -75,7 +77,7 @@ def record(
     recall: dict[str, dict[int, float]],
     patches: float | None,
 ) -> dict[str, Any]:
-    """What one method came to, as the tables and plots read it."""
+    """Return what one method came to, as the tables and plots read it."""
     return {
         "seed": curve.seed,
         "trained": FREE if curve.arm is None else str(curve.arm),
@@ -90,14 +92,14 @@ def record(
 
 
 def methods_of(arm: Arm) -> tuple[str, ...]:
-    """What a model is asked with after this training: the selection that it was trained with."""
+    """Return what a model is asked with after this training: the selection that it was trained with."""
     return () if arm.guidance == "none" else (arm.guidance,)
 
 
 def curves(
     seeds: tuple[int, ...], arms: tuple[Arm, ...], steps: int, queries: int, pool: int, folder: Path
 ) -> list[Curve]:
-    """The training-free curve of each seed and one for each arm."""
+    """Return the training-free curve of each seed and one for each arm."""
     made = []
     for seed in seeds:
         for arm in arms:
@@ -110,7 +112,7 @@ def curves(
 def run(
     seeds: tuple[int, ...], arms: tuple[Arm, ...], steps: int, queries: int, pool: int, folder: Path
 ) -> list[dict[str, Any]]:
-    """All records of all curves, the curves side by side over the cores."""
+    """Return all records of all curves, made side by side over the cores."""
     return [
         record
         for records in run_all(measure, curves(seeds, arms, steps, queries, pool, folder), "curves")
@@ -119,11 +121,11 @@ def run(
 
 
 def train(seed: int, folder: Path) -> None:
-    """One base, unless its folder has it."""
+    """Train one base, unless its folder has it."""
     if not (folder / f"albef-{seed}.pt").exists():
         train_base(seed, folder)
 
 
 def train_all(seeds: tuple[int, ...], folder: Path) -> None:
-    """The bases of all seeds, side by side over the cores."""
+    """Train the bases of all seeds, side by side over the cores."""
     run_all(call, [(train, (seed, folder)) for seed in seeds], "bases")

@@ -14,7 +14,7 @@ from benchmarks.accuracy.world.sampling import Sampler
 from benchmarks.accuracy.world.scenes import PLAIN, Layout, make_scenes
 from patchselect.metrics import retrieval_recall
 
-from .arms import RELEVANCE, Encode, lifted
+from .arms import RELEVANCE, Encode, lifted, selecting
 from .model import LAYERS, PATCH, MiniAlbef
 
 CHUNK = 128
@@ -34,7 +34,7 @@ class Questions:
 
     @classmethod
     def make(cls, count: int, pool: int, seed: int, layout: Layout = PLAIN) -> Questions:
-        """`count` scenes of photographs that training never sees, and `pool` scenes with unique captions."""
+        """Make `count` scenes of photographs that training never sees, and `pool` scenes with unique captions."""
         scenes = make_scenes(count, seed, True, layout)
         sampler = Sampler(scenes, layout.size // PATCH, seed)
         batch = sampler.ask(range(count))
@@ -46,7 +46,7 @@ class Questions:
 
 @torch.inference_mode()
 def match_logits(model: MiniAlbef, encode: Encode, images: Tensor, ids: Tensor) -> Tensor:
-    """`(B,)`: how much more likely each pair is to fit than not, every pair encoded with its own text."""
+    """Return `(B,)`: how much more likely each pair is to fit than not, every pair encoded with its own text."""
     logits = []
     for rows in torch.arange(len(images)).split(CHUNK):
         text = model.text(ids[rows])
@@ -56,14 +56,14 @@ def match_logits(model: MiniAlbef, encode: Encode, images: Tensor, ids: Tensor) 
 
 
 def matching_hits(model: MiniAlbef, encode: Encode, questions: Questions) -> Tensor:
-    """`(2 N,)` booleans: which questions (fits, fits not) are answered right."""
+    """Return `(2 N,)` booleans: which questions (fits, fits not) are answered right."""
     fitting = match_logits(model, encode, questions.images, questions.fitting)
     other = match_logits(model, encode, questions.images, questions.other)
     return torch.cat([fitting > 0, other < 0])
 
 
 def retrieval(model: MiniAlbef, encode: Encode, questions: Questions) -> dict[str, dict[int, float]]:
-    """R@K both ways: every image of the pool with every caption, each pair encoded with its own text."""
+    """Compute R@K both ways: every image of the pool with every caption, each pair encoded with its own text."""
     count = len(questions.pool_images)
     scores = [
         match_logits(model, encode, image.expand(count, -1, -1, -1), questions.pool_captions)
@@ -73,7 +73,7 @@ def retrieval(model: MiniAlbef, encode: Encode, questions: Questions) -> dict[st
 
 
 def without_picture(questions: Questions) -> tuple[Tensor, dict[str, dict[int, float]]]:
-    """`matching_hits` and `retrieval` of a classifier that was trained on the captions of other questions alone."""
+    """Return `matching_hits` and `retrieval` of a classifier that saw the captions of other questions alone."""
     fitting, other, pool = (
         torch.from_numpy(text_alone.fits(concepts_of(ids)))
         for ids in (questions.fitting, questions.other, questions.pool_captions)
@@ -84,20 +84,23 @@ def without_picture(questions: Questions) -> tuple[Tensor, dict[str, dict[int, f
 
 @torch.inference_mode()
 def patch_recall(model: MiniAlbef, method: str, keep_rate: float, questions: Questions) -> float:
-    """Share of the named objects' patches that the first selection keeps; chance is about the keep rate."""
-    relevance = RELEVANCE.get(method)
-    handle = patchselect.apply(model.vision, keep_rate, LAYERS[:1], "text" if relevance else method, relevance)
-    kept = torch.zeros_like(questions.named)
+    """Return the share of the named objects' patches that the first selection does not fuse; merged ones count.
+
+    Chance is about the keep rate where nothing has merged before.
+    """
+    handle = selecting(model, method, keep_rate, LAYERS[:1])
+    kept = torch.ones_like(questions.named)
     try:
         for rows in torch.arange(len(kept)).split(CHUNK):
             text = model.text(questions.fitting[rows])[:, 0]
             with handle.record() as trace:
-                if relevance:
+                if method in RELEVANCE:
                     with patchselect.guide(model.vision, lifted(model, method, text)):
                         model.encode_image(questions.images[rows])
                 else:
                     model.encode_image(questions.images[rows])
-            kept[rows] = kept[rows].scatter(1, trace[0].kept.clamp_min(0), trace[0].kept >= 0)
+            if trace[0].fused:
+                kept[rows] = trace[0].holders < trace[0].kept.shape[1]
     finally:
         handle.remove()
     return float((kept & questions.named).sum() / questions.named.sum())

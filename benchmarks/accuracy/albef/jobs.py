@@ -18,7 +18,7 @@ Result = TypeVar("Result")
 def run_all(
     work: Callable[[Task], Result], tasks: Sequence[Task], name: str, workers: int | None = None
 ) -> list[Result]:
-    """`work` on every task, in processes; results in the order of the tasks. Both must be picklable."""
+    """Run `work` on every task, in processes; results in the order of the tasks. Both must be picklable."""
     workers = workers or os.cpu_count() or 1
     results: dict[int, Result] = {}
     context = multiprocessing.get_context("spawn")
@@ -30,6 +30,6 @@ def run_all(
 
 
 def call(task: tuple[Callable[..., Result], tuple[object, ...]]) -> Result:
-    """A task that is a function and its arguments."""
+    """Return a task that is a function and its arguments."""
     function, arguments = task
     return function(*arguments)

@@ -24,7 +24,7 @@ LAYERS = (2, 4)
 
 
 def stem(width: int) -> nn.Sequential:
-    """Three strided convolutions in place of one patch embedding: small models need them to see edges."""
+    """Build three strided convolutions in place of one patch embedding: small models need them to see edges."""
     return nn.Sequential(
         nn.Conv2d(3, width // 4, 3, 2, 1),
         nn.GELU(),
@@ -69,11 +69,11 @@ class MiniAlbef(nn.Module):
         self.text_proj = nn.Linear(WIDTH, JOINT)
 
     def encode_image(self, images: Tensor) -> Tensor:
-        """`(B, 3, S, S)` to tokens `(B, 1 + patches, WIDTH)`."""
+        """Return `(B, 3, S, S)` to tokens `(B, 1 + patches, WIDTH)`."""
         return self.vision.forward_features(images)
 
     def match(self, image_tokens: Tensor, text: Tensor, ids: Tensor) -> Tensor:
-        """Logits `(B, 2)`: does text i (hidden states `(B, L, WIDTH)`) fit image i?"""
+        """Return logits `(B, 2)` of whether text i (hidden states `(B, L, WIDTH)`) fits image i."""
         fused = self.fusion(text, image_tokens, tgt_key_padding_mask=ids == PAD)
         return self.matching(fused[:, 0])
 

@@ -26,23 +26,26 @@ COLOURS = {
     "random": "tab:gray",
     "downsampled": "tab:orange",
     "tome": "tab:green",
+    "front": "tab:olive",
+    "once": "tab:pink",
+    "merged": "tab:brown",
 }
 FREE = "training-free"
 
 
 def spread(values: Sequence[float]) -> str:
-    """`mean ± standard error` over seeds; the mean alone of one."""
+    """Return `mean ± standard error` over seeds; the mean alone of one."""
     mean = statistics.fmean(values)
     return f"{mean:.1f}" if len(values) < 2 else f"{mean:.1f} ± {error(values):.1f}"
 
 
 def error(values: Sequence[float]) -> float:
-    """Standard error of the mean; 0 of a single value."""
+    """Return the standard error of the mean; 0 of a single value."""
     return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
 
 
 def pick(records: Sequence[Record], value: str = "accuracy", **where: Any) -> list[float]:
-    """The values of all records that agree with `where`, one per seed; `image_to_text@5` is that R@5."""
+    """Return the values of all records that agree with `where`, one per seed; `image_to_text@5` is that R@5."""
     found = [record for record in records if all(record[key] == wanted for key, wanted in where.items())]
     way, _, k = value.partition("@")
     if k:
@@ -51,18 +54,18 @@ def pick(records: Sequence[Record], value: str = "accuracy", **where: Any) -> li
 
 
 def at(recall: dict[Any, float], k: int) -> float:
-    """R@K of a record, as it was made or as JSON gives it back."""
+    """Return R@K of a record, as it was made or as JSON gives it back."""
     return recall[k] if k in recall else recall[str(k)]
 
 
 def lines_of(records: Sequence[Record]) -> list[tuple[str, str]]:
-    """What was trained and the method, in the order of the records, without repeats and without `none` and `words`,
+    """Return training and method in the order of the records, without repeats and without `none` and `words`,
     which no keep rate changes."""
     return list(dict.fromkeys((r["trained"], r["method"]) for r in records if r["method"] not in ("none", "words")))
 
 
 def cell(records: Sequence[Record], value: str, **where: Any) -> str:
-    """`mean ± standard error` over seeds; of a single seed, over its questions where that is known."""
+    """Return `mean ± standard error` over seeds; of a single seed, over its questions where that is known."""
     values = pick(records, value, **where)
     if not values:
         return ""
@@ -72,7 +75,7 @@ def cell(records: Sequence[Record], value: str, **where: Any) -> str:
 
 
 def curve_table(records: Sequence[Record], value: str) -> str:
-    """One line per method and training, one column per keep rate."""
+    """Return one line per method and training, one column per keep rate."""
     rows = []
     blind = [record for record in records if record["method"] == "words"][:1]  # of no base: all have the same
     if blind and value != "patches":
@@ -91,7 +94,7 @@ def curve_table(records: Sequence[Record], value: str) -> str:
 
 
 def curve_report(records: Sequence[Record], steps: int, queries: int, pool: int) -> str:
-    """All tables of a run over the keep rates."""
+    """Write all tables of a run over the keep rates."""
     parts = [
         f"Matching accuracy, %, {queries} questions (chance 50), {steps} steps of training where it says so:",
         curve_table(records, "accuracy"),
@@ -111,10 +114,10 @@ def curve_report(records: Sequence[Record], steps: int, queries: int, pool: int)
 
 
 def differences(records: Sequence[Record]) -> str:
-    """What text guidance is ahead of its rivals after the same training: differences of the same base, in points."""
+    """Tabulate how far text guidance is ahead of rivals after the same training: differences by base, in points."""
     arms = {trained: method for trained, method in lines_of(records) if trained != FREE}
-    pairs = [("text", "image"), ("text + alignment", "image + alignment")]
-    pairs += [(arm, rival) for arm in arms if arm.startswith(("text", "values")) for rival in ("none", FREE)]
+    pairs = [("text", "image"), ("text + alignment", "image + alignment"), ("merged", "front")]
+    pairs += [(arm, rival) for arm in arms if arm.startswith(("text", "values", "merged")) for rival in ("none", FREE)]
     rows = []
     for one, other in pairs:
         if one in arms and (other in arms or pick(records, trained=other)):
@@ -136,12 +139,12 @@ def name_of(trained: str, method: str) -> str:
 
 
 def asked(name: str, seeds: Sequence[int]) -> str:
-    """The command that measures it for these bases."""
+    """Return the command that measures it for these bases."""
     return f"python -m benchmarks.accuracy {name} --seed " + " ".join(str(seed) for seed in seeds)
 
 
 def write(folder: Path, name: str, asked_for: str, text: str, **data: Any) -> None:
-    """`name.md` and `name.json` in the folder, and the text on the terminal."""
+    """Write `name.md` and `name.json` in the folder, and the text on the terminal."""
     about = machine(torch.device("cpu"))
     where = f"{about['processor']}, {about['cores']} cores, torch {torch.__version__}"
     facts = {"command": asked_for, "machine": where, "commit": commit(), **data}
@@ -149,7 +152,7 @@ def write(folder: Path, name: str, asked_for: str, text: str, **data: Any) -> No
 
 
 def draw_curves(records: Sequence[Record], speeds: Sequence[Record], path: Path) -> None:
-    """Left: accuracy against keep rate. Right, where speeds are known: accuracy against measured speed-up.
+    """Draw accuracy against keep rate (left) and, where speeds are known, against measured speed-up (right).
 
     Dashed: as it is; solid: trained with selection; dotted with stars: trained with its alignment too. Bars are
     standard errors over the bases. Points lie a little beside their keep rate, so that none hides another.

@@ -17,7 +17,7 @@ from .train import TEMPERATURE, alignment, both, fit, matching_loss, region_word
 
 
 def surviving(tokens: Tensor, batch: Batch, kept: Tensor | None) -> tuple[Tensor, Batch]:
-    """Patches that are left, and the batch whose masks speak of them: for losses over known boxes.
+    """Return patches that are left, and the batch whose masks speak of them: for losses over known boxes.
 
     Args:
         tokens: `(B, 1 + P, WIDTH)`, [CLS] first, the fused token last where there is one.
@@ -37,7 +37,7 @@ def surviving(tokens: Tensor, batch: Batch, kept: Tensor | None) -> tuple[Tensor
 def train_from_scratch(
     model: MiniAlbef, sampler: Sampler, keep_rate: float, aligned: bool, steps: tuple[int, int], size: int
 ) -> None:
-    """Both stages of a base with selection in every step; keep rate 1 is a base without.
+    """Train both stages of a base with selection in every step; keep rate 1 is a base without.
 
     Args:
         model: untrained, in place.

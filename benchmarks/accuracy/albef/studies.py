@@ -23,6 +23,7 @@ from .curves import TEST_SEED, Curve, methods_of
 from .curves import measure as measure_curve
 from .evaluate import Questions, matching_hits, without_picture
 from .jobs import call, run_all
+from .merging import merging
 from .model import LAYERS, MiniAlbef
 from .report import FREE, Record, asked, cell, curve_table, draw_curves, error, pick, spread, write
 from .scratch import train_from_scratch
@@ -35,7 +36,7 @@ SCRATCH = (1000, 500)
 
 
 def speed(folder: Path, seeds: Seeds) -> None:
-    """(a) Selection on and off: accuracy of the full run against measured time."""
+    """Study (a) selection on and off: accuracy of the full run against measured time."""
     path = folder / "full.json"
     if not path.exists():
         raise SystemExit(f"{path} is missing: run `python -m benchmarks.accuracy full` first")
@@ -67,7 +68,7 @@ def accuracy(records: Sequence[Record], trained: str, method: str, keep_rate: fl
 
 @lru_cache(maxsize=None)
 def words(layout: Layout = PLAIN) -> str:
-    """Matching accuracy of the captions alone, on the questions of the studies: the floor of their tables."""
+    """Measure the matching accuracy of the captions alone, on the questions of the studies: the floor of tables."""
     hits, _ = without_picture(Questions.make(QUERIES // 2, 8, TEST_SEED, layout))
     hits = 100 * hits.float()
     return f"{float(hits.mean()):.1f} ± {float(hits.std() / len(hits) ** 0.5):.1f}"
@@ -77,7 +78,7 @@ WHERE = ((0,), (2,), (4,), (1, 3), (2, 4), (3, 5))
 
 
 def tuned_at(seed: int, layers: tuple[int, ...], folder: Path, steps: int) -> list[Record]:
-    """A base trained with selection in other blocks, at every keep rate."""
+    """Train a base with selection in other blocks, at every keep rate."""
     model = base(seed, folder)
     torch.manual_seed(seed)
     sampler = train_sampler(100 + seed, count=3000)
@@ -94,7 +95,7 @@ def tuned_at(seed: int, layers: tuple[int, ...], folder: Path, steps: int) -> li
 
 
 def layers(folder: Path, seeds: Seeds) -> None:
-    """(b) Where and how much: layers against keep rate, after 200 steps with selection there."""
+    """Study (b) where and how much: layers against keep rate, after 200 steps with selection there."""
     tasks = [(tuned_at, (seed, where, folder, 200)) for where in WHERE for seed in seeds]
     records = [record for made in run_all(call, tasks, "layers") for record in made]
     rows = []
@@ -129,7 +130,7 @@ SMALL = (11, 15)
 
 
 def at_resolution(seed: int, size: int, guidance: str, folder: Path, steps: int) -> Record:
-    """A base trained on at another image size; with guidance at the keep rate that costs what 80 px cost without."""
+    """Train a base on at another image size; with guidance at the keep rate that costs what 80 px cost without."""
     model, layout = base(seed, folder), Layout(size=size, glyph=SMALL)
     trained_on = replace(layout, varied=True)
     torch.manual_seed(seed)
@@ -151,7 +152,7 @@ def at_resolution(seed: int, size: int, guidance: str, folder: Path, steps: int)
 
 
 def resolution(folder: Path, seeds: Seeds) -> None:
-    """(g) Larger images at equal cost, on scenes of small drawings, after 300 steps of training at that size."""
+    """Study (g) larger images at equal cost, on scenes of small drawings, after 300 steps of training at that size."""
     cases = [(80, "none"), (88, "text"), (96, "text"), (88, "image"), (96, "image"), (96, "none")]
     tasks = [(at_resolution, (seed, size, guidance, folder, 300)) for size, guidance in cases[::-1] for seed in seeds]
     records = run_all(call, tasks, "resolution")
@@ -175,7 +176,7 @@ def resolution(folder: Path, seeds: Seeds) -> None:
 
 
 def alignment(folder: Path, seeds: Seeds) -> None:
-    """(h) With and without selection alignment, from a base whose text attention was never trained."""
+    """Study (h) selection alignment, with and without, from a base whose text attention was never trained."""
     arms = (Arm("none"), Arm("image"), Arm("text", aligned=True), Arm("text"))
     curves = [Curve(seed, arm, 300, methods_of(arm), QUERIES, 32, folder, 1) for arm in arms for seed in seeds]
     curves += [Curve(seed, None, 0, ("text", "image", "random"), QUERIES, 32, folder, 1) for seed in seeds]
@@ -190,7 +191,7 @@ def alignment(folder: Path, seeds: Seeds) -> None:
 
 
 def from_scratch(seed: int, keep_rate: float, aligned: bool, steps: tuple[int, int]) -> Record:
-    """One model trained from nothing with (or, at keep rate 1, without) selection."""
+    """Train one model from nothing with (or, at keep rate 1, without) selection."""
     torch.manual_seed(seed)
     model = MiniAlbef()
     train_from_scratch(model, train_sampler(seed), keep_rate, aligned, steps, BATCH)
@@ -201,7 +202,7 @@ def from_scratch(seed: int, keep_rate: float, aligned: bool, steps: tuple[int, i
 
 
 def scratch(folder: Path, seeds: Seeds) -> None:
-    """(i) Training with selection from the first step, as the papers do, against the same training without."""
+    """Study (i) training with selection from the first step, as the papers do, against the same training without."""
     cases = [(0.5, True), (0.5, False), (1.0, False)]
     tasks = [(from_scratch, (seed, rate, aligned, SCRATCH)) for rate, aligned in cases for seed in seeds]
     records = run_all(call, tasks, "from scratch")
@@ -232,5 +233,6 @@ STUDIES: dict[str, Study] = {
     "resolution": resolution,
     "alignment": alignment,
     "scratch": scratch,
+    "merging": merging,
 }
-"""(a) to (i), by name."""
+"""(a) to (j), by name."""

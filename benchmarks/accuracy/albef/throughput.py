@@ -19,7 +19,7 @@ from .train import KEEP_RATES
 
 
 def throughput(model: MiniAlbef, rounds: int = 7, batch: int = 128, image_size: int = 80) -> list[dict[str, Any]]:
-    """Pairs per second of matching (image, text and fusion encoder), all in turns, in a new order each round.
+    """Measure pairs per second of matching (image, text and fusion encoder), all in turns, in a new order each round.
 
     Returns:
         One record per method and keep rate: `speed_up` over no reduction (median and quartiles of the rounds) and

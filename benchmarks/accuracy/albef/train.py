@@ -17,7 +17,7 @@ from benchmarks.accuracy.world.captions import EMOJI, captions
 from benchmarks.accuracy.world.sampling import Batch, Sampler
 from patchselect.losses import itc_loss, itm_loss, selection_alignment_loss
 
-from .arms import RELEVANCE, lifted
+from .arms import RELEVANCE, reduced
 from .model import LAYERS, MiniAlbef
 
 TEMPERATURE = 0.1
@@ -27,7 +27,7 @@ KEEP_RATES = (0.7, 0.5, 0.3, 0.15)
 
 
 def fit(model: nn.Module, loss: Callable[[int], Tensor], steps: int, rate: float, name: str) -> None:
-    """AdamW with a short warm-up and a cosine down to nothing.
+    """Fit with AdamW, a short warm-up and a cosine down to nothing.
 
     Args:
         model: in place.
@@ -53,17 +53,17 @@ def fit(model: nn.Module, loss: Callable[[int], Tensor], steps: int, rate: float
 
 
 def both(batch: Batch) -> Tensor:
-    """`(2 B, L)`: the captions that fit, then those that do not."""
+    """Return `(2 B, L)`: the captions that fit, then those that do not."""
     return torch.cat([batch.fitting, batch.other])
 
 
 def matching_loss(logits: Tensor) -> Tensor:
-    """Of `(2 B, 2)` logits: the first half fits, the second does not."""
+    """Compute the loss of `(2 B, 2)` logits: the first half fits, the second does not."""
     return itm_loss(*logits.chunk(2))
 
 
 def region_words(model: MiniAlbef, patches: Tensor, batch: Batch) -> Tensor:
-    """Which thing is in this patch: every patch of a known box against what the text encoder says of every word.
+    """Ask which thing is in a patch: every patch of a known box against what the text encoder says of every word.
 
     Args:
         model: whose text encoder names the things.
@@ -78,7 +78,7 @@ def region_words(model: MiniAlbef, patches: Tensor, batch: Batch) -> Tensor:
 
 @contextmanager
 def selection_inputs(model: MiniAlbef, layers: Sequence[int] = LAYERS) -> Iterator[list[Tensor]]:
-    """The tokens `(B, N, WIDTH)` that the selection layers are given, one more for each pass through each of them."""
+    """Collect the tokens `(B, N, WIDTH)` that the selection layers are given, one entry for each pass."""
     seen: list[Tensor] = []
     hooks = [
         model.vision.blocks[layer].register_forward_pre_hook(lambda _, args: seen.append(args[0])) for layer in layers
@@ -93,7 +93,7 @@ def selection_inputs(model: MiniAlbef, layers: Sequence[int] = LAYERS) -> Iterat
 def pretrain(
     model: MiniAlbef, sampler: Sampler, steps: int, size: int, rate: float, aligned: bool, name: str = "base"
 ) -> None:
-    """Matching and region-word alignment with known boxes, and what makes attention mean something.
+    """Train matching and region-word alignment with known boxes, and what makes attention mean something.
 
     Without boxes matching does not leave chance in this budget. The words are asked for at the end of the encoder and
     where selection will take place: a model of this size does not place them there by itself.
@@ -138,7 +138,7 @@ def pretrain(
 
 
 def alignment(model: MiniAlbef, trace: patchselect.Trace, text: Tensor) -> Tensor:
-    """Selection alignment, the mean over the selection layers; `text` `(B, JOINT)`."""
+    """Compute selection alignment, the mean over the selection layers; `text` `(B, JOINT)`."""
     losses = [
         selection_alignment_loss(model.vision.norm(layer.pooled)[: len(text)], text, TEMPERATURE, model.vision_proj)
         for layer in trace
@@ -151,7 +151,7 @@ class Arm:
     """One way to go on training with selection."""
 
     guidance: str
-    """`none`, `text`, `values`, `image` or `random`, as in `arms.reduced`."""
+    """`none`, `values` or one of `METHODS`, as in `arms.reduced`."""
     aligned: bool = False
     """With what makes its relevance mean something: selection alignment, and for `image` ITC on the [CLS] too."""
 
@@ -178,23 +178,15 @@ def tune(
         ids = both(batch)
         text = model.text(ids)
         own = model.text_proj(text[:size, 0])
-        if arm.guidance == "none":
-            tokens = model.encode_image(batch.images).repeat(2, 1, 1)
-            return matching_loss(model.match(tokens, text, ids))
-        relevance = RELEVANCE.get(arm.guidance)
-        guidance = "text" if relevance else arm.guidance
-        handle = patchselect.apply(model.vision, draw.choice(keep_rates), layers, guidance, relevance)
-        with handle.record() if arm.aligned else nullcontext() as trace:
-            if relevance:
-                with patchselect.guide(model.vision, lifted(model, arm.guidance, text[:, 0])):
-                    tokens = model.encode_image(batch.images.repeat(2, 1, 1, 1))
-            else:
-                tokens = model.encode_image(batch.images).repeat(2, 1, 1)
-        handle.remove()
-        total = matching_loss(model.match(tokens, text, ids))
+        by_text = arm.guidance in RELEVANCE
+        images = batch.images.repeat(2, 1, 1, 1) if by_text else batch.images
+        with reduced(model, arm.guidance, draw.choice(keep_rates), layers) as encode:
+            with patchselect.handle_of(model.vision).record() if arm.aligned else nullcontext() as trace:
+                tokens = encode(images, text[:, 0])
+        total = matching_loss(model.match(tokens if by_text else tokens.repeat(2, 1, 1), text, ids))
         if arm.aligned:
             total = total + alignment(model, trace, own)
-            if not relevance:
+            if not by_text:
                 total = total + itc_loss(model.vision_proj(tokens[:size, 0]), own, TEMPERATURE)
         return total
 

@@ -41,14 +41,14 @@ Found = Dict[Tuple[str, str, str, float], Tensor]
 
 
 def questions_for(name: str) -> list[tuple[Arm, float]]:
-    """What a fine-tuned model is asked: its own relevance; both for those that were trained with none."""
+    """Return what a fine-tuned model is asked: its own relevance; both for those that were trained with none."""
     relevances = [r for r in ("values", "keys") if name.startswith(r)] or ["values", "keys"]
     arms = [Arm(r, "text", r, texts) for r in relevances for texts in ("candidates", "paired")]
     return [(Arm(NONE, "none"), 1.0), *((arm, rate) for arm in arms for rate in RATES)]
 
 
 def run(seed: int, options: argparse.Namespace, bar: tqdm[Any]) -> Found:
-    """All plans on one small CLIP."""
+    """Run all plans on one small CLIP."""
     questions, pairs, found = make_questions(options.count, TEST), scene_pairs(6000, options.seed), {}
     for name, plan in PLANS.items():
         bar.set_description_str(f"model {seed}: {name}")
@@ -66,7 +66,7 @@ def run(seed: int, options: argparse.Namespace, bar: tqdm[Any]) -> Found:
 
 
 def summarise(found: list[Found]) -> list[dict[str, Any]]:
-    """One record per plan and question; a question's value is its mean over the models."""
+    """Return one record per plan and question; a question's value is its mean over the models."""
     average = {key: torch.stack([one[key] for one in found]).mean(0) for key in found[0]}
     records = []
     for (name, relevance, texts, rate), values in average.items():
@@ -80,7 +80,7 @@ def summarise(found: list[Found]) -> list[dict[str, Any]]:
 
 
 def table(records: list[dict[str, Any]], relevance: str, blind: tuple[float, float]) -> str:
-    """Accuracy of the plans that have to do with one relevance, and what each gains over the control.
+    """Return the accuracy of the plans that have to do with one relevance, and what each gains over the control.
 
     `blind` is the accuracy of the texts alone and its standard error.
     """

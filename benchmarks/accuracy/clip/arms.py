@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, List, Tuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,10 +13,10 @@ from torch import Tensor
 import patchselect
 from benchmarks.accuracy.world.candidates import CHOICES
 from benchmarks.accuracy.world.captions import EMOJI
-from benchmarks.common.tome import front, schedule, token_merging
-from patchselect.functional import as_ratio, num_kept
+from benchmarks.common.lengths import Lengths, Lengthwise
+from benchmarks.common.tome import front, token_merging
 
-from .model import DEPTH, LAYERS, PATCH, SIZE, WIDTH, tokenize
+from .model import DEPTH, HEADS, LAYERS, PATCH, SIZE, WIDTH, tokenize
 from .questions import encode
 
 GRID = SIZE // PATCH
@@ -32,6 +32,8 @@ class Arm:
     relevance: str | None = None
     texts: str = ""
     """`paired`: each caption guides its own pass; `candidates`: the 16 of a scene share one; `nouns`: all concepts."""
+    merge: float | None = None
+    """ONE selection that counts sizes, before which this share of the removed patches merges; `None`: two of them."""
 
 
 ARMS = (
@@ -41,6 +43,10 @@ ARMS = (
     Arm("values, shared by the candidates", "text", "values", "candidates"),
     Arm("values, shared by all nouns", "text", "values", "nouns"),
     Arm("values, per caption", "text", "values", "paired"),
+    Arm("merge-then-select, shared by the candidates", "text", "values", "candidates", 0.5),
+    Arm("merge-then-select, shared by all nouns", "text", "values", "nouns", 0.5),
+    Arm("merge-then-select, per caption", "text", "values", "paired", 0.5),
+    Arm("one selection with sizes, shared by the candidates", "text", "values", "candidates", 0.0),
     Arm("joint, shared by the candidates", "text", "joint", "candidates"),
     Arm("joint, per caption", "text", "joint", "paired"),
     Arm("keys, shared by the candidates", "text", "keys", "candidates"),
@@ -55,80 +61,63 @@ ARMS = (
 )
 NONE, SHARED = "no selection", "values, shared by the candidates"
 RIVALS = tuple(arm.name for arm in ARMS if arm.guidance not in ("words", "none") and arm.name != SHARED)
+EARLY = "ToMe-front, equal FLOPs"
+"""The strongest merging: what the others are measured against besides `SHARED`."""
 FRONT = {"tome": None, "tome front": front(DEPTH)}
 """In how many blocks each of the two mergings merges: all, or the first third."""
 
 
-Lengths = List[Tuple[int, int]]
-"""Tokens that the attention and the MLP of each block see, [CLS] and fused token included."""
-
-
-def selected(rate: float) -> Lengths:
-    """What selection at this rate leaves of the tokens."""
-    seen, patches = [], GRID * GRID
-    for index in range(DEPTH):
-        before = patches
-        if index in LAYERS and rate < 1:
-            patches = min(patches, num_kept(patches, as_ratio(rate)) + 1)
-        seen.append((1 + before, 1 + patches))
-    return seen
-
-
-def merged(removed: int, first: int | None = None) -> Lengths:
-    """What token merging leaves, where a layer can merge no more than half of its patches."""
-    seen, patches = [], GRID * GRID
-    for step in schedule(removed, DEPTH, first):
-        before = patches
-        patches -= min(step, patches // 2)
-        seen.append((1 + before, 1 + patches))
-    return seen
+TOWER = Lengthwise(GRID * GRID, DEPTH, WIDTH, LAYERS, HEADS)
 
 
 def downsampled(side: tuple[int, int]) -> Lengths:
-    """What a grid of these sides has."""
+    """Return what a grid of these sides has."""
     return [(1 + side[0] * side[1],) * 2] * DEPTH
-
-
-def flops(lengths: Lengths) -> float:
-    """Multiplications of the blocks' matrix products, those of the whole image being 1."""
-    whole = [(1 + GRID * GRID,) * 2] * DEPTH
-    return products(lengths) / products(whole)
-
-
-def products(lengths: Lengths) -> int:
-    """Multiplications of the matrix products of all blocks, over the width."""
-    return sum(4 * before * WIDTH + 2 * before * before + 8 * after * WIDTH for before, after in lengths)
 
 
 @lru_cache(maxsize=None)
 def merged_like(rate: float, first: int | None = None) -> int:
-    """How many patches ToMe removes in all to cost what selection at this rate does, or as close as it gets."""
-    target = flops(selected(rate))
-    return min(range(GRID * GRID), key=lambda removed: (abs(flops(merged(removed, first)) - target), removed))
+    """Return how many patches ToMe removes in all to cost what selection at this rate does, or as close as it gets."""
+    return TOWER.merged_like(TOWER.share(TOWER.selected(rate)), first)
+
+
+@lru_cache(maxsize=None)
+def once_like(rate: float, merge: float) -> float:
+    """Return the keep rate of one selection, after merging, that costs what two selections at this rate do."""
+    return TOWER.rate_like(TOWER.share(TOWER.selected(rate)), merge)
 
 
 @lru_cache(maxsize=None)
 def grid_like(rate: float) -> tuple[int, int]:
-    """The grid, square or one longer, that costs about as much."""
+    """Return the grid, square or one longer, that costs about as much."""
     sides = [(side, side + longer) for side in range(1, GRID) for longer in (0, 1)]
-    return min([*sides, (GRID, GRID)], key=lambda side: abs(flops(downsampled(side)) - flops(selected(rate))))
+    return min(
+        [*sides, (GRID, GRID)], key=lambda side: abs(TOWER.share(downsampled(side)) - TOWER.share(TOWER.selected(rate)))
+    )
 
 
 def lengths(arm: Arm, rate: float) -> Lengths:
-    """Tokens that this arm leaves; none at all where it sees no image."""
+    """Return tokens that this arm leaves; none at all where it sees no image."""
     if arm.guidance == "words":
         return []
     if arm.guidance in FRONT:
         first = FRONT[arm.guidance]
-        return merged(merged_like(rate, first), first)
+        return TOWER.merged(merged_like(rate, first), first)
     if arm.guidance == "grid":
         return downsampled(grid_like(rate))
-    return selected(1.0 if arm.guidance == "none" else rate)
+    if arm.merge is not None:
+        return TOWER.once(once_like(rate, arm.merge), arm.merge)
+    return TOWER.selected(1.0 if arm.guidance == "none" else rate)
+
+
+def flops(arm: Arm, rate: float) -> float:
+    """Return the blocks' matrix products under this arm, those of the whole image being 1."""
+    return TOWER.share(lengths(arm, rate), bool(arm.merge))
 
 
 @torch.no_grad()
 def encode_smaller(model: Any, images: Tensor, side: tuple[int, int]) -> Tensor:
-    """`(N, E)` features of scaled-down images, with the position embeddings scaled like them."""
+    """Return `(N, E)` features of scaled-down images, with the position embeddings scaled like them."""
     small = F.interpolate(images, [PATCH * length for length in side], mode="bilinear", antialias=True)
     first, rest = model.visual.positional_embedding.split([1, GRID * GRID])
     square = rest.T.unflatten(1, (GRID, GRID)).unsqueeze(0)
@@ -139,7 +128,7 @@ def encode_smaller(model: Any, images: Tensor, side: tuple[int, int]) -> Tensor:
 
 @torch.no_grad()
 def answers(model: Any, arm: Arm, rate: float, images: Tensor, texts: Tensor, fusion: Any = "mean") -> Tensor:
-    """Image features `(N, E)`, or `(N, CHOICES, E)` where each caption guides its own.
+    """Return image features `(N, E)`, or `(N, CHOICES, E)` where each caption guides its own.
 
     Args:
         model: in evaluation mode, without selection; it is left so.
@@ -157,7 +146,11 @@ def answers(model: Any, arm: Arm, rate: float, images: Tensor, texts: Tensor, fu
         first = FRONT[arm.guidance]
         with token_merging(model, merged_like(rate, first), first=first):
             return encode(model, images)
-    handle = patchselect.apply(model, rate, LAYERS, arm.guidance, arm.relevance, fusion)
+    if arm.merge is None:
+        handle = patchselect.apply(model, rate, LAYERS, arm.guidance, arm.relevance, fusion)
+    else:
+        own, first = once_like(rate, arm.merge), LAYERS[:1]
+        handle = patchselect.apply(model, own, first, arm.guidance, arm.relevance, fusion, merge=arm.merge, sizes=True)
     try:
         if arm.guidance != "text":
             return encode(model, images)

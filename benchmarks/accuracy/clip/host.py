@@ -17,7 +17,7 @@ from .training import named_in
 
 
 def scene_pairs(count: int, seed: int) -> Pairs:
-    """Emoji scenes that the small CLIP was not trained on, with captions that name 2 to 8 objects."""
+    """Return emoji scenes that the small CLIP was not trained on, with captions that name 2 to 8 objects."""
     scenes = make_scenes(count, 5000 + seed, layout=Layout(size=SIZE))
 
     def read(place: int, epoch: int) -> Pair:
@@ -29,7 +29,7 @@ def scene_pairs(count: int, seed: int) -> Pairs:
 
 
 def small_host(seed: int, checkpoints: Path = CHECKPOINTS) -> OpenClipHost:
-    """The small CLIP as the other benchmarks see a model; it has no preprocessing or words of its own."""
+    """Return the small CLIP as the other benchmarks see a model; it has no preprocessing or words of its own."""
 
     def refuse(*_: object) -> Tensor:
         raise ValueError("the small CLIP sees emoji scenes alone: pictures and words are for other models")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from benchmarks.accuracy import CHECKPOINTS
 from benchmarks.accuracy.world.captions import PAD, caption_ids, vocabulary_size
 
-SIZE, PATCH, WIDTH, DEPTH = 64, 8, 64, 6
+SIZE, PATCH, WIDTH, DEPTH, HEADS = 64, 8, 64, 6, 4
 LAYERS = (2, 4)
 """Selection inside the 3rd and the 5th of 6 blocks."""
 CONTEXT = 25
@@ -36,31 +36,31 @@ class Stem(nn.Sequential):
 
 
 def build() -> Any:
-    """An `open_clip.model.CLIP`: ViT of 6 blocks, width 64, 64 patches; text of 2 layers; 0.44 million parameters."""
+    """Build an `open_clip.model.CLIP`: ViT of 6 blocks, width 64, 64 patches; text of 2 layers; 0.44 M parameters."""
     from open_clip.model import CLIP
 
-    vision = dict(layers=DEPTH, width=WIDTH, head_width=16, patch_size=PATCH, image_size=SIZE)
-    text = dict(context_length=CONTEXT, vocab_size=END + 1, width=WIDTH, heads=4, layers=2)
+    vision = dict(layers=DEPTH, width=WIDTH, head_width=WIDTH // HEADS, patch_size=PATCH, image_size=SIZE)
+    text = dict(context_length=CONTEXT, vocab_size=END + 1, width=WIDTH, heads=HEADS, layers=2)
     model = CLIP(WIDTH, vision, text)
     model.visual.conv1 = Stem(WIDTH)
     return model
 
 
 def tokenize(named: Sequence[Sequence[int]]) -> Tensor:
-    """`(B, CONTEXT)` token ids of captions that name these concepts, at most `MOST` each."""
+    """Return `(B, CONTEXT)` token ids of captions that name these concepts, at most `MOST` each."""
     rows = [[token for token in caption_ids(one) if token != PAD] + [END] for one in named]
     return torch.tensor([row + [PAD] * (CONTEXT - len(row)) for row in rows])
 
 
 def save(model: Any, path: Path, about: dict[str, Any]) -> None:
-    """Weights in half precision, and what is known about them in a JSON beside them."""
+    """Write weights in half precision, and what is known about them in a JSON beside them."""
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save({name: value.half() for name, value in model.state_dict().items()}, path)
     path.with_suffix(".json").write_text(json.dumps(about, indent=1) + "\n")
 
 
 def load(seed: int, folder: Path = CHECKPOINTS) -> Any:
-    """The model of a committed checkpoint, in single precision.
+    """Return the model of a committed checkpoint, in single precision.
 
     Raises:
         FileNotFoundError: there is none for this seed; says how to make it.
@@ -74,6 +74,6 @@ def load(seed: int, folder: Path = CHECKPOINTS) -> Any:
 
 
 def digest(seed: int, folder: Path = CHECKPOINTS) -> str:
-    """Eight letters that say which weights a checkpoint has: what was answered with others is not taken over."""
+    """Return eight letters that say which weights a checkpoint has: what was answered with others is not taken over."""
     path = folder / f"clip-{seed}.pt"
     return hashlib.sha256(path.read_bytes()).hexdigest()[:8] if path.is_file() else "missing"

@@ -35,12 +35,12 @@ class Questions:
     """Of the wrong ones, one of `KINDS`."""
 
     def images(self, rows: slice = slice(None)) -> Tensor:
-        """`(N, 3, S, S)`"""
+        """Return `(N, 3, S, S)`"""
         return self.scenes.images(rows)
 
     @torch.no_grad()
     def texts(self, model: Any) -> Tensor:
-        """`(N, CHOICES, E)`, normalised text features of the candidates; a caption that returns is encoded once."""
+        """Return `(N, CHOICES, E)`, normalised text features of the candidates; each caption is encoded once."""
         distinct = sorted({caption for row in self.candidates for caption in row})
         place = {caption: index for index, caption in enumerate(distinct)}
         rows = torch.tensor([[place[caption] for caption in row] for row in self.candidates])
@@ -64,7 +64,7 @@ def make_questions(count: int, split: str, named: int = 2, kind: str = GRID) -> 
 
 
 def right(image: Tensor, texts: Tensor) -> Tensor:
-    """Whether the fitting caption won, `(N,)` bool.
+    """Tell whether the fitting caption won, `(N,)` bool.
 
     Args:
         image: features `(N, E)`, or `(N, CHOICES, E)` where every caption guided its own.
@@ -78,13 +78,13 @@ def right(image: Tensor, texts: Tensor) -> Tensor:
 
 @torch.no_grad()
 def encode(model: Any, images: Tensor, batch: int = 256) -> Tensor:
-    """`(N, E)` image features, as the model gives them."""
+    """Return `(N, E)` image features, as the model gives them."""
     return torch.cat([model.encode_image(part) for part in images.split(batch)])
 
 
 @torch.no_grad()
 def score(model: Any, count: int = 1024, split: str = VALIDATION) -> dict[str, float]:
-    """Accuracy among 16 captions, its standard error, and R@1 in percent over half as many scenes."""
+    """Return accuracy among 16 captions, its standard error, and R@1 in percent over half as many scenes."""
     questions = make_questions(count, split)
     features = encode(model.eval(), questions.images())
     accuracy = float(right(features, questions.texts(model)).float().mean())

@@ -8,7 +8,7 @@ from typing import Any
 from benchmarks.accuracy.world.candidates import LEAKY
 from benchmarks.common.show import aligned, canvas
 
-from .arms import SHARED
+from .arms import EARLY, SHARED
 
 
 def _lookup(report: dict[str, Any]) -> tuple[list[str], list[float], dict[tuple[str, float], dict[str, Any]]]:
@@ -22,7 +22,7 @@ def _lookup(report: dict[str, Any]) -> tuple[list[str], list[float], dict[tuple[
 
 
 def accuracies(report: dict[str, Any]) -> str:
-    """Accuracy ± standard error by arm and keep rate."""
+    """Return accuracy ± standard error by arm and keep rate."""
     names, rates, found = _lookup(report)
     rows = [["relevance and guidance", *(f"keep {rate:g}" for rate in rates)]]
     for name in names:
@@ -31,19 +31,19 @@ def accuracies(report: dict[str, Any]) -> str:
     return aligned(rows)
 
 
-def differences(report: dict[str, Any]) -> str:
-    """Accuracy minus that without selection on the same questions, ± its standard error."""
+def differences(report: dict[str, Any], key: str, head: str) -> str:
+    """Show a difference of accuracies on the same questions, ± its standard error; nothing where no record has it."""
     names, rates, found = _lookup(report)
-    rows = [["against no selection", *(f"keep {rate:g}" for rate in rates)]]
+    rows = [[head, *(f"keep {rate:g}" for rate in rates)]]
     for name in names:
-        cells = [found[name, rate].get("against_none") for rate in rates]
+        cells = [found[name, rate].get(key) for rate in rates]
         if all(cells):
             rows.append([name, *(f"{gap:+.3f} ± {error:.3f}" for gap, error in cells)])  # type: ignore[misc]
-    return aligned(rows)
+    return aligned(rows) if len(rows) > 1 else ""
 
 
 def each_model(report: dict[str, Any]) -> str:
-    """Accuracies of the models one by one, and the FLOPs of all blocks."""
+    """Return accuracies of the models one by one, and the FLOPs of all blocks."""
     names, rates, found = _lookup(report)
     rows = [["by model (FLOPs of the blocks)", *(f"keep {rate:g}" for rate in rates)]]
     for name in names:
@@ -57,19 +57,8 @@ def each_model(report: dict[str, Any]) -> str:
     return aligned(rows)
 
 
-def ahead(report: dict[str, Any]) -> str:
-    """Accuracy of `SHARED` minus that of each rival on the same questions, ± its standard error."""
-    names, rates, found = _lookup(report)
-    rows = [[f"{SHARED}, minus", *(f"keep {rate:g}" for rate in rates)]]
-    for name in names:
-        cells = [found[name, rate].get("shared_values_ahead") for rate in rates]
-        if all(cells):
-            rows.append([name, *(f"{gap:+.3f} ± {error:.3f}" for gap, error in cells)])  # type: ignore[misc]
-    return aligned(rows) if len(rows) > 1 else ""
-
-
 def by_objects(report: dict[str, Any]) -> str:
-    """Accuracies where the right caption names one object, and where it names two."""
+    """Return accuracies where the right caption names one object, and where it names two."""
     names, rates, found = _lookup(report)
     kinds = report["questions"]
     rows = [[f"{' / '.join(map(str, kinds))} named ({' / '.join(map(str, kinds.values()))} questions)"]]
@@ -88,7 +77,7 @@ WARNING = (
 
 
 def document(report: dict[str, Any]) -> str:
-    """All tables with what they were made on."""
+    """Write all tables with what they were made on."""
     settings, about = report["settings"], report["machine"]
     parts = [
         "# Frozen CLIP: which relevance needs no training",
@@ -99,9 +88,10 @@ def document(report: dict[str, Any]) -> str:
         f"{about['processor']}, {about['threads']} threads, torch {report['versions']['torch']}.",
         WARNING if settings["questions"] == LEAKY else "",
         accuracies(report),
-        differences(report),
+        differences(report, "against_none", "against no selection"),
+        differences(report, "against_merging", f"against {EARLY}"),
         # On leaky questions that row is no measure of anything, and what it is ahead of none of its merit.
-        ahead(report) if settings["questions"] != LEAKY else "",
+        differences(report, "shared_values_ahead", f"{SHARED}, minus") if settings["questions"] != LEAKY else "",
         by_objects(report),
         each_model(report),
     ]
@@ -109,7 +99,7 @@ def document(report: dict[str, Any]) -> str:
 
 
 def draw(report: dict[str, Any], path: Path) -> None:
-    """Accuracy against keep rate, error bars of two standard errors."""
+    """Draw accuracy against keep rate, error bars of two standard errors."""
     names, rates, found = _lookup(report)
     figure, (axis,) = canvas(9.5, 5)
     colours = [

@@ -23,7 +23,7 @@ from benchmarks.common import command
 from benchmarks.common.machine import commit
 
 from . import training
-from .arms import ARMS, NONE, RIVALS, SHARED, Arm, answers, flops, lengths
+from .arms import ARMS, EARLY, NONE, RIVALS, SHARED, Arm, answers, flops
 from .model import digest, load
 from .questions import TEST, VALIDATION, Questions, make_questions, right
 from .report import document, draw
@@ -73,12 +73,12 @@ def ask(
 
 
 def mean(values: Tensor) -> tuple[float, float]:
-    """Mean and its standard error of one value for each question, `(N,)`."""
+    """Return the mean and its standard error of one value for each question, `(N,)`."""
     return float(values.mean()), float(values.std() / len(values) ** 0.5)
 
 
 def summarise(found: Sequence[Found], arms: Sequence[Arm], named: Tensor | None = None) -> list[dict[str, Any]]:
-    """One record per arm and rate. Questions are the same for all models: a question's value is its mean over them.
+    """Return one record per arm and rate. All models get the same questions: a question's value is its mean over them.
 
     Args:
         found: of each model.
@@ -90,13 +90,15 @@ def summarise(found: Sequence[Found], arms: Sequence[Arm], named: Tensor | None 
     for (name, rate), values in average.items():
         if name not in kinds:
             continue
-        record: dict[str, Any] = {"arm": name, "keep_rate": rate, "flops": flops(lengths(kinds[name], rate))}
+        record: dict[str, Any] = {"arm": name, "keep_rate": rate, "flops": flops(kinds[name], rate)}
         record["by_model"] = [float(one[name, rate].mean()) for one in found]
         record["accuracy"], record["standard_error"] = mean(values)
         if named is not None:
             record["by_objects"] = {int(n): mean(values[named == n]) for n in named.unique()}
         if (NONE, 1.0) in average and kinds[name].guidance not in ("none", "words"):
             record["against_none"] = mean(values - average[NONE, 1.0])
+        if (EARLY, rate) in average and name in (SHARED, *RIVALS) and name != EARLY:
+            record["against_merging"] = mean(values - average[EARLY, rate])
         if (SHARED, rate) in average and name in RIVALS:
             record["shared_values_ahead"] = mean(average[SHARED, rate] - values)
         records.append(record)

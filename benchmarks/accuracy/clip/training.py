@@ -69,20 +69,20 @@ class Training:
 
 
 def named_in(objects: Sequence[int], fewest: int, random: np.random.Generator) -> tuple[int, ...]:
-    """`fewest` to `MOST` of the objects of a scene (or all, if there are fewer), in random order."""
+    """Return `fewest` to `MOST` of the objects of a scene (or all, if there are fewer), in random order."""
     number = int(random.integers(min(fewest, len(objects)), min(MOST, len(objects)) + 1))
     return tuple(objects[i] for i in random.permutation(len(objects))[:number])
 
 
 def varied(images: Tensor, random: np.random.Generator) -> Tensor:
-    """The batch moved by up to 4 pixels, and mirrored every other time."""
+    """Move the batch by up to 4 pixels, and mirror it every other time."""
     down, across = random.integers(0, 9, 2)
     moved = F.pad(images, (4, 4, 4, 4), mode="reflect")[..., down : down + SIZE, across : across + SIZE]
     return moved.flip(-1) if random.random() < 0.5 else moved
 
 
 def train(plan: Training, stages: Sequence[Stage] = STAGES, watch: Callable[[Any], float] | None = None) -> Any:
-    """A model trained with InfoNCE alone; `plan.losses` and `plan.watched` (what `watch` said) are filled in."""
+    """Train a model with InfoNCE alone; `plan.losses` and `plan.watched` (what `watch` said) are filled in."""
     torch.manual_seed(plan.seed)
     random = np.random.default_rng(plan.seed)
     model = build()

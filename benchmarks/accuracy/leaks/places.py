@@ -18,14 +18,14 @@ from patchselect.recording import Selected
 
 
 def maps(trace: Sequence[Selected], patches: int) -> Tensor:
-    """`(B, selections, patches)` booleans: which patches each selection kept."""
+    """Return `(B, selections, patches)` booleans: which patches each selection kept."""
     kept = [torch.zeros(len(one.kept), patches + 1).scatter(1, one.kept % (patches + 1), 1.0) for one in trace]
     return torch.stack(kept, 1)[..., :patches].bool()  # -1, the fused token, wrote beyond the end
 
 
 @torch.inference_mode()
 def of_albef(model: MiniAlbef, method: str, keep_rate: float, images: Tensor, ids: Tensor) -> Tensor:
-    """`(N, selections, patches)`: where each pair, encoded with its own caption, keeps patches.
+    """Return `(N, selections, patches)`: where each pair, encoded with its own caption, keeps patches.
 
     Args:
         model: unpatched; it is left so.
@@ -49,7 +49,7 @@ def of_albef(model: MiniAlbef, method: str, keep_rate: float, images: Tensor, id
 
 @torch.inference_mode()
 def of_clip(model: object, relevance: str, keep_rate: float, images: Tensor, texts: Tensor, pairing: str) -> Tensor:
-    """`(N, candidates, selections, patches)`: where each question's picture keeps patches, for each of its candidates.
+    """Return `(N, candidates, selections, patches)`: where each question's picture keeps patches, by candidate.
 
     Args:
         model: unpatched; it is left so.
@@ -73,7 +73,7 @@ def of_clip(model: object, relevance: str, keep_rate: float, images: Tensor, tex
 
 
 def clumps(kept: np.ndarray) -> list[float]:
-    """How a map `(side, side)` hangs together: neighbours, pieces, the largest pieces, spread along both sides."""
+    """Say how a map `(side, side)` hangs together: neighbours, pieces, the largest pieces, spread along both sides."""
     from scipy.ndimage import label
 
     pieces, number = label(kept)
@@ -86,7 +86,7 @@ def clumps(kept: np.ndarray) -> list[float]:
 
 
 def told(kept: Tensor) -> np.ndarray:
-    """`(n, features)` of maps `(n, selections, patches)`: the maps themselves and how they hang together."""
+    """Return `(n, features)` of maps `(n, selections, patches)`: the maps themselves and how they hang together."""
     side = round(kept.shape[-1] ** 0.5)
     square = kept.reshape(len(kept), -1, side, side).numpy()
     shape = np.array([[value for one in row for value in clumps(one)] for row in square])
@@ -94,7 +94,7 @@ def told(kept: Tensor) -> np.ndarray:
 
 
 def told_beside(kept: Tensor) -> np.ndarray:
-    """`(N, candidates, features)`: `told` of each candidate's maps, its shape against the other candidates', and how
+    """Return `(N, candidates, features)`: `told` of each candidate's maps, its shape against the others', and how
     much of its map theirs have too.
 
     Args:
@@ -111,7 +111,7 @@ def told_beside(kept: Tensor) -> np.ndarray:
 
 
 def classifiers() -> dict[str, object]:
-    """A linear classifier and one of trees, untrained."""
+    """Return a linear classifier and one of trees, untrained."""
     from sklearn.ensemble import HistGradientBoostingClassifier
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline

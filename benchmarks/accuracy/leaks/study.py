@@ -41,12 +41,12 @@ TRAIN_SEED = 177
 
 
 def mean(values: Tensor) -> tuple[float, float]:
-    """Mean in percent and its standard error."""
+    """Return the mean in percent and its standard error."""
     return 100 * float(values.mean()), 100 * float(values.std() / len(values) ** 0.5)
 
 
 def of_words(matching: Matching, count: int) -> list[dict[str, Any]]:
-    """Every question set, answered from its texts alone."""
+    """Answer every question set from its texts alone."""
     records = []
 
     def add(what: str, how: str, chance: float, values: Tensor) -> None:
@@ -74,7 +74,7 @@ def of_words(matching: Matching, count: int) -> list[dict[str, Any]]:
 
 
 def of_matching(model: Any, seen: Matching, asked: Matching, method: str, rate: float) -> list[dict[str, Any]]:
-    """Does the caption fit, from where the pair keeps patches when it is encoded with its own caption."""
+    """Answer whether the caption fits from where the pair keeps patches when it is encoded with its own caption."""
     records, data = [], []
     for questions in (seen, asked):
         images, ids = questions.images.repeat(2, 1, 1, 1), torch.cat([questions.fitting, questions.other])
@@ -93,14 +93,14 @@ def of_matching(model: Any, seen: Matching, asked: Matching, method: str, rate: 
 
 @lru_cache(maxsize=None)
 def words_of(split: str, count: int) -> np.ndarray:
-    """`(N, candidates, features)`: what the candidates of each question say."""
+    """Return `(N, candidates, features)`: what the candidates of each question say."""
     return np.stack([text_alone.described(candidates) for candidates in make_questions(count, split).candidates])
 
 
 def of_candidates(
     model: Any, seed: int, counts: tuple[int, int], relevance: str, pairing: str, rate: float
 ) -> list[dict[str, Any]]:
-    """Which of the candidates fits, from where the picture keeps patches and from the texts."""
+    """Answer which of the candidates fits from where the picture keeps patches and from the texts."""
     data = []
     for split, count in zip((LEARNING, TEST), counts):
         questions = make_questions(count, split)
@@ -117,7 +117,7 @@ def of_candidates(
 
 
 def table(records: Sequence[dict[str, Any]], name: str, rows: Sequence[str]) -> str:
-    """Accuracies by keep rate; a row for each combination of these keys."""
+    """Return accuracies by keep rate; a row for each combination of these keys."""
     rates = sorted({record["keep_rate"] for record in records}, reverse=True)
     found = {(tuple(str(r[key]) for key in rows), r["keep_rate"]): r["accuracy"] for r in records}
     lines = [[name, *(f"keep {rate:g}" for rate in rates)]]
@@ -128,7 +128,7 @@ def table(records: Sequence[dict[str, Any]], name: str, rows: Sequence[str]) -> 
 
 
 def document(report: dict[str, Any]) -> str:
-    """All tables."""
+    """Return all tables."""
     settings = report["settings"]
     lines = [["from the texts alone", "classifier", "chance, %", "right, %"]]
     for record in report["words"]:

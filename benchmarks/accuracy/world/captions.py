@@ -19,7 +19,7 @@ CAPTION_LENGTH = 9
 
 @lru_cache(maxsize=None)
 def concepts() -> tuple[str, ...]:
-    """The names of the drawn things, in the order of `EMOJI`."""
+    """Return the names of the drawn things, in the order of `EMOJI`."""
     import emoji
 
     return tuple(emoji.demojize(drawing).strip(":").replace("_", " ") for drawing in EMOJI)
@@ -30,7 +30,7 @@ def vocabulary_size() -> int:
 
 
 def caption_ids(named: Sequence[int]) -> list[int]:
-    """Token ids of "a X", "a X and a Y" or "a X, a Y and a Z" behind a [CLS], padded to `CAPTION_LENGTH`."""
+    """Return token ids of "a X", "a X and a Y" or "a X, a Y and a Z" behind a [CLS], padded to `CAPTION_LENGTH`."""
     ids = [CLS]
     for place, concept in enumerate(named):
         if place:
@@ -40,29 +40,29 @@ def caption_ids(named: Sequence[int]) -> list[int]:
 
 
 def captions(named: Sequence[Sequence[int]]) -> Tensor:
-    """`(B, CAPTION_LENGTH)` token ids of many captions."""
+    """Return `(B, CAPTION_LENGTH)` token ids of many captions."""
     return torch.tensor([caption_ids(one) for one in named])
 
 
 def concepts_of(ids: Tensor) -> list[tuple[int, ...]]:
-    """The concepts that captions `(B, L)` name: what `captions` was given."""
+    """Return the concepts that captions `(B, L)` name: what `captions` was given."""
     return [tuple(token - AND - 1 for token in row if token > AND) for row in ids.tolist()]
 
 
 def caption_text(named: Sequence[int]) -> str:
-    """The caption in words."""
+    """Return the caption in words."""
     words = [concepts()[concept] for concept in named]
     return " and ".join(part for part in (", ".join(f"a {w}" for w in words[:-1]), f"a {words[-1]}") if part)
 
 
 def name_some(objects: Sequence[int], random: np.random.Generator, most: int = 2) -> tuple[int, ...]:
-    """One to `most` of the objects of a scene, in random order: what a caption names."""
+    """Name one to `most` of the objects of a scene, in random order: what a caption names."""
     number = int(random.integers(1, most + 1))
     return tuple(objects[i] for i in random.permutation(len(objects))[:number])
 
 
 def swap_one(named: Sequence[int], objects: Sequence[int], random: np.random.Generator) -> tuple[int, ...]:
-    """The same caption with one object swapped for one that the scene does not have."""
+    """Return the caption with one object swapped for one that the scene does not have."""
     absent = [concept for concept in range(len(EMOJI)) if concept not in objects]
     swapped = list(named)
     swapped[int(random.integers(len(named)))] = absent[int(random.integers(len(absent)))]
@@ -72,7 +72,7 @@ def swap_one(named: Sequence[int], objects: Sequence[int], random: np.random.Gen
 def unique_captions(
     objects: Sequence[Sequence[int]], pool: int, seed: int, named: int = 2
 ) -> tuple[list[int], list[tuple[int, ...]]]:
-    """Scenes and captions for retrieval, where no caption fits another scene of the pool.
+    """Return scenes and captions for retrieval, where no caption fits another scene of the pool.
 
     Args:
         objects: the concepts of each scene.

@@ -45,11 +45,11 @@ class Sampler:
             self.masks[row, : len(objects)] = scenes.patch_masks(row, grid)
 
     def draw(self, size: int, captions: int = 1) -> Batch:
-        """A batch of random scenes, with so many captions of either kind for each."""
+        """Draw a batch of random scenes, with so many captions of either kind for each."""
         return self.ask(self.random.integers(0, len(self.scenes), size).tolist(), captions)
 
     def ask(self, rows: Sequence[int], captions: int = 1) -> Batch:
-        """These scenes, with captions drawn now."""
+        """Pair these scenes with captions drawn now."""
         asked = list(rows) * captions
         chosen = [self.scenes.objects[row] for row in asked]
         named = [name_some(objects, self.random, self.most) for objects in chosen]

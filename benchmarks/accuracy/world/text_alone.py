@@ -27,13 +27,13 @@ TRAINING = 4000
 
 
 def objects_drawn(count: int, seed: int) -> list[list[int]]:
-    """The concepts of so many scenes, drawn as `make_scenes` draws them."""
+    """Return the concepts of so many scenes, drawn as `make_scenes` draws them."""
     random, (fewest, most) = np.random.default_rng(seed), PLAIN.objects
     return [random.permutation(len(EMOJI))[: random.integers(fewest, most + 1)].tolist() for _ in range(count)]
 
 
 def asked(count: int, seed: int, kind: str, named: int = 2) -> list[tuple[Caption, ...]]:
-    """The candidates of so many questions of one of `KINDS`, or of `PAIR`, the right one in front."""
+    """Return the candidates of so many questions of one of `KINDS`, or of `PAIR`, the right one in front."""
     random, made = np.random.default_rng([seed, count]), []
     for objects in objects_drawn(count, seed):
         right = name_some(objects, random, named)
@@ -43,13 +43,13 @@ def asked(count: int, seed: int, kind: str, named: int = 2) -> list[tuple[Captio
 
 
 def overlaps(candidates: Sequence[Caption]) -> np.ndarray:
-    """`(n,)`: how many words each candidate shares with the others, over all of them."""
+    """Return `(n,)`: how many words each candidate shares with the others, over all of them."""
     count = Counter(name for caption in candidates for name in set(caption))
     return np.array([sum(count[name] - 1 for name in set(caption)) for caption in candidates], dtype=float)
 
 
 def described(candidates: Sequence[Caption]) -> np.ndarray:
-    """`(n, features)`: each candidate by its words and by how it stands to the others; its own place is not told."""
+    """Return `(n, features)`: each candidate by its words and how it stands to others; its own place is not told."""
     count = Counter(name for caption in candidates for name in set(caption))
     first = Counter(caption[0] for caption in candidates)
     last = Counter(caption[-1] for caption in candidates)
@@ -75,14 +75,14 @@ def described(candidates: Sequence[Caption]) -> np.ndarray:
 
 
 def chance_of(scores: np.ndarray) -> float:
-    """How likely the first of the candidates wins when the best are drawn from by lot."""
+    """Return how likely the first of the candidates wins when the best are drawn from by lot."""
     best = np.isclose(scores, scores.max(), rtol=0, atol=1e-9)
     return float(best[0] / best.sum())
 
 
 @lru_cache(maxsize=None)
 def reader(kind: str, named: int = 2, seed: int = 40001, alone: bool = False) -> Any:
-    """A logistic regression that was trained on the texts of `TRAINING` questions of one kind: does a caption fit?
+    """Train a logistic regression on the texts of `TRAINING` questions of one kind: does a caption fit.
 
     It reads each caption among the candidates of its question (`described`), or, with `alone`, by itself.
     """
@@ -97,12 +97,12 @@ def reader(kind: str, named: int = 2, seed: int = 40001, alone: bool = False) ->
 
 
 def seen(candidates: Sequence[Caption], alone: bool = False) -> np.ndarray:
-    """`(n, features)` of the candidates of one question: `described`, or each as if there were no other."""
+    """Return `(n, features)` of the candidates of one question: `described`, or each as if there were no other."""
     return np.concatenate([described([one]) for one in candidates]) if alone else described(candidates)
 
 
 def answered(candidates: Sequence[tuple[Caption, ...]], how: str, kind: str, named: int = 2) -> Tensor:
-    """`(N,)`: how likely each question is answered right from the texts alone; ties are broken by lot.
+    """Return `(N,)`: how likely each question is answered right from the texts alone; ties are broken by lot.
 
     Args:
         candidates: of each question, the right one in front.
@@ -118,6 +118,6 @@ def answered(candidates: Sequence[tuple[Caption, ...]], how: str, kind: str, nam
 
 
 def fits(captions: Sequence[Caption], kind: str = PAIR, named: int = 2) -> np.ndarray:
-    """`(n,)`: how much each caption looks as if it fitted a picture that nobody has seen; above 0 it does."""
+    """Return `(n,)`: how much each caption looks as if it fitted a picture that nobody has seen; above 0 it does."""
     found: np.ndarray = reader(kind, named, alone=True).decision_function(seen(captions, alone=True))
     return found

@@ -53,7 +53,7 @@ class Plan:
             raise ValueError("selection alignment pulls what a caption selected towards it: it needs pairing='paired'")
 
     def keep_rate(self, step: int) -> float:
-        """The same on all processes, and after a resume."""
+        """Draw a keep rate that is the same on all processes, and after a resume."""
         return float(np.random.default_rng([self.seed, step]).choice(self.keep_rates))
 
 
@@ -65,7 +65,7 @@ class Objective(nn.Module):
         self.model, self.host, self.plan = host.model, host, plan
 
     def forward(self, images: Tensor, tokens: dict[str, Tensor]) -> Tensor:
-        """InfoNCE over the captions of all processes, plus selection alignment at each selection layer."""
+        """Return InfoNCE over the captions of all processes, plus selection alignment at each selection layer."""
         text = self.host.encode_text(tokens)
         texts = gather_features(text)
         # What captions share out must be all that the images are compared with: those of one process tell its images.

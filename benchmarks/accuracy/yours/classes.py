@@ -17,7 +17,7 @@ TEMPLATES = ("a photo of a {}.", "a picture of the {}.", "{}")
 
 
 def images_of(options: argparse.Namespace, host: Host) -> tuple[Any, list[str]]:
-    """The data set and the names of its classes.
+    """Return the data set and the names of its classes.
 
     Raises:
         ValueError: names that do not fit the folders.
@@ -40,7 +40,7 @@ def images_of(options: argparse.Namespace, host: Host) -> tuple[Any, list[str]]:
 
 
 def prompts(given: Sequence[str]) -> list[str]:
-    """Templates, given one by one or as a file with one a line.
+    """Return templates, given one by one or as a file with one a line.
 
     Raises:
         ValueError: a template without a place for the class.
@@ -55,7 +55,7 @@ def prompts(given: Sequence[str]) -> list[str]:
 
 @torch.inference_mode()
 def class_features(host: Host, names: Sequence[str], templates: Sequence[str], batch: int = 64) -> Tensor:
-    """`(classes, E)`, normalised: the mean of the normalised prompts of each class (Radford et al., 2021)."""
+    """Return `(classes, E)`, normalised: the mean of the normalised prompts of each class (Radford et al., 2021)."""
     texts = [template.replace("{}", name) for name in names for template in templates]
     parts = [host.encode_text(host.tokens(texts[i : i + batch])) for i in range(0, len(texts), batch)]
     features = F.normalize(torch.cat(parts), dim=-1).unflatten(0, (len(names), -1))

@@ -54,7 +54,7 @@ class Seen:
 
 
 def arms_of(options: argparse.Namespace, host: Host) -> tuple[list[Arm], list[str]]:
-    """What this host can do of what was asked for, and why it cannot do the rest."""
+    """Return what this host can do of what was asked for, and why it cannot do the rest."""
     asked = [(g, r) for g in options.guidance for r in (options.relevance if g == "text" else [None])]
     arms, notes = [Arm("none")], []
     for guidance, relevance in asked:
@@ -69,7 +69,7 @@ def arms_of(options: argparse.Namespace, host: Host) -> tuple[list[Arm], list[st
 
 @contextmanager
 def selecting(host: Host, arm: Arm, layers: Sequence[int] | None, classes: Tensor) -> Iterator[Any]:
-    """The model as this arm wants it; yields the handle, or `None` without selection."""
+    """Let the model be as this arm wants it; yields the handle, or `None` without selection."""
     if arm.guidance == "none":
         yield None
         return
@@ -116,7 +116,7 @@ def evaluate(
 
 
 def summarise(seen: dict[Arm, Seen]) -> list[dict[str, Any]]:
-    """One record per arm: accuracy and throughput, both against no selection on the same images and batches."""
+    """Return one record per arm: accuracy and throughput, both against no selection on the same images and batches."""
     base = seen[Arm("none")]
     base_right, records = torch.cat(base.right).double(), []
     for arm, one in seen.items():

@@ -44,7 +44,7 @@ class Diagnosis:
             total[place] += int(value)
 
     def report(self) -> list[dict[str, Any]]:
-        """Shares in [0, 1], `None` where nothing was there to be counted."""
+        """Return shares in [0, 1], `None` where nothing was there to be counted."""
         return [
             {
                 "norms_in": norms_in,
@@ -59,13 +59,13 @@ class Diagnosis:
 
 
 def kept_mask(kept: Tensor, patches: int) -> Tensor:
-    """`(B, patches)` bool of the places in `kept` `(B, k)`; -1 is nowhere."""
+    """Return `(B, patches)` bool of the places in `kept` `(B, k)`; -1 is nowhere."""
     board = torch.zeros(len(kept), patches + 1, dtype=torch.bool, device=kept.device)
     return board.scatter(1, torch.where(kept < 0, patches, kept), True)[:, :-1]
 
 
 def outliers(patches: Tensor, multiple: float) -> Tensor:
-    """`(B, n)` bool: whose norm is above `multiple` times the median of its image; patches `(B, n, D)`."""
+    """Return `(B, n)` bool: whose norm is above `multiple` times the median of its image; patches `(B, n, D)`."""
     norms = patches.float().norm(dim=-1)
     return norms > multiple * norms.median(dim=1, keepdim=True).values
 
@@ -99,7 +99,7 @@ def diagnose(
     classes: Tensor,
     selecting: Callable[..., AbstractContextManager[Any]],
 ) -> None:
-    """Which patches are outliers without selection, at each selection layer and in the last block, and who keeps them.
+    """Find which patches are outliers without selection, at each selection layer and at the end, and who keeps them.
 
     Args:
         host: the model, without selection.

@@ -34,7 +34,7 @@ class Pairs(Dataset[Pair]):
 
 
 def table_pairs(table: Path, images: Path | None, host: Host) -> Pairs:
-    """Lines of `PATH<TAB>CAPTION`; paths start from `images`, or from the folder of the table.
+    """Return lines of `PATH<TAB>CAPTION`; paths start from `images`, or from the folder of the table.
 
     Raises:
         ValueError: a line without a tab, or no line at all.

@@ -12,7 +12,7 @@ FILE = "last.pt"
 
 
 def save(folder: Path, run: dict[str, str], state: dict[str, Any], step: int) -> None:
-    """Written beside and moved into place, so that an interruption leaves the one before.
+    """Write beside and move into place, so that an interruption leaves the one before.
 
     Args:
         folder: where `last.pt` goes.
@@ -28,7 +28,7 @@ def save(folder: Path, run: dict[str, str], state: dict[str, Any], step: int) ->
 
 
 def resume(folder: Path | None, run: dict[str, str], state: dict[str, Any]) -> int:
-    """The number of steps that `last.pt` has behind it, loaded into `state`; 0 without one.
+    """Return the steps that `last.pt` has behind it, loaded into `state`; 0 without one.
 
     Raises:
         ValueError: the `last.pt` of another run; names what differs.

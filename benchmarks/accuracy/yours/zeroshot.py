@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def table(records: Sequence[dict[str, Any]]) -> str:
-    """Accuracy and speed by arm."""
+    """Return accuracy and speed by arm."""
     rows = [["guidance", "keep", "accuracy", "against no selection", "speed-up [quartiles]"]]
     for r in records:
         speed = r.get("speed_up")
@@ -71,7 +71,7 @@ def table(records: Sequence[dict[str, Any]]) -> str:
 
 
 def outlier_table(records: Sequence[dict[str, Any]]) -> str:
-    """How often patches of outlying norm are kept, against chance."""
+    """Return how often patches of outlying norm are kept, against chance."""
     rows = [
         ["guidance", "keep", "norms in block", "outliers", "selection in block", "of the kept", "kept", "by chance"]
     ]

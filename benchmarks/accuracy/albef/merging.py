@@ -1,0 +1,202 @@
+"""Merge, then select: against no reduction and against merging alone, at equal FLOPs, paired by question."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
+
+import torch
+from torch import Tensor
+
+from benchmarks.common.show import canvas, markdown
+
+from .arms import LABELS, lengthwise, reduced, spent, vision_flops
+from .base import BATCH, base, digest, train_sampler
+from .contrast_studies import Seeds
+from .evaluate import Questions, matching_hits, without_picture
+from .jobs import call, run_all
+from .report import COLOURS, FREE, Record, asked, error, write
+from .train import KEEP_RATES, Arm, tune
+
+QUERIES, TEST_SEED = 1280, 77
+STEPS = 100
+BEYOND = {2.3: ("front", "once", "merged"), 2.8: ("front", "merged")}
+"""What gets to so many times fewer FLOPs of the blocks than without reduction; two selections cannot."""
+TRIED = ("text", "values", "tome", "front", "once", "merged")
+TRAINED = ("none", "front", "merged")
+RIVALS = ("none", "front")
+
+
+def columns() -> dict[str, float]:
+    """Return the share of the blocks' FLOPs of each column: of two selections at a keep rate, and beyond."""
+    tower = lengthwise(100)
+    return {
+        **{f"keep {rate:g}": spent(tower, rate) for rate in KEEP_RATES},
+        **{f"{times:g}x": 1 / times for times in BEYOND},
+    }
+
+
+def methods_at(column: str) -> tuple[str, ...]:
+    """Name what reaches the FLOPs of a column."""
+    return TRIED if column.startswith("keep") else BEYOND[float(column[:-1])]
+
+
+def measured(seed: int, guidance: str | None, steps: int, folder: Path) -> list[Record]:
+    """Measure a base as it is, or after training with one method: every method, or this one, in every column.
+
+    What the folder has of the same weights is taken from there, so that a run that was broken off goes on.
+    """
+    model = base(seed, folder)
+    path = folder / "merging" / f"{seed}-{guidance or FREE}-{steps}-{digest(model)}.json"
+    if path.exists():
+        return json.loads(path.read_text())
+    if guidance is not None:
+        torch.manual_seed(1000 * seed + steps)
+        tune(model, train_sampler(100 + seed, count=3000), Arm(guidance), steps, BATCH, seed)
+    questions = Questions.make(QUERIES // 2, 8, TEST_SEED)
+    records = []
+
+    def ask(method: str, column: str, share: float | None) -> None:
+        rate = float(column.split()[1]) if column.startswith("keep") else 1.0
+        with reduced(model, method, rate, share=share) as encode:
+            hits = matching_hits(model, encode, questions).int().tolist()
+        trained = FREE if guidance is None else guidance
+        records.append({"seed": seed, "trained": trained, "method": method, "column": column, "hits": hits})
+
+    if guidance in (None, "none"):
+        ask("none", "", None)
+    for column, share in columns().items():
+        for method in methods_at(column):
+            if guidance in (None, method):
+                ask(method, column, share)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(records))
+    return records
+
+
+def of_questions(records: Sequence[Record], **where: object) -> Tensor:
+    """Return `(bases, questions)`, in the order of the bases: 100 where the answer was right."""
+    found = sorted(pick_all(records, **where), key=lambda record: record["seed"])
+    return 100 * torch.tensor([record["hits"] for record in found], dtype=torch.float64)
+
+
+def pick_all(records: Sequence[Record], **where: object) -> list[Record]:
+    return [record for record in records if all(record[key] == wanted for key, wanted in where.items())]
+
+
+def shown(values: Tensor, sign: str = "") -> str:
+    """Show the mean ± its standard error over the bases, of `(bases, questions)`; of one base, over the questions."""
+    means = values.mean(1).tolist()
+    spare = error(means) if len(means) > 1 else float(values.std() / values.numel() ** 0.5)
+    return f"{fmean(means):{sign}.1f} ± {spare:.1f}"
+
+
+def over_questions(values: Tensor) -> str:
+    """Show the standard error over the questions, each the mean of the bases; nothing of one base."""
+    each = values.mean(0)
+    return f" [± {float(each.std() / len(each) ** 0.5):.1f}]" if len(values) > 1 else ""
+
+
+def names(records: Sequence[Record]) -> list[tuple[str, str]]:
+    """Name what was trained and the method, in the order in which they were asked."""
+    return list(dict.fromkeys((r["trained"], r["method"]) for r in records))
+
+
+def title(trained: str, method: str) -> str:
+    about = LABELS[method].replace(", same FLOPs", "")
+    return about if trained == FREE else f"{about}, trained"
+
+
+def accuracies(records: Sequence[Record], trained: Sequence[str], blind: Tensor) -> str:
+    """Tabulate one line per method, one column per cost; `blind` `(1, questions)` is of the texts alone."""
+    rows = [["", *columns()], [LABELS["words"], *[shown(blind)] * len(columns())]]
+    for one, method in names(records):
+        if one in trained:
+            cells = []
+            for column in columns():
+                found = of_questions(records, trained=one, method=method, column="" if method == "none" else column)
+                cells.append(shown(found) if len(found) else "–")
+            rows.append([title(one, method), *cells])
+    return markdown(rows)
+
+
+def differences(records: Sequence[Record], trained: Sequence[str], rival: str, rival_trained: str) -> str:
+    """Tabulate differences of the same base on the same questions, ± over bases, in brackets over questions."""
+    rows = [[f"minus {title(rival_trained, rival)}", *columns()]]
+    for one, method in names(records):
+        if one not in trained or method == "none" or (one, method) == (rival_trained, rival):
+            continue
+        cells = []
+        for column in columns():
+            own = of_questions(records, trained=one, method=method, column=column)
+            where = "" if rival == "none" else column
+            gap = own - of_questions(records, trained=rival_trained, method=rival, column=where) if len(own) else own
+            cells.append(shown(gap, "+") + over_questions(gap) if len(gap) else "–")
+        rows.append([title(one, method), *cells])
+    return markdown(rows)
+
+
+def costs() -> str:
+    """Tabulate counted FLOPs of the image encoder, 1 being without reduction, and how much each method differs."""
+    whole = vision_flops(80, 1.0)
+    rows = [["image encoder, counted", *columns()]]
+    for method in TRIED[:1] + TRIED[2:]:
+        cells = []
+        for column, share in columns().items():
+            rate = float(column.split()[1]) if column.startswith("keep") else 1.0
+            reached = method in methods_at(column)
+            cells.append(f"{vision_flops(80, rate, method=method, share=share) / whole:.3f}" if reached else "–")
+        rows.append([title(FREE, method), *cells])
+    return markdown(rows)
+
+
+def merging(folder: Path, seeds: Seeds) -> None:
+    """Study (j) merge, then select: every way at equal FLOPs, as it is and after 100 steps of training with it."""
+    arms = (*TRAINED, None)
+    tasks = [(measured, (seed, arm, STEPS if arm else 0, folder)) for arm in arms for seed in seeds]
+    records = [record for made in run_all(call, tasks, "merging") for record in made]
+    records.sort(key=lambda record: record["trained"] != FREE)
+    questions = Questions.make(QUERIES // 2, 8, TEST_SEED)
+    blind = 100 * without_picture(questions)[0].double().unsqueeze(0)
+    bases = "over the bases [± over the questions]" if len(seeds) > 1 else "over the questions"
+    parts = [
+        f"Matching accuracy of bases as they are, %, {QUERIES} questions (chance 50), ± {bases}:",
+        accuracies(records, [FREE], blind),
+        "FLOPs, counted, those without reduction being 1:",
+        costs(),
+        f"Differences in points on the same questions, ± {bases}:",
+        *(differences(records, [FREE], rival, FREE) for rival in RIVALS),
+        f"After {STEPS} steps of training with each, the keep rate drawn per step from {KEEP_RATES}:",
+        accuracies(records, TRAINED, blind),
+        differences(records, TRAINED, "none", "none"),
+        differences(records, TRAINED, "none", FREE),
+        differences(records, TRAINED, "front", "front"),
+    ]
+    draw(records, folder / "merging.png")
+    write(folder, "merging", asked("study merging", seeds), "\n\n".join(parts), records=records)
+
+
+def draw(records: Sequence[Record], path: Path) -> None:
+    """Draw accuracy against the FLOPs of the blocks, as it is and trained; bars are standard errors over the bases."""
+    figure, panels = canvas(11, 4.4, columns=2)
+    times = [1 / share for share in columns().values()]
+    for axis, free in zip(panels, (True, False)):
+        for one, method in names(records):
+            if (one == FREE) != free or method == "none":
+                continue
+            found = [of_questions(records, trained=one, method=method, column=column) for column in columns()]
+            points = [(x, values.mean(1).tolist()) for x, values in zip(times, found) if len(values)]
+            axis.errorbar(
+                [x for x, _ in points], [fmean(means) for _, means in points], [error(means) for _, means in points],
+                color=COLOURS[method], marker="o", markersize=4, capsize=2, label=title(one, method),
+            )  # fmt: skip
+        plain = of_questions(records, trained=FREE if free else "none", method="none", column="")
+        axis.axhline(float(plain.mean()), color="black", linewidth=0.8, linestyle=":", label="no reduction")
+        axis.set_xlabel("FLOPs of the blocks without reduction over those spent")
+        axis.set_ylabel("matching accuracy, %")
+        axis.set_title("as it is" if free else f"after {STEPS} steps with it", fontsize=10)
+        axis.grid(alpha=0.25)
+        axis.legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=150)

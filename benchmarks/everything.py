@@ -1,0 +1,58 @@
+"""All figures of this machine in one command: `python -m benchmarks.everything [--device cuda]`.
+
+Each question is a run of its own; its JSON goes to `benchmarks/results/MACHINE/`, to be committed, and the tables of
+the pages that name it are made anew. `estimators` asks for a busy machine, the others for a quiet one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from benchmarks import pages
+from benchmarks.common import results
+from benchmarks.common.command import add_device, add_output, parse
+from benchmarks.speed import __main__ as speed
+from benchmarks.speed import estimators, scale
+
+PLAIN = "--keep-rate 0.5 --merge 0 --tome"
+QUESTIONS: dict[str, tuple[Callable[[Sequence[str]], dict[str, Any]], str]] = {
+    "speed": (speed.main, "--seconds 300"),
+    "batch1": (speed.main, f"{PLAIN} --batch 1 --rounds 15 --guidance text again random"),
+    "precision": (speed.main, f"{PLAIN} --batch 1 --precision fp32 bf16 --rounds 7"),
+    "compiled": (speed.main, f"{PLAIN} --batch 1 --precision fp32 bf16 --rounds 7 --compile"),
+    "scale": (scale.main, ""),
+    "estimators": (estimators.main, ""),
+}
+"""The command behind each question."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    names = [name for name in QUESTIONS if name != "estimators"]
+    parser.add_argument("--only", nargs="+", choices=list(QUESTIONS), default=names, metavar="QUESTION")
+    add_device(parser)
+    add_output(parser, "results/everything", "folder for all that each run writes")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run all questions, keep their files, and make the pages anew."""
+    options = parse("benchmarks.everything", __doc__, add_arguments, arguments)
+    for name in options.only:
+        run, asked = QUESTIONS[name]
+        start, folder = time.monotonic(), options.output / name
+        device = [] if name == "estimators" else ["--device", options.device]
+        output = folder / "estimators.json" if name == "estimators" else folder
+        sys.stdout.write(f"# {name}\n\n")
+        path = results.keep(run([*asked.split(), *device, "--output", str(output)]), name)
+        for picture in folder.glob("*.png"):
+            shutil.copy(picture, path.with_suffix(".png"))
+        sys.stdout.write(f"\n{path}, after {time.monotonic() - start:.0f} s\n\n")
+    pages.main([])
+
+
+if __name__ == "__main__":
+    main()

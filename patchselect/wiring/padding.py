@@ -1,0 +1,123 @@
+"""Padded batches: every image is selected from by its own number of patches, as if it had come alone.
+
+Rows of one size are selected from together, without their padding; what is left of each goes in front of new padding,
+and masks follow. A batch is as long as its largest image needs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..adapter import Tower
+from ..relevance import Candidates
+from ..relevance.kernels import in_tiles
+from .guidance import Guidance
+from .journey import Part, journey_of, within
+from .recomputation import in_backward, note_parts, recalled_parts
+from .recorder import Selected, active_recorder
+from .state import Layer
+from .texts import texts_for
+
+Choose = Callable[[Candidates, "Tensor | None"], Tensor]
+"""Select from rows of one size: their candidates and texts to what is left, `(R, N', D)`."""
+
+
+def parts_for(layer: Layer, hidden: Tensor) -> list[Part] | None:
+    """Return the rows of a padded batch by the size of their images; in a recomputation, those of the first run."""
+    if not layer.tower.padded:
+        return None
+    if in_backward():
+        return recalled_parts(hidden, layer)  # type: ignore[no-any-return]
+    journey = journey_of(layer)
+    if journey is None or journey.parts is None:
+        return None
+    if layer.plan.merge or layer.plan.sizes:
+        raise ValueError(
+            f"{type(layer.tower.module).__name__} got a padded batch, in which patches are not merged and sizes not "
+            "counted: use merge=0 without sizes, or batch images of one size"
+        )
+    if layer.plan.reduction.reads_places:
+        raise ValueError(
+            f"fusion={layer.plan.reduction!r} reads the place of each patch in one grid, and a padded batch has "
+            "several: batch images of one size"
+        )
+    note_parts(hidden, layer, [dataclasses.replace(part) for part in journey.parts])
+    return journey.parts
+
+
+def real_tokens(parts: list[Part], tower: Tower, tokens: Tensor) -> Tensor:
+    """Return which of the tokens `(B, N, D)` of a padded batch are no padding, `(B, N)`."""
+    counts = torch.zeros(sum(len(part.rows) for part in parts), dtype=torch.long)
+    for part in parts:
+        counts[part.rows] = part.count
+    places = torch.arange(tokens.shape[1])
+    return (places < counts[:, None] + tower.num_prefix_tokens).to(tokens.device)
+
+
+def select_parts(
+    layer: Layer, seen: Candidates, guidance: Guidance | None, parts: list[Part], choose: Choose
+) -> Tensor:
+    """Shorten a padded batch `(B, N, D)`; return what is left `(B, N', D)`, or `(B * T, N', D)` for `pairing="all"`."""
+    prefix, tokens = seen.num_prefix_tokens, seen.all_tokens
+    texts = None if guidance is None else in_tiles(texts_for(layer, guidance, tokens), len(tokens))
+    recorder, outer = active_recorder(layer.wiring), None if in_backward() else journey_of(layer)
+    start = 0 if recorder is None else len(recorder.trace)
+    left: list[Tensor] = []
+    for part in parts:
+        rows = torch.tensor(part.rows, device=tokens.device)
+        own = [whole[rows, : prefix + part.count] for whole in (seen.all_normed, tokens)]
+        found = dataclasses.replace(seen, all_normed=own[0], all_tokens=own[1], stash=None)
+        with within(part):
+            left.append(choose(found, texts if texts is None or len(texts) == 1 else texts[rows]))
+    copies = len(left[0]) // len(parts[0].rows)
+    order = [[row * copies + copy for row in part.rows for copy in range(copies)] for part in parts]
+    if outer is not None:
+        outer.parts = [Part(rows, some.shape[1] - prefix, part.journey) for rows, some, part in zip(order, left, parts)]
+    if recorder is not None and outer is not None:
+        entries = recorder.trace[start:]
+        recorder.trace[start:] = [as_one(entries, order)]
+    longest = max(some.shape[1] for some in left)
+    together = torch.cat([F.pad(some, (0, 0, 0, longest - some.shape[1])) for some in left])
+    back = torch.tensor([row for rows in order for row in rows], device=tokens.device).argsort()
+    return together[back]
+
+
+def as_one(entries: list[Selected], order: list[list[int]]) -> Selected:
+    """Put what was recorded of each size together: padded, and image by image in `images`."""
+    images: dict[int, Selected] = {}
+    for entry, rows in zip(entries, order):
+        for place, row in enumerate(rows):
+            images[row] = _of_row(entry, place)
+    found = [images[row] for row in sorted(images)]
+
+    def padded(name: str, value: float) -> Tensor:
+        tensors = [getattr(image, name)[0] for image in found]
+        longest = max(map(len, tensors))
+        return torch.stack([F.pad(tensor, (0, longest - len(tensor)), value=value) for tensor in tensors])
+
+    return dataclasses.replace(
+        entries[0],
+        kept=padded("kept", -2),
+        relevance=padded("relevance", 0),
+        places=padded("places", -2),
+        removed_share=torch.cat([image.removed_share for image in found]),
+        num_tokens=max(image.num_tokens for image in found),
+        pooled=torch.cat([image.pooled for image in found]),
+        grid=None,
+        fused=any(image.fused for image in found),
+        holders=None,
+        members=None,
+        images=tuple(found),
+    )
+
+
+def _of_row(entry: Selected, row: int) -> Selected:
+    tensors: dict[str, Any] = {
+        name: value[row : row + 1] for name, value in vars(entry).items() if isinstance(value, Tensor)
+    }
+    return dataclasses.replace(entry, **tensors)

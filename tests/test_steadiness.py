@@ -1,0 +1,303 @@
+"""The speed benchmark stops when it knows enough, and says where it does not. No wall-clock assertion."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import time
+from statistics import mean
+from types import SimpleNamespace
+from unittest import mock
+
+import pytest
+import torch
+from since import BENCHMARKS, needs
+
+needs(*BENCHMARKS, module=True)
+from tqdm import tqdm
+from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+from benchmarks.common import clock
+from benchmarks.common.photographs import SOURCES, load_photos
+from benchmarks.common.show import apart, canvas, spread
+from benchmarks.models.loading import load
+from benchmarks.speed import __main__ as command
+from benchmarks.speed import estimators, plot, report, scale
+from benchmarks.speed import measure as timing
+from benchmarks.speed import run as run_module
+from benchmarks.speed.cases import AGAIN, Case, Selection, Setting
+from benchmarks.speed.measure import FEWEST_ROUNDS, How, Measured, measure, settled, twin
+from benchmarks.speed.run import inputs_of
+
+CASES = [Case("unpatched"), Case("text", 0.5), Case("random", 0.5)]
+
+
+@pytest.fixture
+def host(tiny):
+    return load(tiny)
+
+
+def measured(host, monkeypatch, seconds, end=float("inf"), cases=CASES, **how):
+    """Measure with a clock that shows what `seconds(number of the call)` says."""
+    calls = iter(range(10**6))
+
+    def timed(call, device, name):
+        call()
+        return seconds(next(calls))
+
+    monkeypatch.setattr(timing, "timed", timed)
+    inputs = inputs_of(host, load_photos(SOURCES[:1]), 2)
+    with tqdm(disable=True) as bar:
+        return measure(
+            host, Setting(host.image_size, 2, "fp32"), cases, inputs, Selection(), How("cpu", **how), end, bar
+        )
+
+
+def test_rounds_end_when_all_have_settled(host, monkeypatch):
+    found = measured(host, monkeypatch, lambda call: 1.0)
+    assert [len(each.seconds) for each in found] == [FEWEST_ROUNDS] * 3
+    assert all(settled(found[0], each) for each in found)
+    assert all(share > 0 for each in found[1:] for share in each.selecting)
+
+
+def test_rounds_go_on_while_one_has_not(host, monkeypatch):
+    monkeypatch.setattr(timing, "MOST_ROUNDS", 6)
+    found = measured(host, monkeypatch, lambda call: 1.0 + 0.3 * (call % 2))
+    assert len(found[0].seconds) == 6
+    assert not all(settled(found[0], each) for each in found)
+
+
+def test_time_that_is_up_ends_all_but_the_first_round(host, monkeypatch):
+    found = measured(host, monkeypatch, lambda call: 1.0, end=time.monotonic())
+    assert [len(each.seconds) for each in found] == [1] * 3
+    assert not settled(found[0], found[1]), "one round tells nothing of its scatter"
+
+
+def test_exactly_so_many_rounds(host, monkeypatch):
+    found = measured(host, monkeypatch, lambda call: 1.0, end=time.monotonic(), rounds=5)
+    assert len(found[0].seconds) == 5
+
+
+def test_settled_is_what_the_quartiles_say():
+    setting = Setting(32, 1, "fp32")
+    base = Measured(setting, CASES[0], seconds=[1.0] * 5)
+    assert settled(base, Measured(setting, CASES[1], seconds=[0.5, 0.51, 0.5, 0.49, 5.0])), "an outlier is none"
+    assert not settled(base, Measured(setting, CASES[1], seconds=[0.5, 0.6, 0.5, 0.4, 0.6]))
+    assert apart(spread([1.0, 2.0, 4.0, 5.0, 5.0])) == 0.5
+
+
+def test_order_cancels_a_steady_drift():
+    rounds = list(clock.turns("abcd", 6, seed=3))
+    assert {len(set(order)) for order in rounds} == {4}
+    for first, second in zip(rounds[::2], rounds[1::2]):
+        assert first == second[::-1]
+        assert {mean([first.index(case), second.index(case)]) for case in "abcd"} == {1.5}
+    assert len({"".join(order) for order in rounds[::2]}) > 1
+
+
+def test_twins_share_their_parameters_alone(host):
+    other = twin(host)
+    assert all(a is b for a, b in zip(host.model.parameters(), other.model.parameters()))
+    assert not {id(part) for part in host.model.modules()} & {id(part) for part in other.model.modules()}
+    before = [type(part) for part in host.model.modules()]
+    with timing.patched(other, Case("text", 0.5), Selection()):
+        assert [type(part) for part in host.model.modules()] == before
+        assert [type(part) for part in other.model.modules()] != before
+
+
+def test_a_text_again_selects_what_it_selected(host, monkeypatch):
+    seen = {}
+    original = timing.runner
+
+    def watched(*arguments):
+        call = original(*arguments)
+        return lambda: seen.update({arguments[1].method: call()})
+
+    monkeypatch.setattr(timing, "runner", watched)
+    measured(host, monkeypatch, lambda call: 1.0, cases=[CASES[0], CASES[1], Case(AGAIN, 0.5)], rounds=2)
+    torch.testing.assert_close(seen["text"], seen[AGAIN], atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(seen["unpatched"], seen[AGAIN], atol=1e-3)
+
+
+def record(method, middle, low, high, rounds=5, sure=True):
+    return {
+        "image_size": 32, "batch": 1, "precision": "fp32", "work": "forward", "view": "tower", "method": method,
+        "label": method, "keep_rate": 0.5, "rounds": rounds, "images_per_second": spread([1.0]), "settled": sure,
+        "speed_up": {"median": middle, "q1": low, "q3": high}, "gflops_per_image": 1.0, "flop_ratio": 1.5,
+        "efficiency": 1.0, "peak_memory_bytes": None, "selecting_share": None,
+    }  # fmt: skip
+
+
+def test_what_has_not_settled_is_said_and_drawn_pale():
+    sure, unsure = record("text", 1.5, 1.49, 1.52), record("random", 1.5, 1.3, 1.6, sure=False)
+    shown = report.table([sure, unsure, record("image", 1.5, 1.5, 1.5, rounds=1, sure=False)])
+    assert "1.500 [1.490, 1.520]" in shown and "not settled: 1.50 ±13%" in shown and "not settled: 1 round(s)" in shown
+    _, (axis,) = canvas(4, 3)
+    plot._panel(axis, [sure, unsure], [{"keep_rate": 1.0, "flop_ratio": 1.0}])
+    strengths = {container.get_label(): container.lines[0].get_alpha() for container in axis.containers}
+    assert strengths == {"guided by text": 1.0, "at random, not settled": 0.3}
+
+
+def test_the_first_lines_say_what_and_how_long(tiny, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(command, "run", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    threads = torch.get_num_threads()
+    with pytest.raises(KeyboardInterrupt):
+        command.main(f"--model {tiny} --device cpu --seconds 77 --output {tmp_path}".split())
+    first, second, third, *_ = capsys.readouterr().out.splitlines()
+    assert first.startswith(f"How much faster {tiny} gets on this machine (") and "one thread, CPU time" in first
+    assert "guided by text, merging, merging before one selection; keep rates 0.3, 0.5, 0.7; batch 8, 1" in second
+    assert third == "This takes at most 77 seconds, less if all speed-ups settle before."
+    torch.set_num_threads(threads)
+
+
+def test_the_default_is_what_a_newcomer_asks(tiny, tmp_path, capsys):
+    found = command.main(f"--model {tiny} --device cpu --rounds 1 --output {tmp_path}".split())
+    shown = [(r["batch"], r["method"], r["keep_rate"]) for r in found["results"]]
+    one = [("unpatched", 1.0), *(("text", rate) for rate in (0.3, 0.5, 0.7)), ("merged", 0.5), ("tome front", 0.5)]
+    assert shown == [(batch, *case) for batch in (8, 1) for case in one]
+    assert found["settings"]["clock"] == "cpu" and found["machine"]["threads"] == 1
+    assert all(r["peak_memory_bytes"] is None for r in found["results"])
+
+
+def test_compiled_cases_are_all_compiled(tiny, tmp_path, monkeypatch, capsys):
+    compiled = []
+
+    def compile_eagerly(call, **options):
+        compiled.append(call)
+        return functools.partial(call)
+
+    monkeypatch.setattr(torch, "compile", compile_eagerly)
+    found = command.main(
+        f"--model {tiny} --device cpu --rounds 1 --compile --cuda-graphs --precision bf16 --batch 2 "
+        f"--output {tmp_path}".split()
+    )
+    assert len(compiled) == 6
+    assert all(r["selecting_share"] is None and r["precision"] == "bf16" for r in found["results"])
+    assert "all cases, the unpatched one too, are compiled; all cases, the unpatched one too, are CUDA graphs" in (
+        capsys.readouterr().out
+    )
+
+
+def test_cpu_time_of_an_accelerator_is_refused():
+    with pytest.raises(SystemExit, match="--clock cpu"):
+        command.main(["--device", "cuda", "--clock", "cpu"])
+
+
+# What an accelerator adds, with its functions replaced: there is none where these tests run.
+
+
+def test_on_a_cpu_streams_and_graphs_are_nothing():
+    call = object()
+    assert clock.captured(call, torch.device("cpu")) is call
+    assert isinstance(clock.on_stream(torch.device("cpu")), contextlib.nullcontext)
+
+
+def test_graphs_are_captured_once_and_replayed():
+    events = []
+    graph = SimpleNamespace(replay=lambda: events.append("replay"))
+
+    @contextlib.contextmanager
+    def capture(given):
+        assert given is graph
+        events.append("begin")
+        yield
+        events.append("end")
+
+    def call():
+        events.append("call")
+        return "out"
+
+    cuda = dict(CUDAGraph=lambda: graph, graph=capture, synchronize=lambda device: events.append("wait"))
+    with mock.patch.multiple(torch.cuda, **cuda):
+        replay = clock.captured(call, torch.device("cuda"), warm=2)
+        assert events == ["call", "call", "wait", "begin", "call", "end"]
+        assert replay() == "out" and clock.timed(replay, torch.device("cuda")) > 0
+    assert events[6:] == ["replay", "wait", "replay", "wait"]
+
+
+# The study of estimates.
+
+
+def test_estimates_of_steady_times_agree():
+    base, own = [2.0, 2.0, 2.0], [1.0, 1.0, 1.0]
+    assert {estimate(base, base, own) for estimate in estimators.ESTIMATES.values()} == {2.0}
+    paired = estimators.ESTIMATES["median of paired ratios"]([2.0, 4.0, 6.0], [0.0] * 3, [1.0, 2.0, 3.0])
+    between = estimators.ESTIMATES["the same, between two"]([1.0], [3.0], [1.0])
+    best = estimators.ESTIMATES["ratio of the best"]([9.0, 2.0], [0.0] * 2, [7.0, 1.0])
+    assert (paired, between, best) == (2.0, 2.0, 2.0)
+
+
+def test_scatter_is_what_runs_are_away_from_their_median():
+    runs = [{"wall": {0.5: {"before": [value], "after": [value], "own": [1.0]}}} for value in (1.9, 2.0, 2.2)]
+    found = estimators.scatter(runs, "wall", estimators.ESTIMATES["ratio of means"])
+    assert found["worst"] == pytest.approx(0.1) and found["speed_up"] == {"0.5": 2.0}
+    assert found["typical"] == pytest.approx(((0.05**2 + 0.1**2) / 3) ** 0.5)
+
+
+def test_study_of_estimates(tiny, tmp_path, capsys):
+    output = tmp_path / "estimators.json"
+    found = estimators.main(
+        f"--model {tiny} --runs 2 --rounds 2 --threads 1 --keep-rate 0.5 0.7 --output {output}".split()
+    )
+    assert len(found["results"]) == 2 * len(estimators.ESTIMATES)
+    assert all(r["worst"] >= r["typical"] >= 0 and r["speed_up"]["0.5"] > 0 for r in found["results"])
+    assert output.exists() and "median of paired ratios" in capsys.readouterr().out
+
+
+def test_a_batch_that_there_is_no_time_for_is_left_out(tiny, tmp_path, monkeypatch, capsys):
+    """After a first setting that took long, the next would not end in time."""
+    original = run_module.measure
+
+    def slow(*arguments):
+        found = original(*arguments)
+        now = time.monotonic()
+        monkeypatch.setattr(run_module.time, "monotonic", lambda: now + 1000)
+        return found
+
+    monkeypatch.setattr(run_module, "measure", slow)
+    found = command.main(
+        f"--model {tiny} --device cpu --batch 3 1 --keep-rate 0.5 --merge 0 --tome --seconds 500 "
+        f"--output {tmp_path}".split()
+    )
+    assert {r["batch"] for r in found["results"]} == {1}
+    assert any("no time was left for batch 3, fp32, forward, tower" in note for note in found["notes"])
+    assert "Note: no time was left for batch 3" in capsys.readouterr().out
+
+
+def test_something_is_measured_however_late_it_is(tiny, tmp_path, capsys):
+    found = command.main(
+        f"--model {tiny} --device cpu --batch 2 1 --keep-rate 0.5 --merge 0 --tome --seconds 0.001 "
+        f"--output {tmp_path}".split()
+    )
+    assert [(r["batch"], r["rounds"]) for r in found["results"]] == [(1, 1)] * 2
+    assert not any(r["settled"] for r in found["results"] if r["method"] == "text")
+
+
+# Curves.
+
+
+def test_curves_over_everything(tmp_path, capsys):
+    def build(size, depth):
+        config = CLIPVisionConfig(
+            hidden_size=32, intermediate_size=64, num_hidden_layers=depth, num_attention_heads=2, patch_size=8,
+            image_size=32, projection_dim=512,
+        )  # fmt: skip
+        return CLIPVisionModelWithProjection(config).eval()
+
+    arguments = "--over size texts --size 32 48 --texts 1 30 --layers 1 2 --rounds 3 --device cpu"
+    with mock.patch.dict(scale.POINT, {"size": 32, "depth": 4}):
+        found = scale.main([*arguments.split(), "--output", str(tmp_path)], build)["results"]
+    assert [(r["over"], r["value"]) for r in found] == [("size", 32), ("size", 48), ("texts", 1), ("texts", 30)]
+    small, large, one, many = found
+    assert small["gflops"] < large["gflops"] and small["flop_ratio"] < large["flop_ratio"]
+    assert one["flop_ratio"] > many["flop_ratio"], "more texts cost more"
+    assert all(r["speed_up"]["median"] > 0 for r in found)
+    assert (tmp_path / "scale.png").read_bytes()[:4] == b"\x89PNG" and (tmp_path / "scale.json").exists()
+    assert "texts per image" in capsys.readouterr().out
+
+
+def test_curves_by_a_flag(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(scale, "main", lambda arguments: asked.append(arguments) or {})
+    command.main(["--scale", "--device", "cpu", "--output", str(tmp_path)])
+    assert asked == [["--device", "cpu", "--output", str(tmp_path)]]
