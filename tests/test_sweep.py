@@ -93,7 +93,7 @@ ACCEPTED = (
 """Towers and heads without text that `apply` accepts, called with pixels alone; tests/hosts has those with text."""
 
 
-PROMPTED = ("Llava", "VipLlava", "PaliGemma", "Idefics3", "SmolVLM", "InternVL")
+WITH_WORDS = ("Llava", "VipLlava", "PaliGemma", "Idefics3", "SmolVLM", "InternVL")
 """Language models that read images: test_multimodal.py."""
 ACCEPTED_ELSEWHERE = {
     *("BlipForImageTextRetrieval", "BlipForConditionalGeneration", "BlipForQuestionAnswering"),
@@ -103,7 +103,7 @@ ACCEPTED_ELSEWHERE = {
     "ViTMAEModel",  # leaves out patches by chance: test_plain.py
     *("IdeficsVisionTransformer", "Kosmos2VisionTransformer"),  # CLIP's tower under another configuration
     *("DepthProPatchEncoder", "DepthProImageEncoder"),  # parts of DepthProModel, which is refused as a whole
-    *(f"{name}{head}" for name in PROMPTED for head in ("Model", "ForConditionalGeneration")),
+    *(f"{name}{head}" for name in WITH_WORDS for head in ("Model", "ForConditionalGeneration")),
     *("Siglip2VisionModel", "Siglip2ForImageClassification"),  # called with patches that are cut out: SigLIP 2 in hosts
 }
 """Models that are called with more than pixels, each with promises of its own: test_generative.py, tests/hosts."""
