@@ -25,7 +25,7 @@ def as_code(model: nn.Module, path: str) -> str:
 def instead_of_whole(model: nn.Module, path: str) -> str:
     """Return what to say of a model that cannot be patched, around a tower at `path` that can."""
     name, call = type(model).__name__, f"patchselect.apply({as_code(model, path)})"
-    if list(model.children()) == [model.get_submodule(path)]:
+    if _only_wraps(model, path):
         return (
             f"{name} only wraps the vision tower {path!r}: call {call}. {name} goes on calling it, and must take any "
             "number of tokens from it"
@@ -34,6 +34,16 @@ def instead_of_whole(model: nn.Module, path: str) -> str:
         f"{name} cannot be patched as a whole: what reads the tokens of its vision tower {path!r} may need a fixed "
         f"number of patches. If it takes any number, call {call}"
     )
+
+
+def _only_wraps(model: nn.Module, path: str) -> bool:
+    """Tell whether each module on the way to `path` has no other child."""
+    part = model
+    for name in path.split("."):
+        if [child for child, _ in part.named_children()] != [name]:
+            return False
+        part = part.get_submodule(name)
+    return True
 
 
 def refuse_masks(tower: Tower, given: dict[str, Any]) -> None:
