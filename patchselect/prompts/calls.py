@@ -18,6 +18,8 @@ from .shorten import Short, shorten_call
 
 CACHE = "_patchselect_removed"
 """On a cache of keys: by how many columns its prompt is shorter than the caller's, and whether rows were padded."""
+NAMES_OF_CACHES = ("past_key_values", "cache")
+"""What calls and outputs name a cache, up to transformers 5.23 and from 5.24 on."""
 LENGTHS = ("max_length", "min_length")
 _generating: ContextVar[bool] = ContextVar("patchselect_generating", default=False)
 """Whether the steps of a `generate` are running, which may go through a prompt in chunks that cut images apart."""
@@ -34,7 +36,7 @@ def call_prompted(module: Any, name: str, original: Any, *args: Any, **kwargs: A
         if not _generating.get():
             _check_encoded(wiring, given)
         return original(**_continued(host, host.core(wiring.model), given))
-    _refuse_filled(given.get("past_key_values"))
+    _refuse_filled(_cache_in(given))
     _refuse_both(given)
     short = shorten_call(wiring, given)
     output = original(**encoded_call(short))
@@ -51,12 +53,12 @@ def generate_prompted(module: Any, name: str, original: Any, *args: Any, **kwarg
     host: Prompted = wiring.towers[0].adapter  # type: ignore[assignment]
     given = _bound(original, args, kwargs)
     if wiring.plan.selects:
-        _refuse_continuation(given.get("past_key_values"))
+        _refuse_continuation(_cache_in(given))
     if not wiring.plan.selects or given.get(host.image_arguments[0]) is None:
         if wiring.plan.selects:
             _check_encoded(wiring, given)
         return _in_steps(original, *args, **kwargs)
-    _refuse_filled(given.get("past_key_values"))
+    _refuse_filled(_cache_in(given))
     _refuse_both(given)
     if given.get("inputs") is not None:
         given["input_ids"] = given.pop("inputs")
@@ -144,7 +146,7 @@ def _check_encoded(wiring: Wiring, given: Mapping[str, Any]) -> None:
     core = host.core(wiring.model)
     lengths = [len(each) for each in host.tokens_of(given["mm_encoder_outputs"]["image"])]
     counts = host.placeholders(core, given).sum(dim=1).tolist()
-    if sum(counts) == 0 and given.get("past_key_values") is not None:
+    if sum(counts) == 0 and _cache_in(given) is not None:
         return
     try:
         rows_of_images(counts, lengths)
@@ -160,6 +162,12 @@ def _refuse_both(given: Mapping[str, Any]) -> None:
         raise ValueError("give pixel_values or mm_encoder_outputs, not both")
     if given.get("input_ids") is None and given.get("inputs") is None and given.get("inputs_embeds") is None:
         raise ValueError("pixel_values came without a prompt: give input_ids or inputs_embeds")
+
+
+def _cache_in(found: Any) -> Any:
+    """Return the cache among arguments, or of an output of transformers, which is a mapping too."""
+    held = found if isinstance(found, Mapping) else {}
+    return next((held[name] for name in NAMES_OF_CACHES if name in held and held[name] is not None), None)
 
 
 def _length(cache: Any) -> int:
@@ -185,8 +193,8 @@ def _refuse_continuation(cache: Any) -> None:
 
 def _remember(output: Any, given: Mapping[str, Any], short: Short) -> None:
     """Note on the cache that a call filled, which it returned or was given, what is missing in its prompt."""
-    parts = output if isinstance(output, tuple) else [getattr(output, "past_key_values", None)]
-    for cache in (*parts, given.get("past_key_values")):
+    parts = output if isinstance(output, tuple) else [_cache_in(output)]
+    for cache in (*parts, _cache_in(given)):
         if short.removed and hasattr(cache, "get_seq_length"):
             setattr(cache, CACHE, (short.removed, short.padded))
 
@@ -197,7 +205,7 @@ def _continued(host: Prompted, core: Any, given: dict[str, Any]) -> dict[str, An
     Raises:
         ValueError: the mask is that of the whole prompt, and has padding.
     """
-    cache = given.get("past_key_values")
+    cache = _cache_in(given)
     found = getattr(cache, CACHE, None)
     if found is None:
         if given.get("position_ids") is not None and given.get("attention_mask") is None and cache is None:
