@@ -45,6 +45,15 @@ def normalises_before(block: Any) -> bool:
     return hasattr(block, "gamma_1")
 
 
+def why_not_linear(block: Any) -> str | None:
+    """Say what keeps the output of an attention from being linear in its values; `None` if it is."""
+    if getattr(block.attn, "gate", None) is not None:
+        return "its attention output is gated"
+    if present(getattr(block.attn, "norm", None)) or not normalises_before(block):
+        return "its attention output is normalised"
+    return None
+
+
 class TimmEva(TimmViT):
     """`timm.models.eva.Eva` alone. A table of sines and cosines comes to each block, which turns queries and keys.
 
@@ -111,9 +120,6 @@ class TimmEva(TimmViT):
         attention = block.attn
         normalised, gated = present(getattr(attention, "k_norm", None)), getattr(attention, "gate", None) is not None
         before = normalises_before(block)
-        nonlinear = (
-            "its attention output is normalised" if present(getattr(attention, "norm", None)) or not before else None
-        )
         more: dict[str, Any] = dict(
             num_heads=attention.num_heads,
             scale=attention.scale,
@@ -121,7 +127,7 @@ class TimmEva(TimmViT):
             output_scale=scale_of(block, "gamma_1"),
             query_norm=attention.q_norm if normalised else None,
             key_norm=attention.k_norm if normalised else None,
-            nonlinear_values="its attention output is gated" if gated else nonlinear,
+            nonlinear_values=why_not_linear(block),
             out=None if gated else functools.partial(out_of, attention),
             dropout=rate(attention.attn_drop),
         )
@@ -144,5 +150,4 @@ class OpenClipEva(OpenClipTimm, TimmEva):
     name = "open_clip-eva"
 
     def relevance_for(self, tower: Tower) -> str:
-        linear = all(self.projections(block).nonlinear_values is None for block in tower.blocks)
-        return "values" if linear else "joint"
+        return "values" if all(why_not_linear(block) is None for block in tower.blocks) else "joint"

@@ -100,7 +100,7 @@ def test_an_object_from_outside_reaches_apply_and_the_tables(outside, tiny, tmp_
     assert len({id(fusion) for _, _, fusion in given}) == 1
     report = json.loads((tmp_path / "speed.json").read_text())
     assert report["settings"]["relevance"] == "nearest" and report["settings"]["fusion"] == "scaled 0.5"
-    assert "| text, nearest, fusion scaled 0.5 |" in capsys.readouterr().out
+    assert "| text, nearest, fusion scaled 0.5 " in capsys.readouterr().out
 
 
 def test_zero_shot_calls_an_object_by_its_name(outside):
