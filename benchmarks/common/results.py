@@ -32,7 +32,9 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def keep(report: dict[str, Any], question: str, folder: Path = FOLDER) -> Path:
-    """Write a report where results are committed; returns its path."""
+    """Write a report where results are committed, without the folder of its run; returns its path."""
+    settings = {name: value for name, value in report["settings"].items() if name != "output"}
+    report = {**report, "settings": settings}
     path = folder / slug(report["machine"]) / f"{question}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
