@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import importlib.metadata
 import inspect
+import os
 import sys
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from packaging.version import Version
+
+SLOW = "PATCHSELECT_SLOW" in os.environ
+slow = pytest.mark.skipif(not SLOW, reason="takes long and rarely fails alone: set PATCHSELECT_SLOW=1")
 
 
 class Feature(NamedTuple):

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-from since import BENCHMARKS, needs
+from since import BENCHMARKS, needs, slow
 
 needs(*BENCHMARKS, module=True)
 
@@ -75,7 +75,11 @@ def small(monkeypatch, tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize("name", [name for name in studies.STUDIES if name != "speed"])
+OFTEN = ("delta", "scratch")
+NAMES = [pytest.param(name, marks=() if name in OFTEN else slow) for name in studies.STUDIES if name != "speed"]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_a_study_ends_in_a_table_and_a_plot(name, small, capsys):
     studies.STUDIES[name](small, (0, 1))
     told = capsys.readouterr().out

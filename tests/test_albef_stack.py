@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.multiprocessing
 from heads import build, floats, loss_of, rewound, skip_what_autocast_cannot_run
-from since import needs, since
+from since import needs, since, slow
 from torch import Tensor, nn
 
 needs("checkpoints without reentry", module=True)
@@ -61,7 +61,7 @@ def _step(rank: int, world: int, store: str, name: str, how: str, half: bool, re
 
 @REAL_OR_DOUBLE
 @pytest.mark.parametrize("how", ["ddp", pytest.param("fsdp", marks=since("FSDP2"))])
-@pytest.mark.parametrize("half", [False, True], ids=["float32", "autocast"])
+@pytest.mark.parametrize("half", [False, pytest.param(True, marks=slow)], ids=["float32", "autocast"])
 def test_two_processes_lose_what_one_loses(name, how, half, tmp_path):
     """Each rank has the loss of its share alone, and the gradients are the mean of the two."""
     build(name)

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from since import BENCHMARKS, needs
+from since import BENCHMARKS, needs, slow
 
 needs(*BENCHMARKS, module=True)
 import transformers
@@ -142,7 +142,7 @@ def test_tome_meets_the_flops_of_selection(base):
     assert base.of(Case("tome", 0.5, removed)) == pytest.approx(base.of(Case("text", 0.5)), rel=0.005)
 
 
-@pytest.mark.parametrize("rate", [0.3, 0.7])
+@pytest.mark.parametrize("rate", [pytest.param(0.3, marks=slow), 0.7])
 def test_merging_early_meets_the_flops_of_selection(base, rate):
     """At every rate; and what merging, ranking and fusing cost by themselves is a small share of it."""
     text = Case("text", rate)

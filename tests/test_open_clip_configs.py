@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-import os
 import re
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
-from since import needs, since
+from since import SLOW, needs, since
 
 import patchselect
 from patchselect.functional import num_kept
@@ -40,7 +39,6 @@ def kind(config) -> str:
 
 OWN = [name for name, config in CONFIGS.items() if kind(config) == "own"]
 TIMM = [name for name, config in CONFIGS.items() if kind(config) == "timm"]
-SLOW = "PATCHSELECT_SLOW" in os.environ
 REFUSED = [name for name, config in CONFIGS.items() if kind(config) == "refused"]
 
 

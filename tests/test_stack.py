@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import os
 import warnings
 
 import pytest
 import torch
 import torch.multiprocessing as mp
 from hosts import build, ids
-from since import missing, since
+from since import missing, since, slow
 from torch import nn
 
 import patchselect
@@ -42,8 +41,12 @@ def ready(name, **options):
 
 
 @since("fullgraph")
-@pytest.mark.parametrize("relevance", ["keys", "values"])
-@pytest.mark.parametrize("name", COMPILED)
+@pytest.mark.parametrize(
+    ("name", "relevance"),
+    [("clip", "keys")]
+    + [(name, "values") for name in COMPILED]
+    + [pytest.param(name, "keys", marks=slow) for name in COMPILED[1:]],
+)
 def test_compile_without_graph_breaks_or_recompiles(name, relevance):
     case = ready(name, relevance=relevance)
     torch._dynamo.reset()
@@ -109,7 +112,7 @@ def test_applying_and_removing_reaches_a_model_that_was_compiled_from_it(name):
         torch.testing.assert_close(case.image_side(compiled, images), plain)
 
 
-@pytest.mark.skipif("PATCHSELECT_SLOW" not in os.environ, reason="inductor takes minutes: set PATCHSELECT_SLOW=1")
+@slow
 def test_inductor_gives_the_same_numbers():
     case = ready("open_clip")
     torch._dynamo.reset()
@@ -259,7 +262,9 @@ def _distributed(rank: int, world: int, path: str, kind: str, relevance: str, me
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize(("relevance", "merge"), [("keys", 0.0), ("values", 0.0), ("values", 0.5)])
+@pytest.mark.parametrize(
+    ("relevance", "merge"), [("keys", 0.0), pytest.param("values", 0.0, marks=slow), ("values", 0.5)]
+)
 @pytest.mark.parametrize("kind", ["ddp", pytest.param("fsdp2", marks=since("FSDP2"))])
 def test_two_processes_have_the_gradients_of_one(tmp_path, kind, relevance, merge):
     build("clip")

@@ -11,7 +11,7 @@ from unittest import mock
 
 import pytest
 import torch
-from since import BENCHMARKS, needs
+from since import BENCHMARKS, needs, slow
 
 needs(*BENCHMARKS, module=True)
 from tqdm import tqdm
@@ -244,6 +244,7 @@ def test_study_of_estimates(tiny, tmp_path, capsys):
     assert output.exists() and "median of paired ratios" in capsys.readouterr().out
 
 
+@slow
 def test_a_batch_that_there_is_no_time_for_is_left_out(tiny, tmp_path, monkeypatch, capsys):
     """After a first setting that took long, the next would not end in time."""
     original = run_module.measure

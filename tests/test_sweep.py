@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
 import traceback
 from pathlib import Path
 
@@ -15,10 +14,10 @@ import pytest
 import sweeping
 import torch
 from hosts import HOSTS, PROMPTED, build
+from since import SLOW
 
 import patchselect
 
-SLOW = "PATCHSELECT_SLOW" in os.environ
 MODULES = sweeping.modules() if SLOW else ["all modules of transformers"]
 CODE = {str(Path(patchselect.__file__).resolve().parent), str(Path(patchselect.adapters.__file__).resolve().parent)}
 pytestmark = pytest.mark.skipif(not SLOW, reason="takes a quarter of an hour: set PATCHSELECT_SLOW=1")

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from since import SLOW
 from torch import Tensor
 
 from . import of_doubles, of_open_clip, of_plain, of_prompts, of_transformers
@@ -42,12 +43,16 @@ HOSTS: dict[str, Callable[[], Case]] = {
         of_transformers.blip,
         of_plain.vit,
         of_plain.dinov2_registers,
-        of_plain.dual_encoder,
         of_plain.dinov3,
         of_open_clip.timm_eva02,
-        of_open_clip.open_clip_perception,
     )
 }
+SELDOM: dict[str, Callable[[], Case]] = {
+    builder.__name__: builder for builder in (of_plain.dual_encoder, of_open_clip.open_clip_perception)
+}
+"""Hosts whose blocks are those of others above: every promise is tested on them with PATCHSELECT_SLOW=1."""
+if SLOW:
+    HOSTS.update(SELDOM)
 PROMPTED: dict[str, Callable[[], Case]] = {
     builder.__name__: builder
     for builder in (
@@ -67,7 +72,7 @@ PROMPTED: dict[str, Callable[[], Case]] = {
 def build(name: str, seed: int = 0) -> Case:
     """A host of the table in eval mode; norms, biases and scales are random too, so that nothing is hidden by ones."""
     torch.manual_seed(seed)
-    case = {**HOSTS, **PROMPTED}[name]()
+    case = {**HOSTS, **SELDOM, **PROMPTED}[name]()
     generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
         for parameter in case.model.parameters():
