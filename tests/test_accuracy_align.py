@@ -5,6 +5,7 @@ from unittest import mock
 
 import pytest
 import torch
+from processes import leave_group
 from since import BENCHMARKS, needs
 
 needs(*BENCHMARKS, module=True)
@@ -98,7 +99,7 @@ def one_step(rank: int, world: int, folder: str) -> None:
         found[name] = loss, host.model.state_dict()
     torch.save(found, f"{folder}/{world}-{rank}.pt")
     if world > 1:
-        torch.distributed.destroy_process_group()
+        leave_group()
 
 
 @pytest.fixture(scope="module")

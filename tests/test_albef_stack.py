@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.multiprocessing
 from heads import build, floats, loss_of, rewound, skip_what_autocast_cannot_run
+from processes import leave_group
 from since import needs, since, slow
 from torch import Tensor, nn
 
@@ -56,7 +57,7 @@ def _step(rank: int, world: int, store: str, name: str, how: str, half: bool, re
     weight = patchselect.handle_of(model).towers[0].blocks[0].norm1.weight.grad
     weight = weight.full_tensor() if how == "fsdp" else weight
     torch.save((loss.detach(), weight), f"{results}/{rank}")
-    torch.distributed.destroy_process_group()
+    leave_group()
 
 
 @REAL_OR_DOUBLE

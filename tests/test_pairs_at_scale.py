@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from hosts import build, texts
+from processes import leave_group
 from since import needs
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
@@ -142,7 +143,7 @@ def _one_process(rank: int, port: int, folder: str) -> None:
     found["iterable"] = scored(case.model, iter([images[:3], images[3:4], images[4:]]), text)
     found["alone"] = scored(case.model, images[:2], text, distributed=False)
     torch.save((share, found), f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    leave_group()
 
 
 def test_two_processes_share_the_images_and_both_get_the_matrix(tmp_path):

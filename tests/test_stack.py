@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 from hosts import build, ids
+from processes import leave_group
 from since import missing, since, slow
 from torch import nn
 
@@ -259,7 +260,7 @@ def _distributed(rank: int, world: int, path: str, kind: str, relevance: str, me
         torch.testing.assert_close(whole, expected[name].grad, rtol=1e-3, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
     patchselect.remove(case.model)
     assert not any(hasattr(type(part), "_patchselect_base") for part in case.model.modules())
-    dist.destroy_process_group()
+    leave_group()
 
 
 @pytest.mark.parametrize(
@@ -288,7 +289,7 @@ def _sharded_pool(rank: int, path: str) -> None:
         with torch.no_grad(), patchselect.guide(case.model, text):
             found.append(case.image_side(case.model, case.images(2)))
     torch.testing.assert_close(*found)
-    dist.destroy_process_group()
+    leave_group()
 
 
 @since("FSDP2")
