@@ -18,9 +18,9 @@ from since import needs, since
 from torch.utils.checkpoint import checkpoint
 
 import patchselect
-from patchselect.wiring import recomputation as guidance_module
+from patchselect.wiring import recomputation
 
-TABLES = (guidance_module._noted, guidance_module._recorded, guidance_module._carried)
+TABLES = recomputation.TABLES
 KINDS = {"use_reentrant": False} if "use_reentrant" in inspect.signature(checkpoint).parameters else {}
 CHECKPOINTED = ["clip", "siglip", "open_clip", "timm_class_token", "open_clip_siglip"]
 
@@ -278,7 +278,7 @@ def test_training_steps_leave_no_noted_text_behind(name):
             text = torch.randn(2, case.text_width, requires_grad=bool(step % 2) and (bool(KINDS) or not checkpointed))
             with patchselect.guide(case.model, text), patchselect.handle_of(case.model).record():
                 loss = case.image_side(case.model, images.clone().requires_grad_()).square().sum()
-            assert len(guidance_module._noted) > before[0], "nothing was noted at all"
+            assert len(recomputation.TEXTS) > before[0], "nothing was noted at all"
             loss.backward()
             del loss, text
             gc.collect()
@@ -311,7 +311,7 @@ def test_checkpointing_where_nothing_before_the_selection_trains(name, guidance)
 
 
 def test_inference_notes_nothing_for_recomputation(case, monkeypatch):
-    monkeypatch.setattr(guidance_module, "_keep", lambda *_: pytest.fail("noted"))
+    monkeypatch.setattr(recomputation.FirstRuns, "keep", lambda *_: pytest.fail("noted"))
     for quiet in (torch.no_grad, torch.inference_mode):
         with quiet(), patchselect.handle_of(case.model).record(), patchselect.guide(case.model, torch.randn(2, 24)):
             case.image_side(case.model, case.images(2))
@@ -319,16 +319,16 @@ def test_inference_notes_nothing_for_recomputation(case, monkeypatch):
 
 def test_nothing_is_kept_for_recomputation_once_it_cannot_happen():
     gc.collect()
-    before = len(guidance_module._noted)
+    before = len(recomputation.TEXTS)
     case = build("open_clip")
     patchselect.apply(case.model, 0.5)
     with patchselect.guide(case.model, torch.randn(2, 24, requires_grad=True)):
         loss = case.image_side(case.model.train(), case.images(2)).sum()
-    assert len(guidance_module._noted) > before
+    assert len(recomputation.TEXTS) > before
     loss.backward()
     del loss
     gc.collect()
-    assert len(guidance_module._noted) == before
+    assert len(recomputation.TEXTS) == before
 
 
 def tokens_for(case):

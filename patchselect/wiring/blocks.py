@@ -20,14 +20,12 @@ from .journey import Journey, asks, for_rows, journey_of
 from .padding import parts_for, select_parts
 from .places import at_places
 from .recomputation import (
+    GRIDS,
+    RECORDED,
     carried_over,
     in_backward,
-    note_places,
-    note_recording,
     note_text,
-    recalled_places,
     recalled_text,
-    was_recorded,
     without_grad_in_training,
 )
 from .recorder import Selected, active_recorder, pool, without_graph
@@ -96,7 +94,7 @@ def select(
     spread = guidance is not None and guidance.pairing == "all" and layer.first
     copies = text.shape[1] if spread and text is not None else 1
     journey = None if in_backward() else journey_of(layer)
-    again = in_backward() and was_recorded(hidden, layer)
+    again = in_backward() and RECORDED.recall(hidden, layer) is not None
     sources = None if journey is None else journey.arrive(layer, tokens.shape[0], patches, tokens.device)
     if keep == patches and not again and (journey is None or not asks(layer.wiring)):
         return tokens if copies == 1 else tokens.repeat_interleave(copies, dim=0)
@@ -116,7 +114,7 @@ def select(
         if layer.plan.follows_sizes and keep < patches:
             journey.sizes = layer.plan.reduction.sizes(for_rows(counted.or_ones(tokens), rows), reduced)
         if recorder is not None:
-            note_recording(hidden, layer)
+            RECORDED.note(hidden, layer, True)
             instead = layer.instead_of_reentry() if without_grad_in_training(hidden) else None
             recorder.trace.append(_entry(layer, seen, reduced, flat, sources, journey, members, instead))
     elif again:
@@ -156,7 +154,7 @@ def _places(layer: Layer, hidden: Tensor, journey: Journey | None, sources: Tens
     Raises:
         ValueError: nobody knows the grid.
     """
-    found = recalled_places(hidden, layer) if in_backward() else None
+    found = GRIDS.recall(hidden, layer) if in_backward() else None
     if found is None:
         if journey is None or journey.grid is None or sources is None:
             raise ValueError(
@@ -164,7 +162,7 @@ def _places(layer: Layer, hidden: Tensor, journey: Journey | None, sources: Tens
                 f"call the tower ({type(layer.tower.module).__name__}) as a whole, not its blocks"
             )
         found = Places(sources, journey.grid)
-        note_places(hidden, layer, found)
+        GRIDS.note(hidden, layer, found)
     return found  # type: ignore[no-any-return]
 
 

@@ -18,7 +18,7 @@ from ..relevance import Candidates
 from ..relevance.kernels import in_tiles
 from .guidance import Guidance
 from .journey import Part, journey_of, within
-from .recomputation import in_backward, note_parts, recalled_parts
+from .recomputation import PARTS, in_backward
 from .recorder import Selected, active_recorder
 from .state import Layer
 from .texts import texts_for
@@ -32,7 +32,7 @@ def parts_for(layer: Layer, hidden: Tensor) -> list[Part] | None:
     if not layer.tower.padded:
         return None
     if in_backward():
-        return recalled_parts(hidden, layer)  # type: ignore[no-any-return]
+        return PARTS.recall(hidden, layer)  # type: ignore[no-any-return]
     journey = journey_of(layer)
     if journey is None or journey.parts is None:
         return None
@@ -46,7 +46,7 @@ def parts_for(layer: Layer, hidden: Tensor) -> list[Part] | None:
             f"fusion={layer.plan.reduction!r} reads the place of each patch in one grid, and a padded batch has "
             "several: batch images of one size"
         )
-    note_parts(hidden, layer, [dataclasses.replace(part) for part in journey.parts])
+    PARTS.note(hidden, layer, [dataclasses.replace(part) for part in journey.parts])
     return journey.parts
 
 

@@ -10,7 +10,7 @@ from ..adapter import Tower
 from .journey import for_rows, journey_of
 from .padding import parts_for, real_tokens
 from .plan import Plan
-from .recomputation import in_backward, note_followed, recalled_followed
+from .recomputation import SOURCES, in_backward
 from .state import Layer
 
 
@@ -40,7 +40,7 @@ def at_places(
 
 
 def _places(layer: Layer, hidden: Tensor) -> Tensor:
-    found = recalled_followed(hidden, layer) if in_backward() else None
+    found = SOURCES.recall(hidden, layer) if in_backward() else None
     if found is None:
         journey = journey_of(layer)
         if journey is None or journey.sources is None:
@@ -49,5 +49,5 @@ def _places(layer: Layer, hidden: Tensor) -> Tensor:
                 f"of the whole tower: call {type(layer.tower.module).__name__}, not its blocks"
             )
         found = for_rows(journey.sources, hidden.shape[0 if layer.tower.batch_first else 1])
-        note_followed(hidden, layer, found)
+        SOURCES.note(hidden, layer, found)
     return found  # type: ignore[no-any-return]

@@ -18,25 +18,10 @@ from ..compat import address_of, in_functorch, in_graph_task, is_compiling, memo
 from .guidance import Guidance
 
 _Key = Tuple[int, int, int]
-_noted: dict[_Key, tuple[Guidance, bool]] = {}
-_recorded: dict[_Key, bool] = {}
-_placed: dict[_Key, Any] = {}
-_sized: dict[_Key, Any] = {}
-_followed: dict[_Key, Any] = {}
-_parted: dict[_Key, Any] = {}
-_carried: dict[_Key, dict[str, Any]] = {}
 
 
 def _key(hidden: Tensor, reader: object) -> _Key:
     return address_of(hidden), int(hidden.storage_offset()), id(reader)
-
-
-def _keep(table: dict[_Key, Any], hidden: Tensor, reader: object, value: Any) -> None:
-    """Note `value` for as long as the memory of `hidden` lives."""
-    key = _key(hidden, reader)
-    if key not in table:
-        weakref.finalize(memory_of(hidden), table.pop, key, None)
-    table[key] = value
 
 
 def in_backward() -> bool:
@@ -59,81 +44,69 @@ def without_grad_in_training(hidden: Tensor) -> bool:
     return may_be_recomputed(hidden) and not torch.is_grad_enabled()
 
 
+class FirstRuns:
+    """What blocks noted in their first runs, each for as long as the memory of its input lives."""
+
+    def __init__(self) -> None:
+        self._found: dict[_Key, Any] = {}
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+    def note(self, hidden: Tensor, reader: object, value: Any) -> None:
+        """Note what a block was told in its first run on `hidden`, if it may run again."""
+        if may_be_recomputed(hidden):
+            self.keep(hidden, reader, value)
+
+    def keep(self, hidden: Tensor, reader: object, value: Any) -> None:
+        """Note `value` for as long as the memory of `hidden` lives."""
+        key = _key(hidden, reader)
+        if key not in self._found:
+            weakref.finalize(memory_of(hidden), self._found.pop, key, None)
+        self._found[key] = value
+
+    def recall(self, hidden: Tensor, reader: object) -> Any:
+        """Return what was noted in the first run on this input; `None` if nothing was."""
+        return self._found.get(_key(hidden, reader))
+
+
+TEXTS = FirstRuns()
+"""Guidance, and whether gradients were on."""
+RECORDED = FirstRuns()
+"""`True` where a run was recorded: what is recorded is part of the graph, and a recomputation computes it again."""
+GRIDS = FirstRuns()
+"""Where the patches stood in the image, for reductions that ask."""
+SIZES = FirstRuns()
+"""What the tokens stood for."""
+SOURCES = FirstRuns()
+"""Which patches the tokens were, for rotary towers."""
+PARTS = FirstRuns()
+"""Which rows had how many patches, in padded batches."""
+CARRIED = FirstRuns()
+"""What the adapter carries to the block."""
+TABLES = (TEXTS, RECORDED, GRIDS, SIZES, SOURCES, PARTS, CARRIED)
+
+
 def note_text(hidden: Tensor, reader: object, guidance: Guidance) -> None:
     """Note the text of a block's first run."""
     if not may_be_recomputed(hidden, guidance.text):
         return
     kept = dataclasses.replace(guidance, outer=None, memo=(), opened_by=None, stashes={}, memories={})
-    earlier = _noted.get(_key(hidden, reader))
+    earlier = TEXTS.recall(hidden, reader)
     if earlier is not None and earlier[0].text is not guidance.text:
         kept = dataclasses.replace(kept, pairing="ambiguous")
-    _keep(_noted, hidden, reader, (kept, torch.is_grad_enabled()))
-
-
-def note_recording(hidden: Tensor, reader: object) -> None:
-    """Note that a run was recorded: what is recorded is part of the graph, and a recomputation computes it again."""
-    if may_be_recomputed(hidden):
-        _keep(_recorded, hidden, reader, True)
-
-
-def was_recorded(hidden: Tensor, reader: object) -> bool:
-    """Tell whether the first run on this input was recorded."""
-    return _key(hidden, reader) in _recorded
-
-
-def note_places(hidden: Tensor, reader: object, places: Any) -> None:
-    """Note where the patches of a block's first run stood in the image."""
-    if may_be_recomputed(hidden):
-        _keep(_placed, hidden, reader, places)
-
-
-def recalled_places(hidden: Tensor, reader: object) -> Any:
-    """Return where the patches of the first run on this input stood; `None` if nobody noted it."""
-    return _placed.get(_key(hidden, reader))
-
-
-def note_sizes(hidden: Tensor, reader: object, counted: Any) -> None:
-    """Note what the tokens of a block's first run stood for."""
-    if may_be_recomputed(hidden):
-        _keep(_sized, hidden, reader, counted)
-
-
-def recalled_sizes(hidden: Tensor, reader: object) -> Any:
-    """Return what the tokens of the first run on this input stood for; `None` if nobody noted it."""
-    return _sized.get(_key(hidden, reader))
-
-
-def note_followed(hidden: Tensor, reader: object, places: Tensor) -> None:
-    """Note which patches the tokens of a block's first run were."""
-    if may_be_recomputed(hidden):
-        _keep(_followed, hidden, reader, places)
-
-
-def recalled_followed(hidden: Tensor, reader: object) -> Any:
-    """Return which patches the tokens of the first run on this input were; `None` if nobody noted it."""
-    return _followed.get(_key(hidden, reader))
-
-
-def note_parts(hidden: Tensor, reader: object, parts: Any) -> None:
-    """Note which rows of a block's first run had how many patches."""
-    if may_be_recomputed(hidden):
-        _keep(_parted, hidden, reader, parts)
-
-
-def recalled_parts(hidden: Tensor, reader: object) -> Any:
-    """Return which rows of the first run on this input had how many patches; `None` if nobody noted it."""
-    return _parted.get(_key(hidden, reader))
+    TEXTS.keep(hidden, reader, (kept, torch.is_grad_enabled()))
 
 
 def carried_over(hidden: Tensor, reader: object, find: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """Return what `find` says of this call of a block; in a recomputation, what it said of the first run."""
     if in_backward():
-        again = _carried.get(_key(hidden, reader))
+        again = CARRIED.recall(hidden, reader)
         if again is not None:
             return again
     found = find()
-    if found and may_be_recomputed(hidden):
-        _keep(_carried, hidden, reader, found)
+    if found:
+        CARRIED.note(hidden, reader, found)
     return found
 
 
@@ -144,7 +117,7 @@ def recalled_text(hidden: Tensor, reader: object, instead: Callable[[], str]) ->
         RuntimeError: there were two, or its text needs a gradient that reentrant checkpointing cannot carry; `instead`
             says what would.
     """
-    found = _noted.get(_key(hidden, reader))
+    found = TEXTS.recall(hidden, reader)
     if found is None:
         return None
     guidance, had_grad = found

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..adapter import Attended
 from .journey import for_rows, journey_of
-from .recomputation import in_backward, note_sizes, recalled_sizes
+from .recomputation import SIZES, in_backward
 from .state import Layer
 
 
@@ -36,7 +36,7 @@ def counted_for(layer: Layer, hidden: Tensor) -> Counted:
     if not layer.plan.follows_sizes:
         return Counted()
     if in_backward():
-        return recalled_sizes(hidden, layer) or Counted()
+        return SIZES.recall(hidden, layer) or Counted()
     journey = journey_of(layer)
     if journey is None:
         raise ValueError(
@@ -48,7 +48,7 @@ def counted_for(layer: Layer, hidden: Tensor) -> Counted:
     rows = hidden.shape[0 if layer.tower.batch_first else 1]
     sizes = None if journey.sizes is None else for_rows(journey.sizes, rows)
     found = Counted(sizes, journey.num_patches)
-    note_sizes(hidden, layer, found)
+    SIZES.note(hidden, layer, found)
     return found
 
 
