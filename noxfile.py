@@ -34,7 +34,7 @@ class Lane(NamedTuple):
     """What tests need besides, and would skip without."""
 
 
-NEWEST = ("torch==2.14.1", "torchvision==0.29.1", "transformers==5.23.0", "open_clip_torch==3.3.0", "timm==1.0.31")
+NEWEST = ("torch==2.14.1", "torchvision==0.29.1", "transformers==5.24.0", "open_clip_torch==3.3.0", "timm==1.0.31")
 MIDDLE = ("torch==2.7.1", "torchvision==0.22.1", "transformers==4.53.3", "open_clip_torch==2.32.0", "timm==1.0.15")
 LLAVA = ("torch==2.1.2", "torchvision==0.16.2", "transformers==4.37.2", "open_clip_torch==2.24.0", "timm==0.9.12")
 LAVIS = ("torch==2.0.1", "torchvision==0.15.2", "transformers==4.33.2", "open_clip_torch==2.20.0", "timm==0.4.12")
