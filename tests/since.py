@@ -90,6 +90,9 @@ TRANSFORMERS = {
     "image processors": Feature(
         "transformers", "4.25", "processors have other names", "transformers:CLIPImageProcessor"
     ),
+    "processors of any tokenizer": Feature(
+        "transformers", "4.53", "CLIP's processor takes its own tokenizer alone (4.37: measured)"
+    ),
     "CLIPSeg": Feature("transformers", "4.24", "there is no CLIPSeg", "transformers:CLIPSegModel"),
     "Chinese CLIP": Feature("transformers", "4.25", "there is no Chinese CLIP", "transformers:ChineseCLIPModel"),
     "AltCLIP": Feature("transformers", "4.26", "there is no AltCLIP", "transformers:AltCLIPModel"),
@@ -113,6 +116,9 @@ TRANSFORMERS = {
     "DPT": Feature("transformers", "4.18", "there is no DPT", "transformers:DPTModel"),
     "YOLOS": Feature("transformers", "4.20", "there is no YOLOS", "transformers:YolosModel"),
     "BEiT": Feature("transformers", "4.11", "there is no BEiT", "transformers:BeitModel"),
+    "BEiT on meta": Feature(
+        "transformers", "4.53", "BEiT reads numbers while it is built, and there are none on meta (4.37: measured)"
+    ),
     "ViViT": Feature("transformers", "4.32", "there is no ViViT", "transformers:VivitModel"),
     "GroupViT": Feature("transformers", "4.21", "there is no GroupViT", "transformers:GroupViTModel"),
     "X-CLIP": Feature("transformers", "4.22", "there is no X-CLIP", "transformers:XCLIPModel"),

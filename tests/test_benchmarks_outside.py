@@ -12,6 +12,8 @@ pytest.importorskip("open_clip")
 pytest.importorskip("skimage")
 pytest.importorskip("matplotlib")
 
+from since import since
+
 import patchselect
 from benchmarks.accuracy.yours import evaluate
 from benchmarks.common.objects import name_of, named
@@ -80,6 +82,7 @@ def test_labels_name_what_is_not_the_default(outside):
     assert chosen.label("unpatched") == "unpatched" and chosen.label("tome") == "ToMe as published"
 
 
+@since("counting")
 def test_an_object_from_outside_reaches_apply_and_the_tables(outside, tiny, tmp_path, monkeypatch, capsys):
     """`patchselect.apply` is given the object as it is; here something of the library's own stands in for its work."""
     given, apply = [], patchselect.apply

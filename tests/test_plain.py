@@ -175,7 +175,7 @@ REFUSED: dict[str, tuple[str, str]] = {
     "FlavaModel": (r"patchselect.apply\(model.image_model\)", "FLAVA"),
     "DPTForDepthEstimation": (r"patchselect.apply\(model.dpt\)", "DPT"),
     "YolosModel": ("layout that no adapter reads", "YOLOS"),
-    "BeitModel": ("layout that no adapter reads|relative positions", "BEiT"),
+    "BeitModel": ("layout that no adapter reads|relative positions", "BEiT on meta"),
     "VivitModel": ("layout that no adapter reads", "ViViT"),
     "GroupViTModel": ("layout that no adapter reads", "GroupViT"),
     "XCLIPModel": ("layout that no adapter reads", "X-CLIP"),
