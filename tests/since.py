@@ -166,7 +166,7 @@ OTHERS = {
     "timm switch": Feature("timm", "0.6", "a ViT of timm has no switch for checkpointing"),
     "timm checkpoints": Feature("timm", "1.0.15", "checkpointing is reentrant and takes no options"),
     "registers": Feature("timm", "0.9.8", "a ViT of timm has no register tokens and no pool by attention"),
-    "rotary towers": Feature("timm", "1.0.15", "Eva has fewer ways to attend", "timm.models.eva:Eva"),
+    "rotary towers": Feature("timm", "1.0.15", "Eva has fewer ways to attend"),
     "kinds of rotary towers": Feature("timm", "1.0.20", "Eva knows fewer kinds of rotary positions"),
     "perception encoders": Feature(
         "timm", "1.0.20", "Eva has no attention of the Perception Encoder (1.0.15: seen)", "timm.models.eva:Eva"

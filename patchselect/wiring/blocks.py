@@ -15,6 +15,7 @@ from ..functional import num_kept
 from ..reduction import Alike, Places, Reduced
 from ..relevance import Candidates
 from ..relevance.base import guiding_place
+from ..tower import Turn
 from .guidance import Guidance, current
 from .journey import Journey, asks, for_rows, journey_of
 from .padding import parts_for, select_parts
@@ -61,7 +62,7 @@ def run_block(block: nn.Module, name: str, original: Original, *args: Any, **kwa
         if held is not None and held.take(layer, attended):
             return adapter.as_output(tower, hidden)
     turn = adapter.turn(tower, block, *args, **kwargs) if tower.rotary else None
-    seen = dataclasses.replace(_seen(layer, block, attended, guidance, counted), turn=turn)
+    seen = _seen(layer, block, attended, guidance, counted, turn)
     parts = parts_for(layer, hidden)
     if parts is None:
         tokens = select(layer, seen, hidden, guidance, counted)  # 2, 3 and 4
@@ -167,7 +168,12 @@ def _places(layer: Layer, hidden: Tensor, journey: Journey | None, sources: Tens
 
 
 def _seen(
-    layer: Layer, block: nn.Module, attended: Attended, guidance: Guidance | None, counted: Counted
+    layer: Layer,
+    block: nn.Module,
+    attended: Attended,
+    guidance: Guidance | None,
+    counted: Counted,
+    turn: Turn | None,
 ) -> Candidates:
     tower, plan = layer.tower, layer.plan
     tokens, normed = attended.tokens, attended.normed
@@ -191,6 +197,7 @@ def _seen(
         counted.sizes,
         memory,
         attended.keys,
+        turn,
     )
 
 
