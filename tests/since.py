@@ -91,7 +91,7 @@ TRANSFORMERS = {
         "transformers", "4.25", "processors have other names", "transformers:CLIPImageProcessor"
     ),
     "processors of any tokenizer": Feature(
-        "transformers", "4.53", "CLIP's processor takes its own tokenizer alone (4.37: measured)"
+        "transformers", "5.0", "CLIP's processor takes its own tokenizer alone (4.53: seen)"
     ),
     "CLIPSeg": Feature("transformers", "4.24", "there is no CLIPSeg", "transformers:CLIPSegModel"),
     "Chinese CLIP": Feature("transformers", "4.25", "there is no Chinese CLIP", "transformers:ChineseCLIPModel"),
@@ -154,6 +154,7 @@ OTHERS = {
     "towers on meta": Feature(
         "open_clip_torch", "2.32", "some of these configurations do not exist, the others need memory and weights"
     ),
+    "folders of open_clip": Feature("open_clip_torch", "3.0", "models are not read from folders (2.32: seen)"),
     "56 configurations": Feature("open_clip_torch", "3.3", "there are fewer configurations"),
     "scaled cosine": Feature("open_clip_torch", "3.0", "its towers have no attention by scaled cosine"),
     "CoCa": Feature("open_clip_torch", "2.24", "CoCa counts its tokens and queries in another way"),
@@ -168,9 +169,7 @@ OTHERS = {
     "registers": Feature("timm", "0.9.8", "a ViT of timm has no register tokens and no pool by attention"),
     "rotary towers": Feature("timm", "1.0.15", "Eva has fewer ways to attend"),
     "kinds of rotary towers": Feature("timm", "1.0.20", "Eva knows fewer kinds of rotary positions"),
-    "perception encoders": Feature(
-        "timm", "1.0.20", "Eva has no attention of the Perception Encoder (1.0.15: seen)", "timm.models.eva:Eva"
-    ),
+    "perception encoders": Feature("timm", "1.0.20", "Eva has no attention of the Perception Encoder (1.0.15: seen)"),
     "intermediates": Feature("timm", "1.0", "a ViT of timm has no forward_intermediates"),
 }
 """Features of the other hosts, and what tests need besides."""

@@ -11,7 +11,7 @@ import torch
 import torch.multiprocessing
 from heads import build, floats, loss_of, rewound, skip_what_autocast_cannot_run
 from processes import leave_group
-from since import needs, since, slow
+from since import missing, needs, since, slow
 from torch import Tensor, nn
 
 needs("checkpoints without reentry", module=True)
@@ -53,7 +53,8 @@ def _step(rank: int, world: int, store: str, name: str, how: str, half: bool, re
     torch.manual_seed(7)
     with autocast(half):
         loss = loss_of(run(*batch[0], **batch[1]))
-    loss.backward()
+    averages = how == "ddp" or missing("averages of FSDP2") is None
+    (loss if averages else loss / world).backward()
     weight = patchselect.handle_of(model).towers[0].blocks[0].norm1.weight.grad
     weight = weight.full_tensor() if how == "fsdp" else weight
     torch.save((loss.detach(), weight), f"{results}/{rank}")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import TINY
-from since import BENCHMARKS, needs
+from since import BENCHMARKS, needs, since
 
 needs(*BENCHMARKS, module=True)
 import open_clip
@@ -80,6 +80,7 @@ def activation(host):
     return type(host.model.visual.transformer.resblocks[0].mlp.gelu).__name__
 
 
+@since("folders of open_clip")
 def test_a_tag_brings_its_activation(tiny, tmp_path, monkeypatch):
     """open_clip alone warns, and runs OpenAI's weights with GELU; what is saved keeps it too."""
     torch.manual_seed(0)
@@ -108,6 +109,7 @@ def test_a_file_with_a_name_that_has_a_twin_is_noted(tmp_path, monkeypatch):
     assert (activation(plain), activation(quick)) == ("GELU", "QuickGELU")
 
 
+@since("folders of open_clip")
 def test_folders_of_open_clip(tiny, tmp_path):
     """Without weights they are random and said to be; with other weights, those are loaded."""
     host = load(tiny)

@@ -155,7 +155,7 @@ def test_timm_tower(name):
     check(model, torch.randn(2, 3, 64, 64), model.visual.trunk.num_prefix_tokens, 16)
 
 
-@since("towers on meta")
+@since("towers on meta", "timm on meta")
 @pytest.mark.parametrize("name", once(REFUSED))
 def test_everything_else_is_refused_by_name(name):
     config = copy.deepcopy(CONFIGS[name])

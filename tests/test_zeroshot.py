@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from since import BENCHMARKS, needs
+from since import BENCHMARKS, needs, since
 
 needs(*BENCHMARKS, module=True)
 import numpy as np
@@ -155,6 +155,7 @@ def aligned(model, table, folder, output, *more):
     return align.main(align.parse([*arguments, "--device", "cpu", "--output", str(output), *more]))
 
 
+@since("folders of open_clip")
 def test_aligned_open_clip_is_evaluated_by_its_folder(table, folder, tmp_path, capsys):
     report = aligned(SMALLEST, table, folder, tmp_path / "out", "--random-weights")
     assert len(report["losses"]) == 2 and f"--model {tmp_path / 'out' / 'model'}" in capsys.readouterr().out

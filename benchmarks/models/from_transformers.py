@@ -131,7 +131,7 @@ def _tokenizer(name: str) -> Any:
 
     try:
         found = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError):
+    except (OSError, ValueError, TypeError):  # without files: TypeError in transformers 4.53
         return None
     # Without files, transformers 5 makes one that knows no words.
     return found if set(found.get_vocab()) - set(found.all_special_tokens) else None
@@ -149,4 +149,5 @@ def _tokenize(name: str, tokenizer: Any, text: Any) -> tuple[Callable[[list[str]
 
 
 def _padded(tokenizer: Any, captions: list[str], length: int) -> Tokens:
-    return dict(tokenizer(captions, padding="max_length", max_length=length, truncation=True, return_tensors="pt"))
+    fixed = dict(padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+    return dict(tokenizer(captions, **fixed, return_token_type_ids=False))  # which CLIP and SigLIP do not read

@@ -90,8 +90,10 @@ def _transformers(options: argparse.Namespace, photo: Any) -> Loaded:
     tokens = processor(
         text=list(options.texts), return_tensors="pt", padding="max_length", truncation=True, max_length=min(lengths)
     )
+    # Some tokenizers tell the first of two sentences from the second, which CLIP and SigLIP do not read.
+    read = {name: tokens[name] for name in ("input_ids", "attention_mask") if name in tokens}
     with torch.no_grad():
-        features = pooled(model.get_text_features(**tokens))
+        features = pooled(model.get_text_features(**read))
     pixels = inputs["pixel_values"]
     if pixels.dim() != 4:  # SigLIP 2: flat patches of the whole photo, padded
         import numpy
