@@ -14,6 +14,7 @@ import copy
 import importlib
 import inspect
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -123,4 +124,4 @@ def small(name: str) -> tuple[nn.Module, int]:
 
 if __name__ == "__main__":
     counts = collections.Counter(how for module in modules() for _, how in declared(module))
-    print(installed("transformers"), {how: count for how, count in counts.items() if how is not None})
+    sys.stdout.write(f"{installed('transformers')} { {how: n for how, n in counts.items() if how is not None} }\n")
