@@ -19,7 +19,7 @@ COUNTED = 1e-2
 
 
 def check_blocks(plan: Plan, tower: Tower) -> dict[int, tuple[str, ...]]:
-    """Check every block that selects, merges or counts sizes; blocks that are alike but for their weights once.
+    """Check every block that selects, merges, counts sizes or is read; blocks that are alike but for weights once.
 
     Returns:
         Of each, the parts that its own attention calls and attention that counts sizes does not, or the other way.
@@ -30,21 +30,26 @@ def check_blocks(plan: Plan, tower: Tower) -> dict[int, tuple[str, ...]]:
     """
     seen: dict[Any, tuple[str, ...]] = {}
     found = {}
-    for index, block in enumerate(tower.blocks):
-        if index in plan.layers or plan.counts(index):
-            kind = likeness(block)
+    kinds = [likeness(block) for block in tower.blocks]
+    reads = plan.relevance.reads(tower, plan.layers) if plan.selects else ()
+    kinds_read = {kinds[index] for index in reads}
+    for index, kind in enumerate(kinds):
+        acts = index in plan.layers or plan.counts(index)
+        if acts or index in reads:
             if kind not in seen:
-                seen[kind] = check_halves(tower, index, plan)
+                seen[kind] = check_halves(tower, index, plan, kind in kinds_read)
                 _check_weights(tower, index)
-            found[index] = seen[kind]
+            if acts:
+                found[index] = seen[kind]
     return found
 
 
-def check_halves(tower: Tower, index: int, plan: Plan | None = None) -> tuple[str, ...]:
+def check_halves(tower: Tower, index: int, plan: Plan | None = None, read: bool = False) -> tuple[str, ...]:
     """Raise a TypeError unless `attend` and `finish` of the adapter are the forward of block `index`.
 
     Where attention is to count sizes, raise a ValueError unless `attend_sized` with sizes of 1 is `attend`; return the
-    names of the parts that one of the two calls and the other does not.
+    names of the parts that one of the two calls and the other does not. Where a relevance is to `read` the weights of
+    the attention, raise a TypeError unless attention of those weights, which is the same, is `attend`.
 
     Both run on a few random tokens, in the dtype and on the device of the block, in evaluation mode, on a copy that
     shares its weights; norms, biases and scales are random there, so that nothing is hidden by ones and zeros. Neither
@@ -60,23 +65,28 @@ def check_halves(tower: Tower, index: int, plan: Plan | None = None) -> tuple[st
         if error is not None:
             if has_no_kernels(error, tokens):
                 return ()
-            raise TypeError(_refusal(tower, index, f"cannot be compared with them, as it raised {said(error)}"))
+            raise _refusal(plan, tower, index, f"cannot be compared with them, as it raised {said(error)}")
         try:
             attended, called, found = _halves(tower, twin, tokens)
         except Exception as raised:
-            raise TypeError(_refusal(tower, index, f"ran where they raised {said(raised)}")) from raised
+            raise _refusal(plan, tower, index, f"ran where they raised {said(raised)}") from raised
         difference = difference_of(own, found, tokens)
         if difference is not None:
-            raise TypeError(_refusal(tower, index, difference))
-        if plan is None or not (plan.follows_sizes and plan.sizes):
+            raise _refusal(plan, tower, index, difference)
+        counts = plan is not None and bool(plan.follows_sizes and plan.sizes)
+        if plan is None or not (counts or read):
             return ()
         try:
             counted, by_us = _counted(tower, twin, tokens)
         except Exception as raised:
+            if not counts:  # an attention that no adapter computes (gates, masks): its weights stand unasked
+                return ()
             raise ValueError(cannot_count(plan, tower, index, f"raised {said(raised)}")) from raised
         if difference_of(attended, counted, tokens, COUNTED) is not None:
+            if not counts:
+                raise TypeError(_cannot_read(plan, tower, index, "its attention computes something else with them"))
             raise ValueError(cannot_count(plan, tower, index, "computes it otherwise than the block does"))
-    return tuple(sorted(called ^ by_us))
+    return tuple(sorted(called ^ by_us)) if counts else ()
 
 
 def _check_weights(tower: Tower, index: int) -> None:
@@ -98,14 +108,28 @@ def cannot_count(plan: Plan, tower: Tower, index: int, why: str) -> str:
     )
 
 
-def _refusal(tower: Tower, index: int, what: str) -> str:
+def _refusal(plan: Plan | None, tower: Tower, index: int, what: str) -> TypeError:
     kind = own_class(type(tower.blocks[index]))
-    return (
+    what = f"the forward of {kind.__module__}.{kind.__qualname__} {what}"
+    if plan is not None and index not in plan.layers and not plan.counts(index):
+        return TypeError(_cannot_read(plan, tower, index, what))
+    return TypeError(
         f"block {index} of {type(tower.module).__name__} cannot select: the adapter {tower.adapter.name!r} runs its "
-        f"attention and its MLP one by one, and the forward of {kind.__module__}.{kind.__qualname__} {what}. Leave "
+        f"attention and its MLP one by one, and {what}. Leave "
         "this block out of layers (without merge and sizes, if it does not select), or say how it computes: "
         "apply(model, adapter=…) with a patchselect.Adapter of your own, whose attend and finish are its two halves "
         "(and sample_call what it is called with)"
+    )
+
+
+def _cannot_read(plan: Plan, tower: Tower, index: int, why: str) -> str:
+    """Say that a relevance would read weights as something else than the block makes of them, and what to do."""
+    return (
+        f"relevance={plan.relevance.name!r} cannot read the attention of block {index} of "
+        f"{type(tower.module).__name__}: the adapter {tower.adapter.name!r} runs attention and MLP of a block one by "
+        f"one and says which weights are query, key, value and output, and {why}. Use a relevance that does not read "
+        'this block ("keys" reads those that select, "joint" none), or say how it computes: apply(model, adapter=…) '
+        "with a patchselect.Adapter of your own (attend, finish, projections)"
     )
 
 
