@@ -19,7 +19,7 @@ from patchselect.prompts.calls import call_prompted, generate_prompted
 from patchselect.prompts.host import Prompted
 from patchselect.prompts.layers import call_tower_evenly, check_read, evening
 from patchselect.weights import is_linear
-from patchselect.wiring.guard import bare_twin
+from patchselect.wiring.twins import bare_twin
 
 from .readers import core_of, names_of, refuse_others
 from .siglip import TransformersSiglip

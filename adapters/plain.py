@@ -60,12 +60,17 @@ def linears_of(attention: Any) -> list[Any]:
 def norms_of(block: Any) -> tuple[Any, Any] | None:
     """Return the norms before attention and MLP of a block that is laid out as the plain ones; `None` of any other."""
     parts = {name for name, _ in block.named_children()}
-    if any(True for _ in block.parameters(recurse=False)):
+    if any(True for _ in block.parameters(recurse=False)) or in_windows(block):
         return None
     for names in NORMS:
         if parts - AROUND_BRANCHES in [{*names, "attention", *mlp} for mlp in MLPS] and linears_of(block.attention):
             return getattr(block, names[0]), getattr(block, names[1])
     return None
+
+
+def in_windows(block: Any) -> bool:
+    """Tell whether a row of the batch is a window of an image, in this block or in the next (RF-DETR)."""
+    return any("window" in name for name in vars(block))
 
 
 def patches_of(embeddings: Any) -> nn.Conv2d | None:

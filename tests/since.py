@@ -122,6 +122,9 @@ TRANSFORMERS = {
     "ViViT": Feature("transformers", "4.32", "there is no ViViT", "transformers:VivitModel"),
     "GroupViT": Feature("transformers", "4.21", "there is no GroupViT", "transformers:GroupViTModel"),
     "X-CLIP": Feature("transformers", "4.22", "there is no X-CLIP", "transformers:XCLIPModel"),
+    "RF-DETR": Feature(
+        "transformers", "5.23", "there is no RF-DETR (5.23: measured)", "transformers:RfDetrDinov2Backbone"
+    ),
     "BridgeTower": Feature("transformers", "4.27", "there is no BridgeTower", "transformers:BridgeTowerModel"),
     "attention by switch": Feature(
         "transformers", "4.56", "a model that is made cannot be told to attend in another way (4.53: seen)"

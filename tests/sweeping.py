@@ -1,18 +1,20 @@
 """Every model class of the installed transformers that takes pixels, built small on the meta device.
 
-That is, in transformers 5.23: 588 classes whose `forward` has an argument for pixels, 47 more with a name that says
-vision (parts that are called with what other parts made of pixels), and 124 more that say so by `main_input_name` or
-`input_modalities` alone (text models and decoders of such models). Of the classes that declare pixels in one of these
-ways, some 240 are left out: `…PreTrainedModel`, which are bases without a `forward`. Backbones and the parts of every
+That is, in transformers 5.24 (`python tests/sweeping.py` counts those of the installed release): 595 classes whose
+`forward` has an argument for pixels, 43 more with a name that says vision (parts that are called with what other parts
+made of pixels), and 125 more that say so by `main_input_name` or `input_modalities` alone (text models and decoders of
+such models). Left out are 247 `…PreTrainedModel`, which are bases without a `forward`. Backbones and the parts of every
 model that is built are asked as they are met; nothing is loaded from a hub.
 """
 
 from __future__ import annotations
 
+import collections
 import copy
 import importlib
 import inspect
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -39,19 +41,31 @@ def modules() -> list[str]:
 
 def classes_of(module: str) -> list[Any]:
     """The model classes of a module that take pixels, say that they do, or are a vision part of one that does."""
+    return [kind for kind, how in declared(module) if how not in (None, "base")]
+
+
+def declared(module: str) -> Iterator[tuple[Any, str | None]]:
+    """Each model class of a module, and how it declares pixels: by an argument, by its name, by what it says alone.
+
+    `"base"` is one that says so and has no `forward`; `None` declares none.
+    """
     base = importlib.import_module("transformers").PreTrainedModel
     found = importlib.import_module(f"transformers.models.{module}")
-    return [kind for kind in vars(found).values() if _is_model(kind, base, found.__name__)]
+    for kind in vars(found).values():
+        if inspect.isclass(kind) and issubclass(kind, base) and kind.__module__ == found.__name__:
+            yield kind, _declares(kind)
 
 
-def _is_model(kind: Any, base: type, module: str) -> bool:
-    if not inspect.isclass(kind) or not issubclass(kind, base) or kind.__module__ != module:
-        return False
+def _declares(kind: Any) -> str | None:
     takes = any(PIXELS.match(name) for name in inspect.signature(kind.forward).parameters)
     says = "pixel" in str(kind.main_input_name) or {"image", "video"} & {
         *(getattr(kind, "input_modalities", None) or ())
     }
-    return not kind.__name__.endswith("PreTrainedModel") and bool(takes or says or VISION.search(kind.__name__))
+    if kind.__name__.endswith("PreTrainedModel"):
+        return "base" if takes or says else None
+    if takes:
+        return "argument"
+    return "name" if VISION.search(kind.__name__) else "alone" if says else None
 
 
 def shallow(config: Any) -> Any:
@@ -106,3 +120,8 @@ def small(name: str) -> tuple[nn.Module, int]:
     if hasattr(config, "out_features"):
         config.out_features = [f"stage{config.num_hidden_layers}"]
     return found(config), 64
+
+
+if __name__ == "__main__":
+    counts = collections.Counter(how for module in modules() for _, how in declared(module))
+    sys.stdout.write(f"{installed('transformers')} { {how: n for how, n in counts.items() if how is not None} }\n")

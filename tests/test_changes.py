@@ -14,7 +14,7 @@ from test_errors import classes
 from torch import nn
 
 import patchselect
-from patchselect.wiring import guard
+from patchselect.wiring import twins
 from patchselect.wiring.state import STATE
 
 CHANGED = r"were changed after patchselect\.apply: {}.*patchselect\.remove\(model\), and patchselect\.apply again"
@@ -178,7 +178,7 @@ def test_a_copy_of_one_block_is_light_and_selects_alike(name):
     assert state.wiring is handle.wiring and state.tower is handle.towers[0] and patchselect.handle_of(twin) == handle
     tokens = torch.randn(2, case.prefix + 16, handle.towers[0].width)
     tokens = tokens if handle.towers[0].batch_first else tokens.transpose(0, 1)
-    kwargs = guard._call(handle.towers[0], handle.towers[0].blocks[0], tokens)[1]
+    kwargs = twins.call_of(handle.towers[0], handle.towers[0].blocks[0], tokens)[1]
 
     def run(module):
         found = module(tokens, **kwargs)
@@ -223,7 +223,7 @@ def test_a_pickled_block_is_a_plain_one_and_carries_nothing(name, merge):
         twin = pickle.loads(pickled)
         tokens = torch.randn(2, case.prefix + 16, handle.towers[0].width)
         tokens = tokens if handle.towers[0].batch_first else tokens.transpose(0, 1)
-        kwargs = guard._call(handle.towers[0], blocks[0], tokens)[1]
+        kwargs = twins.call_of(handle.towers[0], blocks[0], tokens)[1]
         with torch.no_grad():
             found = twin(tokens, **kwargs)
         with pytest.raises(ValueError, match="is not patched"):
@@ -243,7 +243,7 @@ def test_a_copy_of_a_block_that_merges_is_a_plain_one_without_the_selection(name
     twin = copy.deepcopy(block)
     handle.remove()
     tokens = torch.randn(2, case.prefix + 16, handle.towers[0].width)
-    kwargs = guard._call(handle.towers[0], block, tokens)[1]
+    kwargs = twins.call_of(handle.towers[0], block, tokens)[1]
     with torch.no_grad():
         assert repr(twin(tokens, **kwargs)) == repr(block(tokens, **kwargs))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from doubles.albef import Block, Vit
+from doubles.albef import Attention, Block, Vit
 from hosts import HOSTS, build, vision_transformer
 from since import needs
 from test_errors import classes
@@ -65,6 +65,58 @@ def tower_of(kind, **options):
             own.attn.__class__ = type("Attention", (plain,), {"forward": shown})
         model.blocks[index] = own
     return model.eval()
+
+
+class Interleaved(Attention):
+    """Queries, keys and values of a head beside each other, as other code bases pack them."""
+
+    def forward(self, x, register_hook=False):
+        query, key, value = self.qkv(x).unflatten(-1, (self.num_heads, 3, -1)).permute(3, 0, 2, 1, 4)
+        weights = (query @ key.transpose(-1, -2) * self.scale).softmax(dim=-1)
+        return self.proj((weights @ value).transpose(1, 2).flatten(2))
+
+
+class Sharper(Attention):
+    """Scores that its scale does not tell of."""
+
+    def forward(self, x, register_hook=False):
+        query, key, value = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        weights = (query @ key.transpose(-1, -2) * 3 * self.scale).softmax(dim=-1)
+        return self.proj((weights @ value).transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("merge", [0, 0.5])
+@pytest.mark.parametrize("kind", [Interleaved, Sharper])
+def test_weights_that_attention_uses_otherwise_are_not_read(kind, merge):
+    """Attention is called as it is, so the tokens were right; the relevance read rows of other heads."""
+
+    def model(index):
+        found = Vit().eval()
+        found.blocks[index].attn.__class__ = kind
+        return found
+
+    options = dict(layers=[1, 3], merge=merge, sizes=False)
+    refused(
+        model(3), "relevance='keys' cannot read the attention of block 3 of Vit.*computes something else", **options
+    )
+    patchselect.apply(model(4), 0.5, guidance="image", **options)
+    with pytest.raises(
+        TypeError, match="relevance='values' cannot read the attention of block 4 of Vit.*\"joint\" none"
+    ):
+        patchselect.apply(model(4), 0.5, relevance="values", **options)
+    patchselect.apply(model(2), 0.5, relevance="values", **{**options, "layers": [3]})
+    patchselect.apply(model(3), 0.5, guidance="random", **options)
+
+
+def test_a_later_block_whose_weights_are_read_is_compared_too():
+    model = Vit().eval()
+    model.blocks[4] = ScaledByParameters(32, model.blocks[4].attn.num_heads).eval()
+    patchselect.apply(model, 0.5, layers=[1, 3], relevance="keys")
+    patchselect.remove(model)
+    with pytest.raises(
+        TypeError, match="relevance='values' cannot read.*block 4 of Vit.*ScaledByParameters gives other"
+    ):
+        patchselect.apply(model, 0.5, layers=[1, 3], relevance="values")
 
 
 @pytest.mark.parametrize("scale", [0.1, 1e-6, 1.0, 0.0])
@@ -139,7 +191,7 @@ def test_blocks_that_merge_are_asked_too(index, options):
 def test_blocks_that_are_alike_are_compared_once(monkeypatch):
     asked, check = [], guard.check_halves
     monkeypatch.setattr(
-        guard, "check_halves", lambda tower, index, plan: asked.append(index) or check(tower, index, plan)
+        guard, "check_halves", lambda tower, index, *rest: asked.append(index) or check(tower, index, *rest)
     )
 
     def asked_of(model):

@@ -180,6 +180,7 @@ REFUSED: dict[str, tuple[str, str]] = {
     "GroupViTModel": ("layout that no adapter reads", "GroupViT"),
     "XCLIPModel": ("layout that no adapter reads", "X-CLIP"),
     "BridgeTowerModel": ("layout that no adapter reads", "BridgeTower"),
+    "RfDetrDinov2Backbone": ("it attends in windows of the grid", "RF-DETR"),
 }
 
 

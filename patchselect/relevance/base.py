@@ -151,6 +151,13 @@ class Relevance:
         """
         self._scored(tower, layers[0], 4, guidance)
 
+    def reads(self, tower: Tower, layers: Sequence[int]) -> Sequence[int]:
+        """Return the blocks whose attention weights `scores` reads, here those that select.
+
+        `apply` makes sure that their attention computes with these weights.
+        """
+        return layers
+
     def cost(self, tower: Tower, index: int, first: bool, guidance: str) -> tuple[int, int]:
         """Return the multiply-adds of one text in one selection layer: once an image, and per patch.
 

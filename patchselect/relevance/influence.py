@@ -43,5 +43,8 @@ class Influence(Relevance):
     def check(self, tower: Tower, layers: Sequence[int], guidance: str) -> None:
         self.of.check(tower, layers, guidance)
 
+    def reads(self, tower: Tower, layers: Sequence[int]) -> Sequence[int]:
+        return self.of.reads(tower, layers)
+
     def cost(self, tower: Tower, index: int, first: bool, guidance: str) -> tuple[int, int]:
         return self.of.cost(tower, index, first, guidance)

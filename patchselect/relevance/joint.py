@@ -29,6 +29,9 @@ class Joint(Relevance):
         tower.text_width()  # a host that shares one sequence says so here
         check_projects(tower, self.name, guidance)
 
+    def reads(self, tower: Tower, layers: Sequence[int]) -> Sequence[int]:
+        return ()
+
     def cost(self, tower: Tower, index: int, first: bool, guidance: str) -> tuple[int, int]:
         width = tower.text_width() if guidance == "text" else 0
         return 0, projection_cost(tower) + width

@@ -26,5 +26,8 @@ class Random(Relevance):
     def check(self, tower: Tower, layers: Sequence[int], guidance: str) -> None:
         pass
 
+    def reads(self, tower: Tower, layers: Sequence[int]) -> Sequence[int]:
+        return ()
+
     def cost(self, tower: Tower, index: int, first: bool, guidance: str) -> tuple[int, int]:
         return 0, 0

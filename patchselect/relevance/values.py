@@ -83,6 +83,9 @@ class Values(Relevance):
         if guidance == "image":
             check_projects(tower, self.name, guidance)
 
+    def reads(self, tower: Tower, layers: Sequence[int]) -> Sequence[int]:
+        return range(layers[0], len(tower.blocks))
+
     def cost(self, tower: Tower, index: int, first: bool, guidance: str) -> tuple[int, int]:
         once = 2 * tower.width**2 * (len(tower.blocks) - index) + lift_cost(tower, guidance, read_back=True)
         return once * first, 3 * tower.width

@@ -65,6 +65,7 @@ def reason(model: nn.Module) -> str:
     words = {part for name, _ in model.named_parameters() for part in name.lower().split(".")}
     words |= {type(part).__name__.lower() for part in model.modules()}
     words |= {name.lower().rpartition(".")[2] for name, _ in model.named_modules()}
+    words |= {name.lower() for name in vars(blocks[0])}
     for traits, said in TRAITS:
         if any(trait in word for trait in traits for word in words):
             return said
