@@ -62,7 +62,8 @@ def run_pooled(block: nn.Module, name: str, original: Original, *args: Any, **kw
     """Run the last block on its prefix tokens alone."""
     layer: Layer = block._patchselect  # type: ignore[assignment]
     hidden = args[0] if args else next(iter(kwargs.values()))
-    if block.training or kwargs.get("output_attentions") or not isinstance(hidden, Tensor):
+    masks = [value for value in (*args[1:], *kwargs.values()) if isinstance(value, Tensor) and value is not hidden]
+    if block.training or kwargs.get("output_attentions") or masks or not isinstance(hidden, Tensor):
         usual = run_counting if layer.plan.counts(layer.index) else pass_block
         return usual(block, name, original, *args, **kwargs)
     return pass_block(block, name, lambda *_, **__: _pooled(layer, block, hidden), *args, **kwargs)

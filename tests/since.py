@@ -171,6 +171,7 @@ OTHERS = {
     "perception encoders": Feature(
         "timm", "1.0.20", "Eva has no attention of the Perception Encoder (1.0.15: seen)", "timm.models.eva:Eva"
     ),
+    "NaFlexVit": Feature("timm", "1.0.31", "there is no NaFlexVit, or its masks are others (1.0.15: seen)"),
     "intermediates": Feature("timm", "1.0", "a ViT of timm has no forward_intermediates"),
 }
 """Features of the other hosts, and what tests need besides."""
