@@ -217,17 +217,17 @@ def patches_of(shapes: Sequence[tuple[int, int]], length: int) -> dict[str, torc
 
 
 def naflex(**options: Any) -> Case:
-    """Build a NaFlexVit of timm; `options` are its own."""
+    """Build a NaFlexVit of timm, called with pixels; test_padded.py has its patches. `options` are its own."""
     needs("NaFlexVit")
     from timm.models.naflexvit import NaFlexVit
 
-    sizes = dict(embed_dim=48, depth=6, num_heads=4, num_classes=10, pos_embed_grid_size=(4, 4))
+    sizes = dict(embed_dim=48, depth=6, num_heads=4, num_classes=10, pos_embed_grid_size=(3, 5))
     model = NaFlexVit(**{**sizes, **options})
     return Case(
         model=model,
         image_side=lambda m, x: m(x),
         text_width=48,
-        images=lambda batch: patches_of([(3, 5)] * batch, 15),
+        images=pixels(48, 80),
         tower=lambda m: m,
         prefix=model.num_prefix_tokens,
         patches=15,
