@@ -12,6 +12,7 @@ from .eva import OpenClipEva, TimmEva
 from .lavis import Lavis, LavisClip
 from .llava import LlavaClip, LlavaSiglip
 from .mplug import Mplug
+from .naflex import OpenClipNaflex, OpenClipNaflexEva, TimmNaflex, TimmNaflexEva
 from .open_clip import OpenClip, OpenClipTimm
 from .openai_clip import OpenAiClip
 from .plain import TransformersPlain
@@ -31,6 +32,10 @@ ADAPTERS: tuple[Adapter, ...] = (
     TransformersSiglip(),
     LavisClip(),
     OpenClip(),
+    OpenClipNaflex(),
+    OpenClipNaflexEva(),
+    TimmNaflex(),
+    TimmNaflexEva(),
     OpenClipTimm(),
     OpenClipEva(),
     TimmViT(),

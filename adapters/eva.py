@@ -20,10 +20,11 @@ BLOCK_PARTS = {"norm1", "attn", "drop_path1", "norm2", "mlp", "drop_path2"}
 CALL = ("x", "rope", "attn_mask", "is_causal")
 
 
-def why_not(trunk: Any) -> str | None:
+def why_not(trunk: Any, embedding: str = "patch_embed") -> str | None:
     """Return what of `trunk` keeps it from being an `Eva`, in words; `None` if it is one."""
     blocks: Any = getattr(trunk, "blocks", None)
-    if prefix_of(trunk) is None or not hasattr(trunk, "patch_embed") or not isinstance(blocks, nn.ModuleList):
+    listed = isinstance(blocks, (nn.ModuleList, nn.Sequential))
+    if prefix_of(trunk) is None or not hasattr(trunk, embedding) or not listed:
         return "it is not a vision transformer of plain blocks"
     for block in blocks:
         if {name for name, _ in block.named_children()} != BLOCK_PARTS:
@@ -63,7 +64,7 @@ class TimmEva(TimmViT):
     name = "timm-eva"
 
     def why_not(self, trunk: nn.Module) -> str | None:
-        return why_not(trunk)
+        return why_not(trunk, self.embedding)
 
     def tower(self, trunk: Any) -> Tower:
         tower = super().tower(trunk)

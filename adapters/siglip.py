@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from patchselect.adapter import Arguments, Tower, Wrapper, bound
+from patchselect.adapter import Arguments, Images, Tower, Wrapper, bound
 from patchselect.compat import is_compiling
 from patchselect.weights import gathered, held, is_linear, pool_cost, through_norm
 from patchselect.wiring.journey import call_tower, parts_of_call
@@ -75,20 +75,21 @@ class TransformersSiglip(TransformersClip):
             tower.padded = self.takes_flat_patches(tower)
         return found
 
-    def images(self, tower: Tower, *args: Any, **kwargs: Any) -> list[tuple[int, int]] | None:
+    def images(self, tower: Tower, *args: Any, **kwargs: Any) -> Images | None:
         mask, shapes = given_to_siglip2(args, kwargs)
         if shapes is None or is_compiling():
             return None
         sizes = [(int(height), int(width)) for height, width in shapes.tolist()]
         if mask is None or bool(mask.all()):
-            return sizes if len(set(sizes)) > 1 else None  # several grids of as many patches: nothing is padding
-        counts = torch.tensor([height * width for height, width in sizes], device=mask.device)
+            return Images(sizes, padding=False) if len(set(sizes)) > 1 else None
+        found = Images(sizes, padding=True)
+        counts = torch.tensor(found.counts, device=mask.device)
         if not torch.equal(mask.bool(), torch.arange(mask.shape[1], device=mask.device) < counts[:, None]):
             raise ValueError(
                 f"the mask of this padded batch does not show the {counts.tolist()} patches that spatial_shapes says, "
                 "in front of the padding: give what the processor returns"
             )
-        return sizes
+        return found
 
     def fit_masks(self, tower: Tower, block: nn.Module, real: Tensor, *args: Any, **kwargs: Any) -> Arguments:
         given = bound(tower.parts["block_call"], args, kwargs)

@@ -55,12 +55,12 @@ def out_of(attention: Any, heads: Tensor) -> Tensor:
     return attention.proj_drop(branch) if hasattr(attention, "proj_drop") else branch
 
 
-def why_not(trunk: nn.Module) -> str | None:
+def why_not(trunk: nn.Module, embedding: str = "patch_embed") -> str | None:
     """Say what of `trunk` keeps it from being a plain ViT of timm; `None` if it is one."""
     blocks: Any = getattr(trunk, "blocks", None)
     if (
         prefix_of(trunk) is None
-        or not hasattr(trunk, "patch_embed")
+        or not hasattr(trunk, embedding)
         or not isinstance(blocks, (nn.Sequential, nn.ModuleList))
     ):
         return "it is not a vision transformer of plain blocks"
@@ -71,6 +71,8 @@ def why_not(trunk: nn.Module) -> str | None:
             block.attn, "qkv"
         ):
             return f"its blocks ({type(block).__name__}) are not plain pre-norm attention blocks"
+        if hasattr(block.attn, "lambda_q1"):
+            return f"its attention ({type(block.attn).__name__}) is the difference of two"
         if getattr(block.attn, "rel_pos", None) is not None or hasattr(block.attn, "relative_position_bias_table"):
             return "its attention has relative positions per patch"
     if getattr(trunk, "shared_rel_pos", None) is not None:
@@ -104,6 +106,8 @@ class TimmViT(Adapter):
     """`timm.models.vision_transformer.VisionTransformer` alone, or in a `TimmWrapperModel` of transformers."""
 
     name = "timm"
+    embedding = "patch_embed"
+    """What the part is called that makes tokens of pixels."""
 
     def towers(self, model: nn.Module) -> list[Tower]:
         model = getattr(
@@ -118,7 +122,7 @@ class TimmViT(Adapter):
 
     def why_not(self, trunk: nn.Module) -> str | None:
         """Return what keeps `trunk` from being a tower of this family, in words; `None` if it is one."""
-        return why_not(trunk)
+        return why_not(trunk, self.embedding)
 
     def tower(self, trunk: Any) -> Tower:
         return Tower(

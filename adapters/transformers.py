@@ -25,8 +25,7 @@ from patchselect.adapter import (
     pooled,
 )
 from patchselect.weights import Projections, is_linear, matrix, rate
-from patchselect.wiring.journey import parts_of_call
-from patchselect.wiring.recomputation import in_backward
+from patchselect.wiring.padding import knows_padding
 from patchselect.wiring.text_calls import call_with_text, recall_text
 from patchselect.wiring.wording import instead_of_whole, refuse_masks
 
@@ -58,11 +57,6 @@ def takes_return_dict(encoder: nn.Module | None) -> dict[str, bool]:
     parameters = {} if encoder is None else inspect.signature(encoder.forward).parameters
     named = "return_dict" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     return {"return_dict": True} if named else {}
-
-
-def knows_padding(tower: Tower) -> bool:
-    """Tell whether this run of a block knows which tokens are padding."""
-    return in_backward() or parts_of_call(tower) is not None
 
 
 class TransformersClip(Adapter):

@@ -13,7 +13,7 @@ from .attention import attention_branch
 from .calls import bound, named, padded, patch_grid, pooled, refuse_extras  # noqa: F401 (adapters find them here)
 from .compat import KEEPS_GRAPH
 from .texts import TextCall, TextRun, Texts
-from .tower import Attended, Reader, Tower, Turn, Wrapper
+from .tower import Attended, Images, Reader, Tower, Turn, Wrapper
 from .weights import Projections, through_norm
 
 Arguments = Tuple[Tuple[Any, ...], Mapping[str, Any]]
@@ -22,6 +22,7 @@ Arguments = Tuple[Tuple[Any, ...], Mapping[str, Any]]
 __all__ = [
     "Adapter",
     "Attended",
+    "Images",
     "Reader",
     "TextCall",
     "TextRun",
@@ -124,8 +125,8 @@ class Adapter:
 
     # Padded towers: images of several sizes in one batch, the patches of each in front of its padding.
 
-    def images(self, tower: Tower, *args: Any, **kwargs: Any) -> list[tuple[int, int]] | None:
-        """Return height and width, in patches, of each image that the tower is called with; `None` without padding.
+    def images(self, tower: Tower, *args: Any, **kwargs: Any) -> Images | None:
+        """Return the sizes of the images that the tower is called with; `None` if all have one grid, without padding.
 
         Raises:
             ValueError: padding comes before a patch.

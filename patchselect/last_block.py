@@ -12,7 +12,8 @@ from .pairs.prefix import pass_block
 from .weights import gathered
 from .wiring.blocks import Original
 from .wiring.guard import check_halves
-from .wiring.merging import run_counting
+from .wiring.merging import run_counting, run_placed
+from .wiring.places import follows
 from .wiring.sizes import counted_for
 from .wiring.state import STATE, Layer, wiring_of
 from .wiring.swapping import unswap
@@ -62,8 +63,10 @@ def run_pooled(block: nn.Module, name: str, original: Original, *args: Any, **kw
     """Run the last block on its prefix tokens alone."""
     layer: Layer = block._patchselect  # type: ignore[assignment]
     hidden = args[0] if args else next(iter(kwargs.values()))
-    if block.training or kwargs.get("output_attentions") or not isinstance(hidden, Tensor):
-        usual = run_counting if layer.plan.counts(layer.index) else pass_block
+    masks = [value for value in (*args[1:], *kwargs.values()) if isinstance(value, Tensor) and value is not hidden]
+    if block.training or kwargs.get("output_attentions") or masks or not isinstance(hidden, Tensor):
+        placed = run_placed if follows(layer.plan, layer.tower, layer.index) else pass_block
+        usual = run_counting if layer.plan.counts(layer.index) else placed
         return usual(block, name, original, *args, **kwargs)
     return pass_block(block, name, lambda *_, **__: _pooled(layer, block, hidden), *args, **kwargs)
 

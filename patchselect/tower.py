@@ -34,6 +34,20 @@ class Attended(NamedTuple):
     """`(B, N, E)`, the keys averaged over the heads, where they were at hand."""
 
 
+class Images(NamedTuple):
+    """The images that a padded tower is called with."""
+
+    sizes: list[tuple[int, int]]
+    """Height and width of each, in patches."""
+    padding: bool
+    """Whether some of the tokens are none of their patches."""
+
+    @property
+    def counts(self) -> list[int]:
+        """The number of patches of each image."""
+        return [height * width for height, width in self.sizes]
+
+
 class Reader:
     """Who reads the images of a tower beside a text. By default a dual encoder, of which only the image half is known.
 

@@ -173,6 +173,7 @@ OTHERS = {
     "rotary towers": Feature("timm", "1.0.15", "Eva has fewer ways to attend"),
     "kinds of rotary towers": Feature("timm", "1.0.20", "Eva knows fewer kinds of rotary positions"),
     "perception encoders": Feature("timm", "1.0.20", "Eva has no attention of the Perception Encoder (1.0.15: seen)"),
+    "NaFlexVit": Feature("timm", "1.0.31", "there is no NaFlexVit, or its masks are others (1.0.15: seen)"),
     "intermediates": Feature("timm", "1.0", "a ViT of timm has no forward_intermediates"),
 }
 """Features of the other hosts, and what tests need besides."""

@@ -48,6 +48,8 @@ class Names:
     rotary: Callable[[tuple, dict], tuple[Tensor, Tensor]] | None = None
     """Sines and cosines `(n, E)` of all places, of the arguments of a block."""
     half: bool = False
+    pool: Callable[[dict[str, Tensor]], Tensor] | None = None
+    """Output times value weights of the attention that pools behind the tower, `(width, width)`."""
 
 
 def silu(x: Tensor) -> Tensor:
@@ -240,7 +242,8 @@ class Reference:
         return torch.stack([(key @ q[p] / math.sqrt(width)).softmax(-1) for key, p in zip(keys, heads)]).mean(0)
 
     def by_values(self, x: Tensor, before: Tensor, index: int, text: Tensor, depth: int) -> Tensor:
-        g = self.w[self.names.post] * self.lifted(text)
+        g = self.lifted(text) if self.names.pool is None else text @ self.names.pool(self.w)
+        g = self.w[self.names.post] * g
         g = g - g.mean()
         scores = torch.zeros(len(x) - self.names.prefix, dtype=x.dtype)
         for later in range(index, depth):

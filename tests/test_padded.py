@@ -6,34 +6,59 @@ import pytest
 import torch
 from checkpointing import switch_on
 from hosts import Case, build, texts
+from hosts.of_open_clip import patches_of
 from since import needs
 
 import patchselect
 from patchselect.functional import num_kept
+from patchselect.wiring.towers import find_towers
 
 SHAPES = ((3, 5), (2, 4), (5, 2), (2, 4), (1, 2))
 LENGTH = 17
 """Of the batch: two places are padding in all rows."""
+KINDS = ("siglip2", "timm_naflex", "timm_naflex_rotary", "open_clip_naflex")
 
 
-def batch(shapes=SHAPES, length: int = LENGTH) -> dict[str, torch.Tensor]:
+def batch(case: Case, shapes=SHAPES, length: int = LENGTH) -> dict[str, torch.Tensor]:
     """Return images of these sizes in patches; padding is not zero, so that nothing may read it."""
-    generator = torch.Generator().manual_seed(5)
-    pixels = torch.stack([torch.randn(LENGTH, 768, generator=generator) for _ in SHAPES])
-    counts = torch.tensor([height * width for height, width in shapes])
+    found = patches_of(shapes, length)
+    if hasattr(case.tower(case.model), "embeds"):  # NaFlexVit
+        return found
     return {
-        "pixel_values": pixels[:, :length],
-        "pixel_attention_mask": (torch.arange(length) < counts[:, None]).long(),
+        "pixel_values": found["patches"],
+        "pixel_attention_mask": found["patch_valid"].long(),
         "spatial_shapes": torch.tensor(shapes),
     }
 
 
-def alone(row: int) -> dict[str, torch.Tensor]:
+def alone(case: Case, row: int) -> dict[str, torch.Tensor]:
     """Return one image of the batch without padding."""
     count = SHAPES[row][0] * SHAPES[row][1]
-    whole = batch()
-    return {name: value[row : row + 1, :count] if value.shape[1] == LENGTH else value[row : row + 1]
-            for name, value in whole.items()}  # fmt: skip
+    return {name: value[row : row + 1] if name == "spatial_shapes" else value[row : row + 1, :count]
+            for name, value in batch(case).items()}  # fmt: skip
+
+
+def pixels_of(images: dict[str, torch.Tensor]) -> torch.Tensor:
+    return next(iter(images.values()))
+
+
+def tokens_of_call(case: Case, images: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Return the tokens that the tower gives, padding and prefix tokens included."""
+    tower = case.tower(case.model)
+    if "patches" in images:
+        return tower.forward_features(**images)["patches"]
+    return tower(*images.values()).last_hidden_state
+
+
+def attend_in_steps(case: Case) -> None:
+    """Let the host compute the map of its attention itself."""
+    if hasattr(case.model, "set_attn_implementation"):
+        case.model.set_attn_implementation("eager")
+        return
+    fused = [part for part in case.tower(case.model).blocks.modules() if hasattr(part, "fused_attn")]
+    assert fused
+    for part in fused:
+        part.fused_attn = False
 
 
 def run(case: Case, images, text=None, pairing="paired"):
@@ -44,68 +69,82 @@ def run(case: Case, images, text=None, pairing="paired"):
             return case.image_side(case.model, images)
 
 
-@pytest.fixture
-def case() -> Case:
-    return build("siglip2")
+@pytest.fixture(params=KINDS)
+def case(request) -> Case:
+    return build(request.param)
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("relevance", ["keys", "features", "values", "joint"])
+@pytest.mark.parametrize(
+    ("relevance", "attention"),
+    [(name, "sdpa") for name in ("keys", "features", "values", "joint")] + [("keys", "eager")],
+)
 def test_a_batch_of_mixed_sizes_equals_the_images_one_by_one(case, relevance, attention):
     if attention == "eager":
         needs("attention by switch")
-        case.model.set_attn_implementation("eager")
+        attend_in_steps(case)
     text = texts(case, len(SHAPES))
     for rates, layers, fusion in (((0.5, 0.5), [1, 3], "mean"), ((0.7,), [2], "none"), ((1.0, 0.4), [0, 4], "sum")):
         patchselect.apply(case.model, list(rates), layers, relevance=relevance, fusion=fusion)
-        found = run(case, batch(), text)
+        found = run(case, batch(case), text)
         for row in range(len(SHAPES)):
-            torch.testing.assert_close(found[row], run(case, alone(row), text[row : row + 1])[0], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(
+                found[row], run(case, alone(case, row), text[row : row + 1])[0], rtol=1e-4, atol=1e-5
+            )
 
 
 @pytest.mark.parametrize("pairing", ["shared", "all"])
 def test_pairings_of_a_padded_batch(case, pairing):
     text = texts(case, 3)
     patchselect.apply(case.model, 0.5, [1, 3])
-    found = run(case, batch(), text, pairing).unflatten(0, (len(SHAPES), -1))
+    found = run(case, batch(case), text, pairing).unflatten(0, (len(SHAPES), -1))
     for row in range(len(SHAPES)):
-        torch.testing.assert_close(found[row], run(case, alone(row), text, pairing), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found[row], run(case, alone(case, row), text, pairing), rtol=1e-4, atol=1e-5)
 
 
 def test_guidance_by_the_image_and_a_prefix(case):
     patchselect.apply(case.model, 0.5, [1, 3], guidance="image")
-    found = run(case, batch())
+    found = run(case, batch(case))
     for row in range(len(SHAPES)):
-        torch.testing.assert_close(found[row], run(case, alone(row))[0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found[row], run(case, alone(case, row))[0], rtol=1e-4, atol=1e-5)
     patchselect.apply(case.model, 0.5, [1, 3])
-    images, text = batch(), texts(case, len(SHAPES))
-    options = {name: value for name, value in images.items() if name != "pixel_values"}
-    prefix = patchselect.encode_prefix(case.model, images["pixel_values"], **options)
+    images, text = batch(case), texts(case, len(SHAPES))
+    prefix = patchselect.encode_prefix(case.model, images)
     with torch.no_grad(), patchselect.guide(case.model, text, prefix=prefix):
-        again = case.image_side(case.model, {**images, "pixel_values": prefix.images})
+        again = case.image_side(case.model, {**images, next(iter(images)): prefix.images})
     torch.testing.assert_close(again, run(case, images, text), rtol=1e-5, atol=1e-5)
 
 
-def test_scores_of_pairs(case):
+@pytest.mark.parametrize("name", ["siglip2", "open_clip_naflex"])
+def test_scores_of_pairs(name):
+    case = build(name)
     patchselect.apply(case.model, 0.5, [1, 3])
     text = texts(case, 3)
-    found = patchselect.score_pairs(case.model, batch(), text, progress=False)
+    found = patchselect.score_pairs(case.model, batch(case), text, progress=False)
     for row in range(len(SHAPES)):
-        own = patchselect.score_pairs(case.model, alone(row), text, progress=False)
+        own = patchselect.score_pairs(case.model, alone(case, row), text, progress=False)
         torch.testing.assert_close(found[row : row + 1], own, rtol=1e-4, atol=1e-5)
 
 
 def test_several_grids_of_as_many_patches(case):
     handle = patchselect.apply(case.model, 0.5, [1, 3], guidance="image")
-    images = batch()
-    images = {name: value[:2] for name, value in images.items()}
-    images["spatial_shapes"] = torch.tensor([[3, 5], [5, 3]])
-    images["pixel_values"] = images["pixel_values"][:, :15]
-    images["pixel_attention_mask"] = torch.ones(2, 15, dtype=torch.long)
+    images = batch(case, [(3, 5), (5, 3)], 15)
     plain = run(case, images)
     with handle.record() as trace:
         torch.testing.assert_close(run(case, images), plain, rtol=1e-5, atol=1e-6)
     assert [entry.grid for entry in trace[0].images] == [(3, 5), (5, 3)]
+
+
+def test_images_of_one_size_may_be_padded_too(case):
+    """Processors pad one image as well."""
+    patchselect.apply(case.model, 0.5, [1, 3])
+    text = texts(case, 2)
+    plain = run(case, batch(case, [(3, 5)] * 2, 15), text)
+    longer = batch(case, [(3, 5)] * 2, 20)
+    first, short = next(iter(longer)), pixels_of(batch(case, [(3, 5)] * 2, 15))
+    longer[first][:, :15] = short
+    torch.testing.assert_close(run(case, longer, text), plain, rtol=1e-4, atol=1e-5)
+    alone = {name: value[:1] for name, value in longer.items()}
+    torch.testing.assert_close(run(case, alone, text[:1]), plain[:1], rtol=1e-4, atol=1e-5)
 
 
 def test_records_and_restored_grids_are_those_of_each_image(case):
@@ -113,12 +152,13 @@ def test_records_and_restored_grids_are_those_of_each_image(case):
     text = texts(case, len(SHAPES))
     with handle.record() as trace:
         with torch.no_grad(), patchselect.guide(case.model, text):
-            tokens = case.tower(case.model)(*batch().values()).last_hidden_state
-    assert [entry.num_tokens for entry in trace] == [num_kept(15, 0.5) + 1, num_kept(num_kept(15, 0.5) + 1, 0.5) + 1]
+            tokens = tokens_of_call(case, batch(case))
+    first = num_kept(15, 0.5) + 1
+    assert [entry.num_tokens - case.prefix for entry in trace] == [first, num_kept(first, 0.5) + 1]
     grids = patchselect.restore(tokens, trace, fill=float("nan"))
     for row, (height, width) in enumerate(SHAPES):
         with handle.record() as single, torch.no_grad(), patchselect.guide(case.model, text[row : row + 1]):
-            own = case.tower(case.model)(*alone(row).values()).last_hidden_state
+            own = tokens_of_call(case, alone(case, row))
         for entry, other in zip(trace.of_image(row), single):
             assert torch.equal(entry.kept, other.kept) and entry.grid == other.grid == (height, width)
             assert torch.equal(entry.holders, other.holders) and entry.num_tokens == other.num_tokens
@@ -133,44 +173,45 @@ def test_records_and_restored_grids_are_those_of_each_image(case):
 
 def test_padding_is_never_read(case):
     patchselect.apply(case.model, 0.5, [1, 3])
-    images, text = batch(), texts(case, len(SHAPES))
+    images, text = batch(case), texts(case, len(SHAPES))
     expected = run(case, images, text)
     for row, (height, width) in enumerate(SHAPES):
-        images["pixel_values"][row, height * width :] = 100.0
+        pixels_of(images)[row, height * width :] = 100.0
     torch.testing.assert_close(run(case, images, text), expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("reentrant", [None, False])
-def test_training_with_and_without_checkpointing(case, reentrant):
+@pytest.mark.parametrize("name", KINDS)
+def test_training_with_and_without_checkpointing(name, reentrant):
     needs("checkpointing kinds")
-    text = texts(case, len(SHAPES)).requires_grad_()
-    gradients = []
+    gradients, text = [], texts(build(name), len(SHAPES)).requires_grad_()
     for options in (None, {"use_reentrant": False}) if reentrant is False else (None,):
-        case = build("siglip2")
+        case = build(name)
         patchselect.apply(case.model.train(), 0.5, [1, 3])
-        if options is not None:
+        if options is not None and hasattr(case.model, "gradient_checkpointing_enable"):
             switch_on(case.model, options)
+        elif options is not None:
+            case.tower(case.model).set_grad_checkpointing()
         text.grad = None
         with patchselect.guide(case.model, text):
-            case.image_side(case.model, batch()).square().sum().backward()
-        gradients.append([p.grad for p in case.tower(case.model).encoder.parameters()] + [text.grad])
+            case.image_side(case.model, batch(case)).square().sum().backward()
+        blocks = find_towers(case.model)[0].blocks
+        gradients.append([p.grad for block in blocks for p in block.parameters()] + [text.grad])
     assert gradients[0][-1].abs().sum() > 0
     for first, second in zip(gradients[0], gradients[-1]):
         torch.testing.assert_close(first, second, rtol=1e-3, atol=1e-5)
 
 
 def test_what_a_padded_batch_cannot_do_is_said(case):
-    text = texts(case, len(SHAPES))
-    images = batch()
+    text, plain = texts(case, len(SHAPES)), run(case, batch(case))
     patchselect.apply(case.model, 0.5, [3], merge=0.5)
     with pytest.raises(ValueError, match="padded batch.*merge=0"):
-        run(case, images, text)
+        run(case, batch(case), text)
     patchselect.apply(case.model, 0.5, [1, 3])
-    images["pixel_attention_mask"] = images["pixel_attention_mask"].flip(1)
+    images = batch(case)
+    mask = "pixel_attention_mask" if "pixel_attention_mask" in images else "patch_valid"
+    images[mask] = images[mask].flip(1)
     with pytest.raises(ValueError, match="in front of the padding"):
         run(case, images, text)
-    images = batch()
-    plain = build("siglip2")
-    reference = run(plain, images)
-    patchselect.apply(plain.model, 1.0)
-    assert torch.equal(run(plain, images, text), reference)
+    patchselect.apply(case.model, 1.0)
+    assert torch.equal(run(case, batch(case), text), plain)

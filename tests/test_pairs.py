@@ -18,6 +18,8 @@ BARE = {
     "timm_class_token",
     "timm_registers",
     "timm_average",
+    "timm_naflex",
+    "timm_naflex_rotary",
     "albef_tower",
     "vit",
     "dinov2_registers",

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, SequentialSampler
 from ..adapter import Tower
 from .prefix import Prefix
 
-PIXELS = ("pixel_values", "images", "image", "pixels", "x")
+PIXELS = ("pixel_values", "images", "image", "pixels", "x", "patches")
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,8 @@ def as_batch(item: Any, start: int, tower: Tower) -> Batch:
         name = next((name for name in PIXELS if name in item), None)
         if name is None:
             raise TypeError(f"a batch of images must name its pixels as one of {PIXELS}, got {list(item)}")
-        return Batch(start, _pixels(item[name], tower), _options(item, name, tower))
+        pixels = item[name] if name == "patches" else _pixels(item[name], tower)  # patches are cut already
+        return Batch(start, pixels, _options(item, name, tower))
     if not isinstance(item, (Tensor, Prefix)):
         raise TypeError(
             f"a batch of images must be a tensor, a Prefix or a mapping with pixel_values, got {type(item).__name__}: "

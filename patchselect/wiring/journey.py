@@ -171,15 +171,15 @@ def call_tower(module: nn.Module, name: str, original: Callable[..., Any], *args
         if tower.module is module:
             check_unchanged(wiring.plan, tower, place)
     tower = next(tower for tower in wiring.towers if tower.module is module)
-    sizes = tower.adapter.images(tower, *args, **kwargs) if tower.padded and wiring.plan.selects else None
-    if sizes is not None and not asks(wiring) and len({height * width for height, width in sizes}) == 1:
-        sizes = None  # all of one length: only a record asks for their grids
-    follows = (tower.rotary and wiring.plan.selects) or sizes is not None
+    images = tower.adapter.images(tower, *args, **kwargs) if tower.padded and wiring.plan.selects else None
+    if images is not None and not images.padding and not asks(wiring):
+        images = None  # all of one length: only a record asks for their grids
+    follows = (tower.rotary and wiring.plan.selects) or images is not None
     if not asks(wiring) and not wiring.plan.follows_sizes and not follows:
         return original(*args, **kwargs)
     journey = Journey(tower)
-    if sizes is not None:
-        journey.parts = by_size(tower, sizes)
+    if images is not None:
+        journey.parts = by_size(tower, images.sizes)
     elif asks(wiring):
         journey.grid = tower.adapter.grid(tower, *args, **kwargs)
     if is_dynamo_compiling():

@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..adapter import Tower
+from ..adapter import Tower, Turn
 from ..relevance import Candidates
 from ..relevance.kernels import in_tiles
 from .guidance import Guidance
-from .journey import Part, journey_of, within
+from .journey import Part, for_rows, journey_of, parts_of_call, within
 from .recomputation import PARTS, in_backward
 from .recorder import Selected, active_recorder
 from .state import Layer
@@ -25,6 +25,11 @@ from .texts import texts_for
 
 Choose = Callable[[Candidates, "Tensor | None"], Tensor]
 """Select from rows of one size: their candidates and texts to what is left, `(R, N', D)`."""
+
+
+def knows_padding(tower: Tower) -> bool:
+    """Tell whether this run of a block knows which tokens are padding."""
+    return in_backward() or parts_of_call(tower) is not None
 
 
 def parts_for(layer: Layer, hidden: Tensor) -> list[Part] | None:
@@ -59,6 +64,31 @@ def real_tokens(parts: list[Part], tower: Tower, tokens: Tensor) -> Tensor:
     return (places < counts[:, None] + tower.num_prefix_tokens).to(tokens.device)
 
 
+def places_in(parts: list[Part], tokens: Tensor) -> Tensor:
+    """Return the place `(B, N)` of each of the first N patch tokens in the grid of its image; -1 is none, or padding.
+
+    `tokens` is `(B, N, …)`.
+    """
+    found = torch.full(tokens.shape[:2], -1, dtype=torch.long, device=tokens.device)
+    for part in parts:
+        if part.journey.sources is not None:
+            found[part.rows, : part.count] = for_rows(part.journey.sources, len(part.rows))
+    return found
+
+
+def turn_of(turn: Turn | None, part: Part, tokens: Tensor) -> Turn | None:
+    """Return how the keys `(R, n, H, E)` of one part are turned, where `turn` turns those of all patches."""
+    if turn is None:
+        return None
+
+    def turned(heads: Tensor) -> Tensor:
+        whole = heads.new_zeros(*tokens.shape[:2], *heads.shape[2:])
+        whole[part.rows, : heads.shape[1]] = heads
+        return turn(whole)[part.rows, : heads.shape[1]]
+
+    return turned
+
+
 def select_parts(
     layer: Layer, seen: Candidates, guidance: Guidance | None, parts: list[Part], choose: Choose
 ) -> Tensor:
@@ -71,7 +101,8 @@ def select_parts(
     for part in parts:
         rows = torch.tensor(part.rows, device=tokens.device)
         own = [whole[rows, : prefix + part.count] for whole in (seen.all_normed, tokens)]
-        found = dataclasses.replace(seen, all_normed=own[0], all_tokens=own[1], stash=None)
+        turn = turn_of(seen.turn, part, seen.patches)
+        found = dataclasses.replace(seen, all_normed=own[0], all_tokens=own[1], stash=None, turn=turn)
         with within(part):
             left.append(choose(found, texts if texts is None or len(texts) == 1 else texts[rows]))
     copies = len(left[0]) // len(parts[0].rows)

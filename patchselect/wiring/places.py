@@ -7,8 +7,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..adapter import Tower
-from .journey import for_rows, journey_of
-from .padding import parts_for, real_tokens
+from .journey import Part, for_rows, journey_of
+from .padding import parts_for, places_in, real_tokens
 from .plan import Plan
 from .recomputation import SOURCES, in_backward
 from .state import Layer
@@ -35,12 +35,15 @@ def at_places(
         real = real_tokens(parts, tower, hidden)
         args, kwargs = tower.adapter.fit_masks(tower, block, real, *args, **kwargs)  # type: ignore[assignment]
     if tower.rotary:
-        args, kwargs = tower.adapter.at_places(tower, block, _places(layer, hidden), *args, **kwargs)  # type: ignore[assignment]
+        args, kwargs = tower.adapter.at_places(tower, block, _places(layer, hidden, parts), *args, **kwargs)  # type: ignore[assignment]
     return args, dict(kwargs)
 
 
-def _places(layer: Layer, hidden: Tensor) -> Tensor:
+def _places(layer: Layer, hidden: Tensor, parts: list[Part] | None) -> Tensor:
     found = SOURCES.recall(hidden, layer) if in_backward() else None
+    if found is None and parts is not None:
+        found = places_in(parts, hidden[:, layer.tower.num_prefix_tokens :])
+        SOURCES.note(hidden, layer, found)
     if found is None:
         journey = journey_of(layer)
         if journey is None or journey.sources is None:

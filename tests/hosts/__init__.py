@@ -48,7 +48,14 @@ HOSTS: dict[str, Callable[[], Case]] = {
     )
 }
 SELDOM: dict[str, Callable[[], Case]] = {
-    builder.__name__: builder for builder in (of_plain.dual_encoder, of_open_clip.open_clip_perception)
+    builder.__name__: builder
+    for builder in (
+        of_plain.dual_encoder,
+        of_open_clip.open_clip_perception,
+        of_open_clip.timm_naflex,
+        of_open_clip.timm_naflex_rotary,
+        of_open_clip.open_clip_naflex,
+    )
 }
 """Hosts whose blocks are those of others above: every promise is tested on them with PATCHSELECT_SLOW=1."""
 if SLOW:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+from collections import OrderedDict
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -200,4 +202,62 @@ def open_clip_perception() -> Case:
     visual.head = nn.Sequential()
     visual.image_size = (64, 64)
     case.model.visual = visual
+    return case
+
+
+def patches_of(shapes: Sequence[tuple[int, int]], length: int) -> dict[str, torch.Tensor]:
+    """Return patches of images of these sizes, as timm's collator pads them to one length; padding is not zero."""
+    generator = torch.Generator().manual_seed(5)
+    patches = torch.stack([torch.randn(length, 768, generator=generator) for _ in shapes])
+    coord = torch.zeros(len(shapes), length, 2, dtype=torch.long)
+    for row, (height, width) in enumerate(shapes):
+        coord[row, : height * width] = torch.cartesian_prod(torch.arange(height), torch.arange(width))
+    counts = torch.tensor([height * width for height, width in shapes])
+    return {"patches": patches, "patch_coord": coord, "patch_valid": torch.arange(length) < counts[:, None]}
+
+
+def naflex(**options: Any) -> Case:
+    """Build a NaFlexVit of timm, called with pixels; test_padded.py has its patches. `options` are its own."""
+    needs("NaFlexVit")
+    from timm.models.naflexvit import NaFlexVit
+
+    sizes = dict(embed_dim=48, depth=6, num_heads=4, num_classes=10, pos_embed_grid_size=(3, 5))
+    model = NaFlexVit(**{**sizes, **options})
+    return Case(
+        model=model,
+        image_side=lambda m, x: m(x),
+        text_width=48,
+        images=pixels(48, 80),
+        tower=lambda m: m,
+        prefix=model.num_prefix_tokens,
+        patches=15,
+        grid=(3, 5),
+    )
+
+
+def timm_naflex() -> Case:
+    """Build one that pools by attention, with a register and LayerScale."""
+    return naflex(reg_tokens=1, init_values=0.3)
+
+
+def timm_naflex_rotary() -> Case:
+    """Build one of EVA's blocks, with rotary positions of each image's own grid, a class token and normalised keys."""
+    return naflex(
+        class_token=True, global_pool="token", rope_type="dinov3", rope_rotate_half=True, qk_norm=True, swiglu_mlp=True
+    )
+
+
+def open_clip_naflex() -> Case:
+    """Build what open_clip makes of a configuration that names a NaFlexVit; it is pooled by average and projected."""
+    needs("open_clip", "NaFlexVit")
+    from open_clip.timm_model import TimmModel
+
+    case = _open_clip("custom")
+    visual = TimmModel.__new__(TimmModel)
+    nn.Module.__init__(visual)
+    made = naflex(global_pool="avg", num_classes=0)
+    visual.trunk, visual.image_size = made.model, (64, 64)
+    visual.head = nn.Sequential(OrderedDict(drop=nn.Dropout(0), proj=nn.Linear(48, 24, bias=False)))
+    case.model.visual = visual
+    case.images, case.prefix, case.patches, case.grid = made.images, 0, 15, (3, 5)
     return case
