@@ -15,6 +15,7 @@ from .mplug import Mplug
 from .open_clip import OpenClip, OpenClipTimm
 from .openai_clip import OpenAiClip
 from .plain import TransformersPlain
+from .qwen2_vl import Qwen2Vl
 from .shuffled import Idefics3, InternVl
 from .siglip import TransformersSiglip
 from .timm import TimmViT
@@ -27,6 +28,7 @@ ADAPTERS: tuple[Adapter, ...] = (
     LlavaSiglip(),
     Idefics3(),
     InternVl(),
+    Qwen2Vl(),
     TransformersClip(),
     TransformersSiglip(),
     LavisClip(),

@@ -17,6 +17,7 @@ from ..relevance import Candidates
 from ..relevance.base import guiding_place
 from .guidance import Guidance, current
 from .journey import Journey, asks, for_rows, journey_of
+from .packing import select_packed
 from .padding import parts_for, select_parts
 from .places import at_places
 from .recomputation import (
@@ -60,10 +61,13 @@ def run_block(block: nn.Module, name: str, original: Original, *args: Any, **kwa
         attended = attend(layer, block, counted, args, kwargs)  # 1: self-attention as always
         if held is not None and held.take(layer, attended):
             return adapter.as_output(tower, hidden)
-    turn = adapter.turn(tower, block, *args, **kwargs) if tower.rotary else None
+    turn = adapter.turn(tower, block, *args, **kwargs) if tower.rotary and not tower.packed else None
     seen = dataclasses.replace(_seen(layer, block, attended, guidance, counted), turn=turn)
     parts = parts_for(layer, hidden)
-    if parts is None:
+    if tower.packed and parts is not None:
+        choice = functools.partial(_select_images, layer, hidden, guidance)
+        tokens = select_packed(layer, block, seen, guidance, parts, choice, args, kwargs)
+    elif parts is None:
         tokens = select(layer, seen, hidden, guidance, counted)  # 2, 3 and 4
     else:
         choose = functools.partial(_select_part, layer, hidden, guidance)
@@ -76,6 +80,12 @@ def _select_part(
     layer: Layer, hidden: Tensor, guidance: Guidance | None, seen: Candidates, text: Tensor | None
 ) -> Tensor:
     return select(layer, seen, hidden, guidance, text=text)
+
+
+def _select_images(
+    layer: Layer, hidden: Tensor, guidance: Guidance | None, seen: Candidates, text: Tensor | None, begin: int
+) -> Tensor:
+    return select(layer, seen, hidden[begin:], guidance, text=text)  # what is noted for each size needs its own memory
 
 
 def select(
