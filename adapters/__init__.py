@@ -15,6 +15,7 @@ from .mplug import Mplug
 from .open_clip import OpenClip, OpenClipTimm
 from .openai_clip import OpenAiClip
 from .plain import TransformersPlain
+from .qwen2_5_vl import Qwen2Point5Vl
 from .qwen2_vl import Qwen2Vl
 from .shuffled import Idefics3, InternVl
 from .siglip import TransformersSiglip
@@ -29,6 +30,7 @@ ADAPTERS: tuple[Adapter, ...] = (
     Idefics3(),
     InternVl(),
     Qwen2Vl(),
+    Qwen2Point5Vl(),
     TransformersClip(),
     TransformersSiglip(),
     LavisClip(),

@@ -6,6 +6,7 @@ the prompt a patch has three positions (time, height, width), which stay those o
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any, Sequence
 
@@ -181,8 +182,8 @@ class Qwen2Vl(Prompted):
         return [count // self.side(core) ** 2 for count in grids.prod(dim=-1).tolist()]
 
     def positions(self, core: Any, given: Mapping[str, Any], rows: int, length: int, device: Any) -> Tensor:
-        names = ("input_ids", "inputs_embeds", "image_grid_thw", "attention_mask", "mm_token_type_ids")
-        found = core.compute_3d_position_ids(**{name: given.get(name) for name in names})
+        parameters = inspect.signature(core.compute_3d_position_ids).parameters
+        found = core.compute_3d_position_ids(**{name: given.get(name) for name in parameters})
         return super().positions(core, given, rows, length, device) if found is None else found
 
     def counted(self, model: nn.Module, given: Mapping[str, Any], positions: Tensor | None) -> Tensor | None:

@@ -18,7 +18,7 @@ import patchselect
 
 needs("encoded images", module=True)
 
-NAMES = ("qwen2_vl",)
+NAMES = ("qwen2_vl", "qwen2_5_vl")
 each = pytest.mark.parametrize("name", NAMES)
 LAYERS, RATE = (1, 4), 0.5
 GRIDS, WORDS = [[(6, 8), (4, 12)], [(6, 8)], []], [6, 9, 12]
@@ -48,7 +48,7 @@ def select_by_hand(module: Any, block: Any, hidden: Tensor, attended: Tensor, tu
 
 def pieces_by_hand(twin, index: int, squares: list[int | None], ends: dict[int, list[int]]) -> list[int]:
     """Return the ends of what attends to itself alone in block `index`: of windows, what is left of each."""
-    if len(ends[index]) == 2 and index in getattr(twin.model.visual, "fullatt_block_indexes", range(99)):
+    if index in getattr(twin.model.visual, "fullatt_block_indexes", range(99)):
         return [0, 4 * len(squares)]
     own = [99 if square is None else sum(4 * square >= end for end in ends[index]) for square in squares]
     changes = [4 * place for place in range(1, len(own)) if own[place] != own[place - 1]]
@@ -95,7 +95,11 @@ def tower_by_hand(twin, pixels: Tensor, grid: Tensor, text: Tensor | None, layer
                 [made[next(p for p, own in members.items() if square in own)] for square in range(height * width)]
             )
     merged = visual.merger(hidden)
-    where = getattr(twin, "windows", lambda grid: range(height * width))(grid)  # the square in the image of each token
+    where = torch.arange(height * width)  # the square in the image of each square of the tower
+    if hasattr(visual, "window_size"):
+        from transformers.vision_utils import get_vision_window_index
+
+        where = get_vision_window_index(grid[None], 2, visual.window_size, visual.patch_size)[0]
     found = [None if square is None else int(where[square]) for square in squares]
     order = sorted(range(len(found)), key=lambda position: (found[position] is None, found[position] or 0))
     layers_read = [torch.stack([torch.stack([of[member] for member in members[p]]).mean(dim=0) for p in order])
@@ -170,8 +174,7 @@ def test_logits_are_those_of_dropping_by_hand(name):
         text = texts(case, 3) if guidance == "text" else None
         for grids, words in (
             (GRIDS, WORDS),
-            ([[(6, 8)], [(6, 8)], [(6, 8)]], [5, 5, 5]),
-            ([[], [(2, 2)], [(16, 4)]], [3, 3, 4]),
+            *([([[], [(2, 2)], [(8, 4)]], [3, 3, 4]), ([[(4, 4)]] * 3, [5, 5, 5])] if text is not None else ()),
         ):
             inputs = packed_prompts(grids, words)
             hand = prompt_by_hand(twin, inputs, text)

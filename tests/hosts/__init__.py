@@ -65,6 +65,7 @@ PROMPTED: dict[str, Callable[[], Case]] = {
         of_prompts.idefics3,
         of_prompts.internvl,
         of_prompts.qwen2_vl,
+        of_prompts.qwen2_5_vl,
     )
 }
 """Language models that read images: what they promise beside is in test_multimodal.py."""

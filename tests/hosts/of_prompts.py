@@ -156,6 +156,11 @@ def qwen2_vl() -> Case:
     return _qwen("Qwen2VL", {"embed_dim": 48, "hidden_size": 32, "mlp_ratio": 2}, ROTARY)
 
 
+def qwen2_5_vl() -> Case:
+    vision = dict(hidden_size=48, out_hidden_size=32, intermediate_size=96)
+    return _qwen("Qwen2_5_VL", {**vision, "window_size": 32, "fullatt_block_indexes": [2, 5]}, ROTARY)
+
+
 def packed_prompts(
     grids: Sequence[Sequence[tuple[int, int]]], words: Sequence[int], side: str = "left", seed: int = 0
 ) -> dict[str, Tensor]:
