@@ -17,6 +17,7 @@ from .openai_clip import OpenAiClip
 from .plain import TransformersPlain
 from .qwen2_5_vl import Qwen2Point5Vl
 from .qwen2_vl import Qwen2Vl
+from .qwen3_vl import Qwen3Vl
 from .shuffled import Idefics3, InternVl
 from .siglip import TransformersSiglip
 from .timm import TimmViT
@@ -31,6 +32,7 @@ ADAPTERS: tuple[Adapter, ...] = (
     InternVl(),
     Qwen2Vl(),
     Qwen2Point5Vl(),
+    Qwen3Vl(),
     TransformersClip(),
     TransformersSiglip(),
     LavisClip(),

@@ -8,8 +8,8 @@ from typing import Any
 from torch import nn
 
 SUPPORTED = (
-    "LlavaModel", "VipLlavaModel", "PaliGemmaModel", "Idefics3Model", "SmolVLMModel", "InternVLModel", "Qwen2VLModel",
-    "Qwen2_5_VLModel",
+    "LlavaModel", "VipLlavaModel", "PaliGemmaModel", "Idefics3Model", "SmolVLMModel", "InternVLModel",
+    "Qwen2VLModel", "Qwen2_5_VLModel", "Qwen3VLModel",
 )  # fmt: skip
 GRID = "its projector joins neighbours of a whole grid of patches"
 TILES = "it cuts images into tiles and packs their whole grids (padding taken off, a newline after each row)"
@@ -25,7 +25,6 @@ REASONS = {
     "VideoLlava": "it reads images and videos with two towers",
     "Ovis2": "it reads patches as words of a visual vocabulary, joined in squares of a whole grid",
     "PerceptionLM": "it averages squares of a whole grid of patches",
-    "Qwen3VL": "its images are packed into one sequence, and layers of its language model read tokens of its tower",
     "Glm4v": "its images are packed into one sequence with rotary positions",
     "Idefics2": "a resampler reads its tower through a mask over a whole grid of patches",
     "Llama4": "it joins squares of a whole grid of patches",

@@ -18,7 +18,7 @@ import patchselect
 
 needs("encoded images", module=True)
 
-NAMES = ("qwen2_vl", "qwen2_5_vl")
+NAMES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 each = pytest.mark.parametrize("name", NAMES)
 LAYERS, RATE = (1, 4), 0.5
 GRIDS, WORDS = [[(6, 8), (4, 12)], [(6, 8)], []], [6, 9, 12]
@@ -181,7 +181,8 @@ def test_logits_are_those_of_dropping_by_hand(name):
             found, expected = guided(case, text, **inputs).logits, twin(**hand).logits
             seen = hand["attention_mask"].bool()
             found = found[:, -seen.shape[1] :]  # padding that all rows keep
-            torch.testing.assert_close(found[seen], expected[seen], rtol=1e-4, atol=1e-5)
+            largest = float(expected[seen].abs().max())
+            torch.testing.assert_close(found[seen], expected[seen], rtol=0, atol=1e-5 * largest)
 
 
 @each

@@ -161,6 +161,12 @@ def qwen2_5_vl() -> Case:
     return _qwen("Qwen2_5_VL", {**vision, "window_size": 32, "fullatt_block_indexes": [2, 5]}, ROTARY)
 
 
+def qwen3_vl() -> Case:
+    vision = dict(hidden_size=48, out_hidden_size=32, intermediate_size=96, num_position_embeddings=25)
+    language = {"num_hidden_layers": 4, "head_dim": 8, **ROTARY}
+    return _qwen("Qwen3VL", {**vision, "deepstack_visual_indexes": [0, 2, 4]}, language)
+
+
 def packed_prompts(
     grids: Sequence[Sequence[tuple[int, int]]], words: Sequence[int], side: str = "left", seed: int = 0
 ) -> dict[str, Tensor]:
