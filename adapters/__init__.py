@@ -16,6 +16,9 @@ from .naflex import OpenClipNaflex, OpenClipNaflexEva, TimmNaflex, TimmNaflexEva
 from .open_clip import OpenClip, OpenClipTimm
 from .openai_clip import OpenAiClip
 from .plain import TransformersPlain
+from .qwen2_5_vl import Qwen2Point5Vl
+from .qwen2_vl import Qwen2Vl
+from .qwen3_vl import Qwen3Vl
 from .shuffled import Idefics3, InternVl
 from .siglip import TransformersSiglip
 from .timm import TimmViT
@@ -28,6 +31,9 @@ ADAPTERS: tuple[Adapter, ...] = (
     LlavaSiglip(),
     Idefics3(),
     InternVl(),
+    Qwen2Vl(),
+    Qwen2Point5Vl(),
+    Qwen3Vl(),
     TransformersClip(),
     TransformersSiglip(),
     LavisClip(),

@@ -21,7 +21,7 @@ from patchselect.prompts.layers import call_tower_evenly, check_read, evening
 from patchselect.weights import is_linear
 from patchselect.wiring.twins import bare_twin
 
-from .readers import core_of, names_of, refuse_others
+from .readers import check_release, core_of, names_of, refuse_others
 from .siglip import TransformersSiglip
 from .transformers import TransformersClip
 
@@ -88,11 +88,7 @@ class Llava(Prompted):
         found = super().towers(self.tower_of(core))
         if not found:
             return []
-        if "mm_encoder_outputs" not in inspect.signature(type(core).forward).parameters:
-            raise TypeError(
-                f"{type(model).__name__} of this release of transformers does not take encoded images "
-                "(mm_encoder_outputs), by which prompts are shortened: use a newer one, or patch its vision tower alone"
-            )
+        check_release(model, core)
         if self.takes_flat_patches(found[0]):
             raise TypeError(
                 f"{type(model).__name__} cannot be patched: its tower takes patches that are cut out already"

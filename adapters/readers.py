@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from torch import nn
 
-SUPPORTED = ("LlavaModel", "VipLlavaModel", "PaliGemmaModel", "Idefics3Model", "SmolVLMModel", "InternVLModel")
+SUPPORTED = (
+    "LlavaModel", "VipLlavaModel", "PaliGemmaModel", "Idefics3Model", "SmolVLMModel", "InternVLModel",
+    "Qwen2VLModel", "Qwen2_5_VLModel", "Qwen3VLModel",
+)  # fmt: skip
 GRID = "its projector joins neighbours of a whole grid of patches"
 TILES = "it cuts images into tiles and packs their whole grids (padding taken off, a newline after each row)"
 REASONS = {
@@ -21,9 +25,6 @@ REASONS = {
     "VideoLlava": "it reads images and videos with two towers",
     "Ovis2": "it reads patches as words of a visual vocabulary, joined in squares of a whole grid",
     "PerceptionLM": "it averages squares of a whole grid of patches",
-    "Qwen2VL": "its images are packed into one sequence with rotary positions",
-    "Qwen2_5_VL": "its images are packed into one sequence with rotary positions, and its tower attends in windows",
-    "Qwen3VL": "its images are packed into one sequence, and layers of its language model read tokens of its tower",
     "Glm4v": "its images are packed into one sequence with rotary positions",
     "Idefics2": "a resampler reads its tower through a mask over a whole grid of patches",
     "Llama4": "it joins squares of a whole grid of patches",
@@ -41,6 +42,15 @@ def core_of(model: Any) -> Any:
 
 def names_of(module: Any) -> list[str]:
     return [kind.__name__ for kind in type(module).__mro__]
+
+
+def check_release(model: nn.Module, core: Any) -> None:
+    """Raise a TypeError unless this release of transformers takes encoded images."""
+    if "mm_encoder_outputs" not in inspect.signature(type(core).forward).parameters:
+        raise TypeError(
+            f"{type(model).__name__} of this release of transformers does not take encoded images "
+            "(mm_encoder_outputs), by which prompts are shortened: use a newer one, or patch its vision tower alone"
+        )
 
 
 def refuse_others(model: nn.Module) -> None:

@@ -137,6 +137,31 @@ class Adapter:
         """Return a block's own arguments with masks that show the tokens `real` `(B, N)` of now, and hide padding."""
         raise NotImplementedError
 
+    # Packed towers: images one behind the other in one sequence `(N, D)`, of which each image is selected from alone.
+
+    def order(self, tower: Tower, grid: tuple[int, int]) -> Tensor:
+        """Return `(h * w,)`: the place in the grid of each token of an image, in the order of the sequence."""
+        raise NotImplementedError
+
+    def at_rows(
+        self, tower: Tower, block: nn.Module, rows: Tensor, counts: list[int], *args: Any, **kwargs: Any
+    ) -> Arguments:
+        """Return a block's own arguments, made by the host for all patches of all images, for those that are left.
+
+        Args:
+            tower: the tower.
+            block: one of its blocks, after the first that shortens the sequence.
+            rows: `(N',)`: which token of the whole sequence each token of now is; -1 is a fused token, without a place.
+            counts: how many tokens each image has now.
+            args: of the block, the tokens first.
+            kwargs: of the block.
+        """
+        raise NotImplementedError
+
+    def turn_of_rows(self, tower: Tower, block: nn.Module, rows: Tensor, *args: Any, **kwargs: Any) -> Turn | None:
+        """Return how the block turns the tokens `rows` `(R, n)` of its sequence, given its own arguments."""
+        return None
+
     def projections(self, block: nn.Module) -> Projections:
         """Return the weights of the block's attention."""
         raise NotImplementedError
@@ -178,6 +203,10 @@ class Adapter:
     def takes_flat_patches(self, tower: Tower) -> bool:
         """Tell whether the tower is called with patches `(N, n, values)` that are cut out already."""
         return False
+
+    def span(self, tower: Tower, index: int, tokens: int) -> int:
+        """Return how many of the `tokens` of an image each attends to in block `index`, at most."""
+        return tokens
 
     def pooling_cost(self, tower: Tower) -> tuple[int, int]:
         """Return the multiply-adds of an attentional pooler behind the tower: once an image, and per token."""

@@ -105,7 +105,7 @@ class Cost:
         total = patches * self.embedding
         for index in range(len(tower.blocks)):
             tokens = tower.num_prefix_tokens + patches
-            total += tokens * self.attention + 2 * tokens * tokens * tower.width
+            total += tokens * self.attention + 2 * tokens * tower.adapter.span(tower, index, tokens) * tower.width
             if index in by_layer:
                 kept = min(num_kept(whole if index == layers[0] else patches, by_layer[index]), patches)
                 if kept < patches:
@@ -185,8 +185,8 @@ def keep_rate_for_budget(
     chosen = plan.layers if plan is not None and own else check_layers(layers, len(tower.blocks), share_merged)
     side, prompt = of_prompts(host if wiring is None else wiring.model, tower, words)
     cost = Cost.of(tower, plan, side, prompt)
-    whole = cost.of_encoder(own_patches(tower))
     patches = own_patches(tower) if image_size is None else patches_at(tower, image_size)
+    whole = cost.of_encoder(patches if tower.packed else own_patches(tower))  # packed: no size is its own
 
     def rates_at(step: int) -> tuple[float, ...]:
         return _rates(step, len(chosen), per_layer)

@@ -42,5 +42,5 @@ def shorten(model: nn.Module, *, generate: bool = False, **inputs: Any) -> dict[
         raise ValueError(f"{type(wiring.model).__name__} has no prompt that holds its patches: nothing to shorten")
     if inputs.get(host.image_arguments[0]) is None:
         raise ValueError(f"nothing to shorten: give the images as {host.image_arguments[0]}")
-    positions = counted_positions(wiring.model, inputs) if generate else None
+    positions = host.counted(wiring.model, inputs, counted_positions(wiring.model, inputs)) if generate else None
     return encoded_call(shorten_call(wiring, inputs, positions))

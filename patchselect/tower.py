@@ -35,7 +35,7 @@ class Attended(NamedTuple):
 
 
 class Images(NamedTuple):
-    """The images that a padded tower is called with."""
+    """The images that a padded or packed tower is called with."""
 
     sizes: list[tuple[int, int]]
     """Height and width of each, in patches."""
@@ -116,6 +116,8 @@ class Tower:
     """Whether attention turns queries and keys by the place of each patch: `turn` and `at_places` say how."""
     padded: bool = False
     """Whether a call may bring images of several sizes, padded to one length: `images` and `fit_masks` say how."""
+    packed: bool = False
+    """Whether images stand one behind the other in one sequence `(N, D)`: `images`, `order`, `at_rows` say how."""
     single_stream: bool = False
     """Whether text and image share one sequence: token 0 is the text [CLS], the last prefix token the image [CLS]."""
     head: nn.Module | None = None

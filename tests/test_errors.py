@@ -251,9 +251,6 @@ READERS = {
     "LlavaOnevision": "packs their whole grids",
     "Gemma3": "averages squares of a whole grid",
     "Mistral3": "joins neighbours of a whole grid",
-    "Qwen2VL": "packed into one sequence with rotary positions",
-    "Qwen2_5_VL": "its tower attends in windows",
-    "Qwen3VL": "layers of its language model read tokens of its tower",
     "Idefics2": "a resampler reads its tower",
     "Ovis2": "a visual vocabulary",
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from contextvars import ContextVar
-from typing import Any, Mapping
+from typing import Any, Mapping, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,12 +17,23 @@ from .host import Prompted
 from .shorten import Short, shorten_call
 
 CACHE = "_patchselect_removed"
-"""On a cache of keys: by how many columns its prompt is shorter than the caller's, and whether rows were padded."""
+"""On a cache of keys: a `Removed`."""
 NAMES_OF_CACHES = ("past_key_values", "cache")
 """What calls and outputs name a cache, up to transformers 5.23 and from 5.24 on."""
 LENGTHS = ("max_length", "min_length")
 _generating: ContextVar[bool] = ContextVar("patchselect_generating", default=False)
 """Whether the steps of a `generate` are running, which may go through a prompt in chunks that cut images apart."""
+
+
+class Removed(NamedTuple):
+    """What is missing in the prompt that a cache holds."""
+
+    columns: int
+    """By how many columns it is shorter than the caller's."""
+    padded: bool
+    """Whether rows were padded again."""
+    ahead: Tensor | None
+    """As of `Short`."""
 
 
 def call_prompted(module: Any, name: str, original: Any, *args: Any, **kwargs: Any) -> Any:
@@ -62,7 +73,7 @@ def generate_prompted(module: Any, name: str, original: Any, *args: Any, **kwarg
     _refuse_both(given)
     if given.get("inputs") is not None:
         given["input_ids"] = given.pop("inputs")
-    short = shorten_call(wiring, given, counted_positions(module, given))
+    short = shorten_call(wiring, given, host.counted(module, given, counted_positions(module, given)))
     ids = given.get("input_ids")
     cut = {**encoded_call(short), **_lengths(module, given, short.removed)}
     found = _in_steps(original, **cut)
@@ -185,7 +196,7 @@ def _refuse_filled(cache: Any) -> None:
 def _refuse_continuation(cache: Any) -> None:
     if _length(cache) and getattr(cache, CACHE, None) is not None:
         raise ValueError(
-            f"past_key_values holds a prompt of which {getattr(cache, CACHE)[0]} image placeholders were removed, so "
+            f"past_key_values holds a prompt of which {getattr(cache, CACHE).columns} image placeholders are gone, so "
             "its columns are not those of input_ids: generate from prompts that patchselect.shorten(model, **inputs) "
             "made, whose sequences stay short, or give the whole conversation without past_key_values"
         )
@@ -196,7 +207,7 @@ def _remember(output: Any, given: Mapping[str, Any], short: Short) -> None:
     parts = output if isinstance(output, tuple) else [_cache_in(output)]
     for cache in (*parts, _cache_in(given)):
         if short.removed and hasattr(cache, "get_seq_length"):
-            setattr(cache, CACHE, (short.removed, short.padded))
+            setattr(cache, CACHE, Removed(short.removed, short.padded, short.ahead))
 
 
 def _continued(host: Prompted, core: Any, given: dict[str, Any]) -> dict[str, Any]:
@@ -214,14 +225,15 @@ def _continued(host: Prompted, core: Any, given: dict[str, Any]) -> dict[str, An
             seen = torch.ones(rows, positions.shape[-1], dtype=torch.long, device=positions.device)
             return {**given, "attention_mask": seen}  # else jumps between positions are read as packed sequences
         return given
-    (removed, padded), length = found, _length(cache)
+    (removed, padded, ahead), length = found, _length(cache)
     if length == 0:
         delattr(cache, CACHE)
         return given
     tokens = given["input_ids"] if given.get("input_ids") is not None else given["inputs_embeds"]
     width: int = tokens.shape[1]
     mask: Any = given.get("attention_mask")
-    if given.get("position_ids") is None:
+    asked = given.get("position_ids") is None
+    if asked and ahead is None:
         start = length + removed + host.first_position(core)
         given = {**given, "position_ids": torch.arange(start, start + width, device=tokens.device).unsqueeze(0)}
     if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] == length + width + removed:
@@ -231,5 +243,10 @@ def _continued(host: Prompted, core: Any, given: dict[str, Any]) -> dict[str, An
                 f"{removed} placeholders were removed: with padding it must be cut alike; start from "
                 "patchselect.shorten(model, **inputs), which returns the short mask"
             )
-        given = {**given, "attention_mask": mask[:, removed:]}
+        mask = mask[:, removed:]
+        given = {**given, "attention_mask": mask}
+    if asked and ahead is not None:
+        seen = torch.ones(len(tokens), length + width, device=tokens.device) if mask is None else mask
+        ahead = ahead.repeat_interleave(len(tokens) // len(ahead), dim=0).to(tokens.device)
+        given = {**given, "position_ids": (seen.long().cumsum(dim=-1) - 1)[:, -width:] + ahead}
     return given

@@ -28,13 +28,18 @@ def plan_for_prompts(plan: Plan, model: nn.Module, tower: Tower) -> Plan:
         raise ValueError(f"{square} patches cannot merge with others or stand for several: leave merge and sizes out")
     if plan.reduction.reads_places:
         raise ValueError(f"{square} fusion={plan.reduction!r} would ask for the place of each square: use another")
-    return dataclasses.replace(plan, reduction=Grouped(plan.reduction, side))
+    return dataclasses.replace(plan, reduction=Grouped(plan.reduction, side, host.squares_together))
 
 
 def check_prompts(plan: Plan, model: nn.Module, towers: Sequence[Tower]) -> None:
     """Raise a ValueError if a selection would not be read, or `positions` was given and there is no prompt."""
     for tower in towers:
         if isinstance(tower.adapter, Prompted):
+            if plan.positions != "original" and not tower.adapter.renumbers:
+                raise ValueError(
+                    f"positions={plan.positions!r} counts columns anew, and in {type(model).__name__} a position is a "
+                    "place in the image: leave it out"
+                )
             tower.adapter.check(model, tower, plan.layers if plan.selects else ())
         elif plan.positions != "original":
             raise ValueError(

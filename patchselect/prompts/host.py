@@ -19,6 +19,10 @@ class Prompted(Adapter):
 
     image_arguments: tuple[str, ...] = ("pixel_values",)
     """Arguments of a call that the encoding of its images takes, the pixels first."""
+    squares_together: bool = False
+    """Whether the tokens of a square that becomes one follow each other."""
+    renumbers: bool = True
+    """Whether positions are columns, and can be counted anew."""
 
     def core(self, model: nn.Module) -> Any:
         """Return the part of `model` that puts the tokens of images among the words."""
@@ -53,6 +57,21 @@ class Prompted(Adapter):
         """Return the position of the first column in a call of `forward` that gives none."""
         return 0
 
+    def positions(self, core: Any, given: Mapping[str, Any], rows: int, length: int, device: Any) -> Tensor:
+        """Return the positions `(…, B, L)` of the whole prompt in a call of `forward` that gives none."""
+        return torch.arange(length, device=device) + self.first_position(core)
+
+    def counted(self, model: nn.Module, given: Mapping[str, Any], positions: Tensor | None) -> Tensor | None:
+        """Return the positions `(…, B, L)` that `generate` begins with, where `positions` are counted by the mask."""
+        return positions
+
+    def settle(self, core: Any, cut: dict[str, Any]) -> Tensor | None:
+        """Finish a call that was cut; return by how much positions go before the number of tokens, `(B, 1)`.
+
+        `None`: positions are columns of the whole prompt.
+        """
+        return None
+
     def check(self, model: nn.Module, tower: Tower, layers: tuple[int, ...]) -> None:
         """Raise a ValueError if what a selection in these layers leaves would not be read."""
 
@@ -69,6 +88,11 @@ class Prompted(Adapter):
             return found
         squares = journey.sources.shape[1] // self.side(core) ** 2
         return torch.arange(squares, device=journey.sources.device).expand(len(journey.sources), -1)
+
+    def left(self, core: Any, journeys: Sequence[Journey]) -> list[Tensor]:
+        """Return the same of each image of some calls of the tower, `(m,)`."""
+        known = [self.sources(core, journey) for journey in journeys]
+        return [row for found in known if found is not None for row in found.unbind()]
 
     def extra(self, core: Any, given: Mapping[str, Any]) -> int:
         """Return how many tokens in front of the patches have placeholders too."""

@@ -34,6 +34,8 @@ class Short(NamedTuple):
     """By how many columns the batch is shorter now."""
     padded: bool
     """Whether rows were padded again."""
+    ahead: Tensor | None
+    """`(B, 1)`: by how much positions go before the number of tokens; `None`: they are columns of the whole prompt."""
 
 
 def shorten_call(wiring: Wiring, given: Mapping[str, Any], positions: Tensor | None = None) -> Short:
@@ -68,7 +70,7 @@ def shorten_call(wiring: Wiring, given: Mapping[str, Any], positions: Tensor | N
     found = dict(given)
     base = given.get("position_ids") if given.get("position_ids") is not None else positions
     if base is None:
-        base = torch.arange(length, device=placeholders.device) + host.first_position(core)
+        base = host.positions(core, given, rows, length, placeholders.device)
     base = base.to(placeholders.device)
     base = base.expand(*base.shape[:-2], rows, length) if base.dim() > 1 else base.expand(rows, length)
     stay = shortened(placeholders, sizes, offsets, base, wiring.plan.positions == "renumbered")
@@ -84,7 +86,8 @@ def shorten_call(wiring: Wiring, given: Mapping[str, Any], positions: Tensor | N
     found["position_ids"] = cut.last(stay.positions)
     for name in host.image_arguments:
         found.pop(name, None)
-    return Short(found, encoded, tokens, stay.columns, length - cut.source.shape[1], cut.filled is not None)
+    ahead = host.settle(core, found)
+    return Short(found, encoded, tokens, stay.columns, length - cut.source.shape[1], cut.filled is not None, ahead)
 
 
 def padding_of(core: Any) -> int:
@@ -107,8 +110,7 @@ def places(
         ValueError: the tokens are not those that the selection left.
     """
     extra = host.extra(core, given)
-    known = [host.sources(core, journey) for journey in journeys]
-    rows = [row for found in known if found is not None for row in found.unbind()]
+    rows = host.left(core, journeys)
     if len(rows) != len(sizes) or any(extra + len(row) != len(each) for row, each in zip(rows, tokens)):
         raise ValueError(
             f"the images have {[len(each) for each in tokens]} tokens, and the selection left "

@@ -18,17 +18,17 @@ class Grouped(Reduction):
     Args:
         inner: the reduction, which sees each square as one token.
         side: patches along an edge of a square.
+        together: whether the tokens of a square follow each other from the beginning.
 
     Raises:
         ValueError: the other reduction reads the keys of patches.
     """
 
-    reads_places = True
-
-    def __init__(self, inner: Reduction, side: int) -> None:
+    def __init__(self, inner: Reduction, side: int, together: bool = False) -> None:
         if inner.reads_keys:
             raise ValueError(f"{inner.name!r} reads the keys of single patches, and here whole squares stay or go")
-        self.inner, self.side = inner, side
+        self.inner, self.side, self.together = inner, side, together
+        self.reads_places = not together
         self.name = inner.name
 
     @property
@@ -45,12 +45,11 @@ class Grouped(Reduction):
         places: Places | None = None,
         alike: Alike | None = None,
     ) -> Reduced:
-        assert places is not None
         prefix, patches = tokens[:, :num_prefix_tokens], tokens[:, num_prefix_tokens:]
         count = patches.shape[1]
-        order = self.order(places.grid, tokens.device)
-        if count != len(order):  # an earlier selection has put the tokens of each square side by side
-            order = torch.arange(count, device=tokens.device)
+        order = torch.arange(count, device=tokens.device)
+        if places is not None and count == places.grid[0] * places.grid[1]:  # later the tokens of a square are together
+            order = self.order(places.grid, tokens.device)
         squares, keep = count // self.size, -(-num_keep // self.size)
         copies = 1 if relevance.dim() == 2 else relevance.shape[1]
         if self._keeps_all(squares, keep):

@@ -18,6 +18,7 @@ from ..relevance.base import guiding_place
 from ..tower import Turn
 from .guidance import Guidance, current
 from .journey import Journey, asks, for_rows, journey_of
+from .packing import select_packed
 from .padding import parts_for, select_parts
 from .places import at_places
 from .recomputation import (
@@ -61,10 +62,13 @@ def run_block(block: nn.Module, name: str, original: Original, *args: Any, **kwa
         attended = attend(layer, block, counted, args, kwargs)  # 1: self-attention as always
         if held is not None and held.take(layer, attended):
             return adapter.as_output(tower, hidden)
-    turn = adapter.turn(tower, block, *args, **kwargs) if tower.rotary else None
+    turn = adapter.turn(tower, block, *args, **kwargs) if tower.rotary and not tower.packed else None
     seen = _seen(layer, block, attended, guidance, counted, turn)
     parts = parts_for(layer, hidden)
-    if parts is None:
+    if tower.packed and parts is not None:
+        choice = functools.partial(_select_images, layer, hidden, guidance)
+        tokens = select_packed(layer, block, seen, guidance, parts, choice, args, kwargs)
+    elif parts is None:
         tokens = select(layer, seen, hidden, guidance, counted)  # 2, 3 and 4
     else:
         choose = functools.partial(_select_part, layer, hidden, guidance)
@@ -77,6 +81,12 @@ def _select_part(
     layer: Layer, hidden: Tensor, guidance: Guidance | None, seen: Candidates, text: Tensor | None
 ) -> Tensor:
     return select(layer, seen, hidden, guidance, text=text)
+
+
+def _select_images(
+    layer: Layer, hidden: Tensor, guidance: Guidance | None, seen: Candidates, text: Tensor | None, begin: int
+) -> Tensor:
+    return select(layer, seen, hidden[begin:], guidance, text=text)  # what is noted for each size needs its own memory
 
 
 def select(
@@ -168,12 +178,7 @@ def _places(layer: Layer, hidden: Tensor, journey: Journey | None, sources: Tens
 
 
 def _seen(
-    layer: Layer,
-    block: nn.Module,
-    attended: Attended,
-    guidance: Guidance | None,
-    counted: Counted,
-    turn: Turn | None,
+    layer: Layer, block: nn.Module, attended: Attended, guidance: Guidance | None, counted: Counted, turn: Turn | None
 ) -> Candidates:
     tower, plan = layer.tower, layer.plan
     tokens, normed = attended.tokens, attended.normed
@@ -184,20 +189,9 @@ def _seen(
     selecting = tuple(index for index in plan.layers if index >= layer.index)
     place = guiding_place(tower, plan.guidance, prefix)
     memory = None if guidance is None else guidance.memory(tower)
+    sizes, keys = counted.sizes, attended.keys
     return Candidates(
-        tower,
-        layer.index,
-        block,
-        normed,
-        tokens,
-        prefix,
-        place,
-        selecting,
-        stash,
-        counted.sizes,
-        memory,
-        attended.keys,
-        turn,
+        tower, layer.index, block, normed, tokens, prefix, place, selecting, stash, sizes, memory, keys, turn
     )
 
 

@@ -29,7 +29,7 @@ def check_order(plan: Plan, tower: Tower) -> None:
 
     Asked as `guard.check_halves` asks, once for blocks that are alike; the places of rotary towers go with the patches.
     """
-    if not plan.selects:
+    if not plan.selects or tower.packed:  # a packed tower knows rows by what travels with its sequence
         return
     seen = set()
     for index in range(0 if plan.merge else plan.layers[0], len(tower.blocks)):

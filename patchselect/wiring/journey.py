@@ -22,11 +22,11 @@ from .state import Layer, Wiring
 
 @dataclass(eq=False)
 class Part:
-    """Rows of a padded batch that hold images of one size."""
+    """Rows of a padded batch that hold images of one size, or such images of a packed one."""
 
     rows: list[int]
     count: int
-    """How many patch tokens each of them has now; padding comes after them."""
+    """How many patch tokens each of them has now; padding, or the next image, comes after them."""
     journey: Journey
 
 
@@ -49,7 +49,7 @@ class Journey:
     stages: dict[int, Tensor] = field(default_factory=dict)
     """`within` after each block that shortened the sequence, by the index of the block."""
     parts: list[Part] | None = None
-    """The images of a padded batch, by their size; `None` without padding."""
+    """The images of a padded or packed batch, by their size; `None` in any other."""
     outer: Journey | None = None
 
     @property
@@ -81,7 +81,7 @@ class Journey:
             return for_rows(self.sources, rows)
         self.sizes = None
         if self.order is not None:
-            self.sources = self.order
+            self.sources = self.order = self.order.to(device)
         elif self.grid is not None and self.grid[0] * self.grid[1] != num_patches:
             raise ValueError(
                 f"record() names patches by their place in the {self.grid[0]} x {self.grid[1]} grid, but {num_patches} "
@@ -171,8 +171,9 @@ def call_tower(module: nn.Module, name: str, original: Callable[..., Any], *args
         if tower.module is module:
             check_unchanged(wiring.plan, tower, place)
     tower = next(tower for tower in wiring.towers if tower.module is module)
-    images = tower.adapter.images(tower, *args, **kwargs) if tower.padded and wiring.plan.selects else None
-    if images is not None and not images.padding and not asks(wiring):
+    several = tower.packed or (tower.padded and wiring.plan.selects)
+    images = tower.adapter.images(tower, *args, **kwargs) if several else None
+    if images is not None and not images.padding and not tower.packed and not asks(wiring):
         images = None  # all of one length: only a record asks for their grids
     follows = (tower.rotary and wiring.plan.selects) or images is not None
     if not asks(wiring) and not wiring.plan.follows_sizes and not follows:
@@ -198,16 +199,19 @@ def call_tower(module: nn.Module, name: str, original: Callable[..., Any], *args
 
 
 def by_size(tower: Tower, sizes: list[tuple[int, int]]) -> list[Part]:
-    """Gather the images of a batch that have one height and width in patches."""
+    """Gather the images of a batch that have one height and width in patches, padded or packed."""
     rows: dict[tuple[int, int], list[int]] = {}
     for row, size in enumerate(sizes):
         rows.setdefault((int(size[0]), int(size[1])), []).append(row)
-    return [Part(found, size[0] * size[1], Journey(tower, size)) for size, found in rows.items()]
+    parts = [Part(found, size[0] * size[1], Journey(tower, size)) for size, found in rows.items()]
+    for part in parts if tower.packed else ():
+        part.journey.order = tower.adapter.order(tower, part.journey.grid).expand(len(part.rows), -1)
+    return parts
 
 
 @contextmanager
 def within(part: Part) -> Iterator[None]:
-    """Let one part of a padded batch be what travels."""
+    """Let one part of a padded or packed batch be what travels."""
     part.journey.outer = _journey.get()
     _journey.set(part.journey)
     try:
@@ -217,7 +221,7 @@ def within(part: Part) -> Iterator[None]:
 
 
 def parts_of_call(tower: Tower) -> list[Part] | None:
-    """Return the images of the padded batch that this call of the tower is about, by their size."""
+    """Return the images of the padded or packed batch that this call of the tower is about, by their size."""
     found = _journey.get()
     while found is not None and (found.tower is not tower or found.parts is None):
         found = found.outer

@@ -33,14 +33,25 @@ def knows_padding(tower: Tower) -> bool:
 
 
 def parts_for(layer: Layer, hidden: Tensor) -> list[Part] | None:
-    """Return the rows of a padded batch by the size of their images; in a recomputation, those of the first run."""
-    if not layer.tower.padded:
+    """Return the images of a padded or packed batch by their size; in a recomputation, those of the first run.
+
+    Raises:
+        ValueError: what the plan asks of a padded batch cannot be done; nobody knows the images of a packed one.
+    """
+    if not layer.tower.padded and not layer.tower.packed:
         return None
     if in_backward():
         return PARTS.recall(hidden, layer)  # type: ignore[no-any-return]
     journey = journey_of(layer)
     if journey is None or journey.parts is None:
+        if layer.tower.packed:
+            raise ValueError(
+                f"block {layer.index} selects from each image of one packed sequence, and where they begin travels "
+                f"with a call of the whole tower: call {type(layer.tower.module).__name__}, not its blocks"
+            )
         return None
+    if layer.tower.packed:
+        return noted(layer, hidden, journey.parts)
     if layer.plan.merge or layer.plan.sizes:
         raise ValueError(
             f"{type(layer.tower.module).__name__} got a padded batch, in which patches are not merged and sizes not "
@@ -51,8 +62,13 @@ def parts_for(layer: Layer, hidden: Tensor) -> list[Part] | None:
             f"fusion={layer.plan.reduction!r} reads the place of each patch in one grid, and a padded batch has "
             "several: batch images of one size"
         )
-    PARTS.note(hidden, layer, [dataclasses.replace(part) for part in journey.parts])
-    return journey.parts
+    return noted(layer, hidden, journey.parts)
+
+
+def noted(layer: Layer, hidden: Tensor, parts: list[Part]) -> list[Part]:
+    """Return the parts, after a note of them for a recomputation."""
+    PARTS.note(hidden, layer, [dataclasses.replace(part) for part in parts])
+    return parts
 
 
 def real_tokens(parts: list[Part], tower: Tower, tokens: Tensor) -> Tensor:
@@ -95,8 +111,7 @@ def select_parts(
     """Shorten a padded batch `(B, N, D)`; return what is left `(B, N', D)`, or `(B * T, N', D)` for `pairing="all"`."""
     prefix, tokens = seen.num_prefix_tokens, seen.all_tokens
     texts = None if guidance is None else in_tiles(texts_for(layer, guidance, tokens), len(tokens))
-    recorder, outer = active_recorder(layer.wiring), None if in_backward() else journey_of(layer)
-    start = 0 if recorder is None else len(recorder.trace)
+    start = entries_of(layer)
     left: list[Tensor] = []
     for part in parts:
         rows = torch.tensor(part.rows, device=tokens.device)
@@ -105,17 +120,33 @@ def select_parts(
         found = dataclasses.replace(seen, all_normed=own[0], all_tokens=own[1], stash=None, turn=turn)
         with within(part):
             left.append(choose(found, texts if texts is None or len(texts) == 1 else texts[rows]))
-    copies = len(left[0]) // len(parts[0].rows)
-    order = [[row * copies + copy for row in part.rows for copy in range(copies)] for part in parts]
-    if outer is not None:
-        outer.parts = [Part(rows, some.shape[1] - prefix, part.journey) for rows, some, part in zip(order, left, parts)]
-    if recorder is not None and outer is not None:
-        entries = recorder.trace[start:]
-        recorder.trace[start:] = [as_one(entries, order)]
+    order = follow_parts(layer, parts, left, prefix, start)
     longest = max(some.shape[1] for some in left)
     together = torch.cat([F.pad(some, (0, 0, 0, longest - some.shape[1])) for some in left])
     back = torch.tensor([row for rows in order for row in rows], device=tokens.device).argsort()
     return together[back]
+
+
+def entries_of(layer: Layer) -> int:
+    """Return how many entries a record has, where there is one."""
+    recorder = active_recorder(layer.wiring)
+    return 0 if recorder is None else len(recorder.trace)
+
+
+def follow_parts(layer: Layer, parts: list[Part], left: list[Tensor], prefix: int, start: int) -> list[list[int]]:
+    """Note what a selection left of each part `(R, N', D)`; return the rows of each that came out of its rows.
+
+    What was recorded of the parts from entry `start` on becomes one entry.
+    """
+    recorder, outer = active_recorder(layer.wiring), None if in_backward() else journey_of(layer)
+    copies = len(left[0]) // len(parts[0].rows)
+    order = [[row * copies + copy for row in part.rows for copy in range(copies)] for part in parts]
+    if outer is not None:
+        outer.parts = [Part(rows, some.shape[1] - prefix, part.journey) for rows, some, part in zip(order, left, parts)]
+    if recorder is not None and outer is not None and not (layer.tower.packed and len(parts) == 1):
+        entries = recorder.trace[start:]
+        recorder.trace[start:] = [as_one(entries, order)]
+    return order
 
 
 def as_one(entries: list[Selected], order: list[list[int]]) -> Selected:

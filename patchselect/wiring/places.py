@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ..adapter import Tower
 from .journey import Part, for_rows, journey_of
+from .packing import at_rows
 from .padding import parts_for, places_in, real_tokens
 from .plan import Plan
 from .recomputation import SOURCES, in_backward
@@ -16,7 +17,11 @@ from .state import Layer
 
 def follows(plan: Plan, tower: Tower, index: int) -> bool:
     """Tell whether a block is called with positions or masks of patches that an earlier block has removed."""
-    return (tower.rotary or tower.padded) and plan.selects and index > (0 if plan.merge else plan.layers[0])
+    return (
+        (tower.rotary or tower.padded or tower.packed)
+        and plan.selects
+        and index > (0 if plan.merge else plan.layers[0])
+    )
 
 
 def at_places(
@@ -31,6 +36,8 @@ def at_places(
         return args, kwargs
     hidden = args[0] if args else next(iter(kwargs.values()))
     tower, parts = layer.tower, parts_for(layer, hidden)
+    if tower.packed and parts is not None:
+        return at_rows(layer, block, hidden, parts, args, kwargs)
     if parts is not None:
         real = real_tokens(parts, tower, hidden)
         args, kwargs = tower.adapter.fit_masks(tower, block, real, *args, **kwargs)  # type: ignore[assignment]

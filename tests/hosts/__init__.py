@@ -71,6 +71,9 @@ PROMPTED: dict[str, Callable[[], Case]] = {
         of_prompts.smolvlm,
         of_prompts.idefics3,
         of_prompts.internvl,
+        of_prompts.qwen2_vl,
+        of_prompts.qwen2_5_vl,
+        of_prompts.qwen3_vl,
     )
 }
 """Language models that read images: what they promise beside is in test_multimodal.py."""

@@ -117,6 +117,82 @@ def internvl() -> Case:
     return _squares(transformers.InternVLForConditionalGeneration(config), "model.vision_tower", 1)
 
 
+VIDEO = 97
+"""The token of a video."""
+PACKED = dict(depth=6, num_heads=4, patch_size=8, temporal_patch_size=2, spatial_merge_size=2, initializer_range=0.3)
+"""Towers that pack images into one sequence."""
+
+
+def _packed(model: nn.Module) -> Case:
+    grids = torch.tensor([[1, 6, 8]])
+
+    def image_side(m: Any, images: dict[str, Tensor]) -> Tensor:
+        found = m.get_image_features(images["pixel_values"].flatten(0, 1), images["image_grid_thw"]).pooler_output
+        return torch.stack([each.mean(dim=0) for each in found])
+
+    def images(batch: int) -> dict[str, Tensor]:
+        pixels = torch.randn(batch, 48, 3 * 2 * 8 * 8, generator=torch.Generator().manual_seed(7))
+        return {"pixel_values": pixels, "image_grid_thw": grids.expand(batch, -1)}
+
+    return Case(
+        model, image_side, 48, images, lambda m: m.model.visual, 0, 48, (6, 8), relevances=("keys", "features"),
+        extra={"side": 2},
+    )  # fmt: skip
+
+
+def _qwen(kind: str, vision: dict[str, Any], language: dict[str, Any], **more: Any) -> Case:
+    transformers = _needs()
+    config = getattr(transformers, f"{kind}Config")(
+        vision_config={**PACKED, **vision}, text_config={**LANGUAGE, **language}, image_token_id=IMAGE,
+        video_token_id=VIDEO, vision_start_token_id=95, vision_end_token_id=96, **more,
+    )  # fmt: skip
+    return _packed(getattr(transformers, f"{kind}ForConditionalGeneration")(config))
+
+
+ROTARY = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}}
+
+
+def qwen2_vl() -> Case:
+    return _qwen("Qwen2VL", {"embed_dim": 48, "hidden_size": 32, "mlp_ratio": 2}, ROTARY)
+
+
+def qwen2_5_vl() -> Case:
+    vision = dict(hidden_size=48, out_hidden_size=32, intermediate_size=96)
+    return _qwen("Qwen2_5_VL", {**vision, "window_size": 32, "fullatt_block_indexes": [2, 5]}, ROTARY)
+
+
+def qwen3_vl() -> Case:
+    vision = dict(hidden_size=48, out_hidden_size=32, intermediate_size=96, num_position_embeddings=25)
+    language = {"num_hidden_layers": 4, "head_dim": 8, **ROTARY}
+    return _qwen("Qwen3VL", {**vision, "deepstack_visual_indexes": [0, 2, 4]}, language)
+
+
+def packed_prompts(
+    grids: Sequence[Sequence[tuple[int, int]]], words: Sequence[int], side: str = "left", seed: int = 0
+) -> dict[str, Tensor]:
+    """Return prompts as `prompts` does, of images with `grids` (height, width) in patches, row by row."""
+    generator = torch.Generator().manual_seed(seed)
+    made = []
+    for sizes, count in zip(grids, words):
+        text = torch.randint(3, WORDS, (count,), generator=generator)
+        parts = [text[:1]]
+        for image, (height, width) in enumerate(sizes):
+            parts += [torch.full((height * width // 4,), IMAGE), text[1 + image : 2 + image]]
+        made.append(torch.cat([*parts, text[1 + len(sizes) :]]))
+    length = max(map(len, made))
+    ids, mask = torch.full((len(made), length), PAD), torch.zeros(len(made), length, dtype=torch.long)
+    for row, each in enumerate(made):
+        place = slice(length - len(each), None) if side == "left" else slice(None, len(each))
+        ids[row, place], mask[row, place] = each, 1
+    flat = [(1, *size) for sizes in grids for size in sizes]
+    found = {"input_ids": ids, "attention_mask": mask, "mm_token_type_ids": (ids == IMAGE).int()}
+    if flat:
+        found["image_grid_thw"] = torch.tensor(flat)
+        count = sum(height * width for _, height, width in flat)
+        found["pixel_values"] = torch.randn(count, 3 * 2 * 8 * 8, generator=generator)
+    return found
+
+
 def prompts(
     rows: Sequence[int],
     words: Sequence[int],
