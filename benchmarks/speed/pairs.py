@@ -89,7 +89,7 @@ def flops_of(host: Host, images: Tensor, texts: Tensor) -> dict[str, float]:
     whole = counted(size, many, "all")
     prefix = count_flops(
         lambda: patchselect.pairs.prefix.take_prefix(
-            patchselect.handle_of(host.model), torch.zeros(images.shape), {}, images.shape[1:]
+            patchselect.handle_of(host.model).wiring, torch.zeros(images.shape), {}, images.shape[1:]
         )
     )
     return {

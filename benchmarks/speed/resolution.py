@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -117,12 +117,12 @@ def table(records: Sequence[dict[str, Any]]) -> str:
     return aligned(rows)
 
 
-def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+def main(arguments: Sequence[str] | None = None, build: Callable[[int], nn.Module] = vit) -> dict[str, Any]:
     """Run the benchmark; returns what the JSON file holds."""
     options = parse("benchmarks.speed.resolution", __doc__, add_arguments, arguments)
     settle_clock(options, options.device)
     report = report_on(options, options.device)
-    model = vit(options.own_size).to(options.device)
+    model = build(options.own_size).to(options.device)
     records = rows(model, options)
     report.update(unpatched_seconds=time_rows(model, records, options), results=records)
     about = f"ViT-B/16, random weights, own size {options.own_size} px, layers {options.layers}"
