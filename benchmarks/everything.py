@@ -17,7 +17,17 @@ from benchmarks import pages
 from benchmarks.common import results
 from benchmarks.common.command import add_device, add_output, parse
 from benchmarks.speed import __main__ as speed
-from benchmarks.speed import estimators, scale
+from benchmarks.speed import (
+    arithmetic,
+    estimators,
+    last_block,
+    pairs,
+    processes,
+    resolution,
+    scale,
+    sized_attention,
+    whole_model,
+)
 
 PLAIN = "--keep-rate 0.5 --merge 0 --tome"
 QUESTIONS: dict[str, tuple[Callable[[Sequence[str]], dict[str, Any]], str]] = {
@@ -27,12 +37,31 @@ QUESTIONS: dict[str, tuple[Callable[[Sequence[str]], dict[str, Any]], str]] = {
     "compiled": (speed.main, f"{PLAIN} --batch 1 --precision fp32 bf16 --rounds 7 --compile"),
     "scale": (scale.main, ""),
     "estimators": (estimators.main, ""),
+    "pairs": (pairs.main, "--model ViT-B-16 --texts 16 --rounds 3"),
+    "resolution": (resolution.main, "--sizes 224 256 288 320 336 384 --batch 1"),
+    "resolution-384": (
+        resolution.main,
+        "--own-size 384 --relevance keys --sizes 384 416 448 480 512 --batch 1 --rounds 3",
+    ),
+    "last-block": (last_block.main, ""),
+    "sized-attention": (sized_attention.main, "--tokens 197"),
+    "arithmetic": (arithmetic.main, ""),
+    "processes": (processes.main, ""),
+    "blip": (whole_model.main, "--host blip --work pair --image-size 384 --batch 1 --rounds 3"),
+    "albef": (whole_model.main, "--host albef --work pair --batch 1 --rounds 3 --profile"),
 }
 """The command behind each question."""
+FILES = ("estimators", "last-block", "sized-attention", "arithmetic", "processes", "blip", "albef")
+"""Questions whose command wants a file for its output, others a folder."""
+CPU_ALONE = ("estimators", "arithmetic", "processes", "blip", "albef")
+NOT_ASKED = ("estimators", "albef")
+"""Only where `--only` names them: one wants a busy machine, the other a checkout."""
+STUDIES = ("quick", "clip")
+"""Files of results that a command of `benchmarks.accuracy` has written."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    names = [name for name in QUESTIONS if name != "estimators"]
+    names = [name for name in QUESTIONS if name not in NOT_ASKED]
     parser.add_argument("--only", nargs="+", choices=list(QUESTIONS), default=names, metavar="QUESTION")
     add_device(parser)
     add_output(parser, "results/everything", "folder for all that each run writes")
@@ -44,8 +73,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name in options.only:
         run, asked = QUESTIONS[name]
         start, folder = time.monotonic(), options.output / name
-        device = [] if name == "estimators" else ["--device", options.device]
-        output = folder / "estimators.json" if name == "estimators" else folder
+        device = [] if name in CPU_ALONE else ["--device", options.device]
+        output = folder / f"{name}.json" if name in FILES else folder
         sys.stdout.write(f"# {name}\n\n")
         path = results.keep(run([*asked.split(), *device, "--output", str(output)]), name)
         for picture in folder.glob("*.png"):

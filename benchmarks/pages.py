@@ -18,6 +18,7 @@ from typing import Any
 
 from benchmarks.common.results import FOLDER, read
 from benchmarks.common.show import apart, markdown, quartiles
+from benchmarks.speed import tables
 
 ROOT = FOLDER.parent.parent
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks" / "RESULTS.md")
@@ -147,6 +148,7 @@ def machines(folder: Path) -> str:
 
 TABLES: dict[str, Callable[[Any], str]] = {
     "speed": speed, "short": short, "again": again, "precision": precision, "scale": scale, "estimators": estimators,
+    **tables.TABLES,
 }  # fmt: skip
 
 
@@ -172,7 +174,10 @@ def filled(page: str, root: Path = ROOT) -> str:
         if name == "machines":
             text = machines(path)
         elif path.exists():
-            text = TABLES[name](read(path))
+            report = read(path)
+            text = TABLES[name](report)
+            if name in tables.TABLES:
+                text += f"\n\n{origin(report)}."
             if name in PICTURES and path.with_suffix(".png").exists():
                 text += f"\n\n![{PICTURES[name]}](../{Path(source).with_suffix('.png')})"
         else:

@@ -84,8 +84,8 @@ def test_a_study_ends_in_a_table_and_a_plot(name, small, capsys):
     studies.STUDIES[name](small, (0, 1))
     told = capsys.readouterr().out
     facts = json.loads((small / f"{name}.json").read_text())
-    assert facts["command"] == f"python -m benchmarks.accuracy study {name} --seed 0 1"
-    assert {record["seed"] for record in facts["records"]} == {0, 1}
+    assert facts["settings"]["command"] == f"python -m benchmarks.accuracy study {name} --seed 0 1"
+    assert {record["seed"] for record in facts["results"]} == {0, 1}
     assert "±" in told and "text alone, no image |" in told
     assert "±" in (small / f"{name}.md").read_text()
     assert (small / f"{name}.png").stat().st_size > 5000

@@ -48,7 +48,7 @@ def test_files_have_the_head_of_the_schema(file):
     report = results.read(file)
     assert report["schema"] == 1 and report["commit"] != "unknown" and report["results"]
     assert file.parent.name == results.slug(report["machine"]), "a folder per machine"
-    assert file.stem in everything.QUESTIONS
+    assert file.stem in (*everything.QUESTIONS, *everything.STUDIES)
     assert {"processor", "device", "cores", "threads"} <= set(report["machine"]) and "torch" in report["versions"]
 
 

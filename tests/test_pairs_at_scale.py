@@ -12,7 +12,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from hosts import build, texts
 from processes import leave_group
-from since import needs
+from since import needs, slow
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -127,9 +127,9 @@ def test_checksums_tell_orders_types_and_shapes_apart():
     assert checksums([]) == ()
 
 
-def _one_process(rank: int, port: int, folder: str) -> None:
+def _one_process(rank: int, world: int, port: int, folder: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
     case = build("clip")
     patchselect.apply(case.model, 0.5, layers=[1, 3])
     images, text = case.images(7), texts(case, 4)
@@ -147,24 +147,25 @@ def _one_process(rank: int, port: int, folder: str) -> None:
     leave_group()
 
 
-def test_two_processes_share_the_images_and_both_get_the_matrix(tmp_path):
+@pytest.mark.parametrize("shared", [(3, 4), pytest.param((1, 2, 2, 2), marks=slow)], ids=len)
+def test_processes_share_the_images_and_all_get_the_matrix(shared, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     build("clip")
-    mp.spawn(_one_process, (port, str(tmp_path)), nprocs=2)
+    mp.spawn(_one_process, (len(shared), port, str(tmp_path)), nprocs=len(shared))
     case = build("clip")
     patchselect.apply(case.model, 0.5, layers=[1, 3])
     expected = scored(case.model, case.images(7), texts(case, 4))
     shares = []
-    for rank in range(2):
+    for rank in range(len(shared)):
         share, found = torch.load(tmp_path / f"{rank}.pt")
         shares.append(share)
         for name in ("tensor", "loader", "iterable"):
             torch.testing.assert_close(found[name], expected, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(found["candidates"], expected[:, [0, 3]], rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(found["alone"], expected[:2], rtol=1e-5, atol=1e-5)
-    assert shares == [3, 4]
+    assert sorted(shares) == sorted(shared) and sum(shares) == 7
 
 
 def test_progress_counts_images(monkeypatch):

@@ -30,8 +30,8 @@ def test_every_case_is_measured_against_the_unpatched_model(tmp_path, monkeypatc
     output = tmp_path / "found.json"
     arguments = ["--rounds", "2", "--layers", "1", "3", "--image-size", "32", "--output", str(output), "--threads", "1"]
     found = whole_model.main(arguments)
-    assert json.loads(output.read_text())["records"] == found["records"]
-    cases = [(r["work"], r["method"], r["keep_rate"]) for r in found["records"]]
+    assert json.loads(output.read_text())["results"] == found["results"]
+    cases = [(r["work"], r["method"], r["keep_rate"]) for r in found["results"]]
     assert cases == [
         ("pair", "unpatched", None),
         ("pair", "text", 0.7),
@@ -43,16 +43,16 @@ def test_every_case_is_measured_against_the_unpatched_model(tmp_path, monkeypatc
         ("train", "text, honest negatives", 0.5),
     ]
     for start in (0, 3):
-        whole, most, least = (record["gflops_per_pair"] for record in found["records"][start : start + 3])
+        whole, most, least = (record["gflops_per_pair"] for record in found["results"][start : start + 3])
         assert whole > most > least > 0
-    assert all(len(record["seconds"]) == 2 for record in found["records"])
+    assert all(len(record["seconds"]) == 2 for record in found["results"])
     assert capsys.readouterr().out.count("\n| ") == 9
 
 
 def test_the_profile_adds_up_and_its_parts_are_those_of_the_sequence(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(whole_model.HOSTS, "blip", tiny)
     arguments = ["--rounds", "2", "--layers", "1", "3", "--image-size", "32", "--threads", "1", "--profile"]
-    found = whole_model.main([*arguments, "--output", str(tmp_path / "found.json")])["records"]
+    found = whole_model.main([*arguments, "--output", str(tmp_path / "found.json")])["results"]
     whole, most, least = (record["parts"] for record in found[:3])
     assert list(whole) == ["blocks 1-2", "blocks 3-4", "blocks 5-6", "all else", "all"]
     assert all(record["parts"] is None for record in found[3:]), "a training step has no stretches of time"

@@ -30,7 +30,7 @@ def curves(
     folder.mkdir(parents=True, exist_ok=True)
     draw_curves(records, speeds, folder / f"{name}.png")
     command = asked("full", seeds) if name == "full" else f"python -m benchmarks.accuracy {name}"
-    write(folder, name, command, curve_report(records, steps, queries, pool), records=records, speeds=speeds)
+    write(folder, name, command, curve_report(records, steps, queries, pool), results=records, speeds=speeds)
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from .clock import CLOCKS
 from .machine import commit, machine, versions
 from .objects import name_of
 
@@ -54,6 +55,27 @@ def add_model(parser: argparse.ArgumentParser, default: str | None = None) -> No
 def add_device(parser: argparse.ArgumentParser) -> None:
     """Add `--device`."""
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+
+
+def add_clock(parser: argparse.ArgumentParser) -> None:
+    """Add `--clock` and `--threads`; `settle_clock` chooses where they are not given."""
+    about = "cpu: CPU time, which other work hardly changes (default on a CPU); wall"
+    parser.add_argument("--clock", choices=CLOCKS, help=about)
+    parser.add_argument("--threads", type=int, help="default: 1 with CPU time, else all")
+
+
+def settle_clock(options: argparse.Namespace, device: str = "cpu") -> None:
+    """Choose clock and threads where nobody did, and set the threads.
+
+    Raises:
+        SystemExit: CPU time was asked for on an accelerator.
+    """
+    cuda = torch.device(device).type == "cuda"
+    options.clock = options.clock or ("wall" if cuda else "cpu")
+    options.threads = options.threads or (1 if options.clock == "cpu" else torch.get_num_threads())
+    if options.clock == "cpu" and cuda:
+        sys.exit("--clock cpu tells nothing of what an accelerator does: use --clock wall")
+    torch.set_num_threads(options.threads)
 
 
 def add_output(parser: argparse.ArgumentParser, default: str, about: str = "folder for JSON and Markdown") -> None:

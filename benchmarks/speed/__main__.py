@@ -10,8 +10,17 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from benchmarks.common.clock import CLOCKS
-from benchmarks.common.command import add_device, add_layers, add_model, add_output, parse, report_on, write
+from benchmarks.common.command import (
+    add_clock,
+    add_device,
+    add_layers,
+    add_model,
+    add_output,
+    parse,
+    report_on,
+    settle_clock,
+    write,
+)
 from benchmarks.common.objects import OUTSIDE, named
 
 from . import scale
@@ -63,8 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--compile", action="store_true", help="torch.compile all cases, the unpatched one too")
     add("--cuda-graphs", action="store_true", help="replay each case as one CUDA graph (on a CPU: as without)")
     add_device(parser)
-    add("--clock", choices=CLOCKS, help="cpu: CPU time, which other work hardly changes (default on a CPU); wall")
-    add("--threads", type=int, help="default: 1 with CPU time, else all")
+    add_clock(parser)
     add("--seconds", type=float, default=100.0, help="time for everything, if one round fits in it")
     add("--rounds", type=int, help=f"exactly so many rounds, however long they take (otherwise at most {MOST_ROUNDS})")
     about = "curves over image size, texts, batch and depth instead (python -m benchmarks.speed.scale -h: its options)"
@@ -80,7 +88,6 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         return scale.main(["--device", options.device, "--output", str(options.output)])
     check(options)
     torch.manual_seed(options.seed)
-    torch.set_num_threads(options.threads)
     report = report_on(options, options.device)
     sys.stdout.write(announcement(options, report["machine"]))
     sys.stdout.flush()
@@ -101,10 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
 
 def check(options: argparse.Namespace) -> None:
     """Refuse what would only fail, or mislead, after minutes."""
-    options.clock = options.clock or ("wall" if torch.device(options.device).type == "cuda" else "cpu")
-    options.threads = options.threads or (1 if options.clock == "cpu" else torch.get_num_threads())
-    if options.clock == "cpu" and torch.device(options.device).type == "cuda":
-        sys.exit("--clock cpu tells nothing of what an accelerator does: use --clock wall")
+    settle_clock(options, options.device)
     if "pair" in options.view and options.work != ["forward"]:
         sys.exit("--view pair measures forward passes only: drop --pass, or use --view tower")
     if any(not 0 < rate < 1 for rate in options.keep_rate):

@@ -18,7 +18,16 @@ from tqdm import tqdm
 
 import patchselect
 from benchmarks.common.clock import timed
-from benchmarks.common.command import add_device, add_layers, add_output, parse, report_on, write
+from benchmarks.common.command import (
+    add_clock,
+    add_device,
+    add_layers,
+    add_output,
+    parse,
+    report_on,
+    settle_clock,
+    write,
+)
 from benchmarks.common.cost import count_flops
 from benchmarks.common.show import aligned, quartiles, spread
 
@@ -33,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--batch", type=int, default=2)
     add("--rounds", type=int, default=5)
     add_device(parser)
+    add_clock(parser)
     add_output(parser, "results/last_block.json", "JSON file; the table goes beside it")
 
 
@@ -65,7 +75,7 @@ def measure(model: nn.Module, rate: float, options: argparse.Namespace) -> dict[
     for turn in range(options.rounds):
         for skips in (turn % 2 == 0, turn % 2 == 1):
             switch(skips)
-            seconds[skips].append(timed(run, device))
+            seconds[skips].append(timed(run, device, options.clock))
     moved = (outputs[True] - outputs[False]).abs().max() / outputs[False].abs().max()
     ratios = [plain / skipped for plain, skipped in zip(seconds[False], seconds[True])]
     return {
@@ -89,6 +99,7 @@ def table(records: Sequence[dict[str, Any]]) -> str:
 def main(arguments: Sequence[str] | None = None, build: Callable[[int], nn.Module] = vit) -> dict[str, Any]:
     """Run the benchmark; returns what the JSON file holds."""
     options = parse("benchmarks.speed.last_block", __doc__, add_arguments, arguments)
+    settle_clock(options, options.device)
     report = report_on(options, options.device)
     model = build(options.image_size).to(options.device)
     rates = tqdm(options.keep_rate, file=sys.stderr, unit="rate")

@@ -16,7 +16,17 @@ from tqdm import tqdm
 
 import patchselect
 from benchmarks.common.clock import timed, turns
-from benchmarks.common.command import add_device, add_layers, add_model, add_output, parse, report_on, write
+from benchmarks.common.command import (
+    add_clock,
+    add_device,
+    add_layers,
+    add_model,
+    add_output,
+    parse,
+    report_on,
+    settle_clock,
+    write,
+)
 from benchmarks.common.cost import count_flops
 from benchmarks.common.show import aligned, quartiles, spread
 from benchmarks.models.host import Host
@@ -39,6 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_layers(parser)
     add("--rounds", type=int, default=5)
     add_device(parser)
+    add_clock(parser)
     add_output(parser, "results/pairs")
 
 
@@ -78,7 +89,7 @@ def flops_of(host: Host, images: Tensor, texts: Tensor) -> dict[str, float]:
     whole = counted(size, many, "all")
     prefix = count_flops(
         lambda: patchselect.pairs.prefix.take_prefix(
-            patchselect.handle_of(host.model), torch.zeros(images.shape), {}, images.shape[1:]
+            patchselect.handle_of(host.model).wiring, torch.zeros(images.shape), {}, images.shape[1:]
         )
     )
     return {
@@ -101,7 +112,7 @@ def compare(host: Host, options: argparse.Namespace, count: int, bar: tqdm[Any])
     for turn, order in enumerate(turns(list(found), options.rounds + 1)):
         for name in order:
             bar.set_description_str(f"{count} texts | {name}")
-            taken = timed(found[name], device)
+            taken = timed(found[name], device, options.clock)
             bar.update()
             if turn:  # the first turn warms up
                 seconds[name].append(taken)
@@ -111,24 +122,25 @@ def compare(host: Host, options: argparse.Namespace, count: int, bar: tqdm[Any])
             "way": name,
             "gflops": flops[name],
             "flop_ratio": flops[name] / flops[PAIRED],
-            **spread(seconds[name]),
-            "time_ratio": spread(seconds[name])["median"] / spread(seconds[PAIRED])["median"],
+            "seconds": spread(seconds[name]),
+            "time_ratio": spread([own / paired for own, paired in zip(seconds[name], seconds[PAIRED])]),
         }
         for name in found
     ]
 
 
 def table(records: Sequence[dict[str, Any]]) -> str:
-    rows = [["texts", "encoded by", "GFLOPs", "of the FLOPs", "seconds [quartiles]", "of the time"]]
+    rows = [["texts", "encoded by", "GFLOPs", "of the FLOPs", "seconds [quartiles]", "of the time [quartiles]"]]
     for r in records:
         flops = [f"{r['gflops']:.1f}", f"{r['flop_ratio']:.3f}"]
-        rows.append([str(r["texts"]), r["way"], *flops, quartiles(r, 3), f"{r['time_ratio']:.3f}"])
+        rows.append([str(r["texts"]), r["way"], *flops, quartiles(r["seconds"], 3), quartiles(r["time_ratio"], 3)])
     return aligned(rows)
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Run the benchmark; returns what the JSON file holds."""
     options = parse("benchmarks.speed.pairs", __doc__, add_arguments, arguments)
+    settle_clock(options, options.device)
     host = load(options.model, pretrained=options.pretrained)
     host.model.eval().to(options.device)
     report = report_on(options, options.device)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,10 +17,19 @@ from tqdm import tqdm
 
 import patchselect
 from benchmarks.common.clock import timed, turns
-from benchmarks.common.command import add_device, add_layers, add_output, parse, report_on, write
+from benchmarks.common.command import (
+    add_clock,
+    add_device,
+    add_layers,
+    add_output,
+    parse,
+    report_on,
+    settle_clock,
+    write,
+)
 from benchmarks.common.cost import count_flops
 from benchmarks.common.objects import OUTSIDE, named
-from benchmarks.common.show import aligned, spread
+from benchmarks.common.show import aligned, quartiles, spread
 
 from .encoder import call_of, vit
 
@@ -38,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--rounds", type=int, default=5)
     add("--per-layer", action="store_true", help="one rate per layer, early layers keep more")
     add_device(parser)
+    add_clock(parser)
     add_output(parser, "results/resolution")
 
 
@@ -65,29 +75,36 @@ def rows(model: nn.Module, options: argparse.Namespace) -> list[dict[str, Any]]:
 
 def time_rows(model: nn.Module, records: list[dict[str, Any]], options: argparse.Namespace) -> dict[str, float]:
     """Time each size and of the unpatched encoder at its own size, all in turns."""
-    device = torch.device(options.device)
     measured = [record for record in records if "rate" in record]
     baseline: list[float] = []
     seconds: list[list[float]] = [[] for _ in measured]
-    rounds = turns(range(-1, len(measured)), options.rounds + 1)
+    device, rounds = torch.device(options.device), turns(range(-1, len(measured)), options.rounds + 1)
     for turn, order in enumerate(tqdm(rounds, total=options.rounds + 1, file=sys.stderr, unit="round")):
         for place in order:
             if place < 0:
                 patchselect.remove(model)
-                taken = timed(call_of(model, options.batch, options.own_size, False, device), device)
+                call = call_of(model, options.batch, options.own_size, False, device)
             else:
                 record = measured[place]
                 patchselect.apply(model, record["rate"], options.layers, relevance=options.relevance)
-                taken = timed(call_of(model, options.batch, record["size"], True, device), device)
+                call = call_of(model, options.batch, record["size"], True, device)
+            taken = timed(call, device, options.clock)
             if turn:
                 (baseline if place < 0 else seconds[place]).append(taken)
     for record, found in zip(measured, seconds):
-        record.update({**spread(found), "time_ratio": spread(found)["median"] / spread(baseline)["median"]})
+        record.update(seconds=spread(found), time_ratio=spread([own / base for own, base in zip(found, baseline)]))
     return spread(baseline)
 
 
 def table(records: Sequence[dict[str, Any]]) -> str:
-    head = ["image", "patches", "keep rate", "FLOPs of the unpatched at its own size", "without selection", "time"]
+    head = [
+        "image",
+        "patches",
+        "keep rate",
+        "FLOPs of the unpatched at its own size",
+        "without selection",
+        "time [quartiles]",
+    ]
     rows = [head]
     for r in records:
         if "refused" in r:
@@ -95,16 +112,17 @@ def table(records: Sequence[dict[str, Any]]) -> str:
             rows.append([f"{r['size']} px", "", "–", f"can reach {reach}", "", ""])
             continue
         rates = r["rate"] if isinstance(r["rate"], tuple) else (r["rate"],)
-        ratios = [f"{r['share']:.3f}", f"{r['unpatched']:.2f}", f"{r['time_ratio']:.2f}"]
+        ratios = [f"{r['share']:.3f}", f"{r['unpatched']:.2f}", quartiles(r["time_ratio"], 2)]
         rows.append([f"{r['size']} px", str(r["patches"]), ", ".join(f"{rate:.3f}" for rate in rates), *ratios])
     return aligned(rows)
 
 
-def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+def main(arguments: Sequence[str] | None = None, build: Callable[[int], nn.Module] = vit) -> dict[str, Any]:
     """Run the benchmark; returns what the JSON file holds."""
     options = parse("benchmarks.speed.resolution", __doc__, add_arguments, arguments)
+    settle_clock(options, options.device)
     report = report_on(options, options.device)
-    model = vit(options.own_size).to(options.device)
+    model = build(options.own_size).to(options.device)
     records = rows(model, options)
     report.update(unpatched_seconds=time_rows(model, records, options), results=records)
     about = f"ViT-B/16, random weights, own size {options.own_size} px, layers {options.layers}"

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.common.clock import timed, turns
-from benchmarks.common.command import add_device, add_output, parse, report_on, write
+from benchmarks.common.command import add_clock, add_device, add_output, parse, report_on, settle_clock, write
 from benchmarks.common.show import aligned, quartiles, spread
 from patchselect.functional import sized_attention
 
@@ -50,6 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dtype", nargs="+", choices=list(DTYPES), default=["float32", "bfloat16"])
     add("--rounds", type=int, default=25)
     add_device(parser)
+    add_clock(parser)
     add_output(parser, "results/sized_attention.json", "JSON file; the table goes beside it")
 
 
@@ -65,7 +66,7 @@ def measure(tokens: int, dtype: str, options: argparse.Namespace) -> dict[str, A
         WAYS[name](query, key, value, sizes)
     for order in turns(list(WAYS), options.rounds):
         for name in order:
-            seconds[name].append(timed(lambda way=WAYS[name]: way(query, key, value, sizes), device))
+            seconds[name].append(timed(lambda way=WAYS[name]: way(query, key, value, sizes), device, options.clock))
     apart = (sized_attention(query, key, value, sizes) - widened(query, key, value, sizes)).abs().max()
     ratios = {
         name: spread([found / first for found, first in zip(seconds[name], seconds["no sizes"])])
@@ -85,6 +86,7 @@ def table(records: Sequence[dict[str, Any]]) -> str:
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Run the benchmark; returns what the JSON file holds."""
     options = parse("benchmarks.speed.sized_attention", __doc__, add_arguments, arguments)
+    settle_clock(options, options.device)
     report = report_on(options, options.device)
     report["results"] = [measure(tokens, dtype, options) for dtype in options.dtype for tokens in options.tokens]
     about = f"12 heads of width 64, batch {options.batch}; time against attention without sizes, median [quartiles]"

@@ -12,17 +12,17 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
 import patchselect
-from benchmarks.common.clock import synchronise, timed, turns
-from benchmarks.common.command import add_layers, add_output, parse, report_on, write
+from benchmarks.common.clock import CLOCKS, synchronise, timed, turns
+from benchmarks.common.command import add_clock, add_layers, add_output, parse, report_on, settle_clock, write
 from benchmarks.common.cost import countable
 from benchmarks.common.show import markdown, quartiles, spread
 from patchselect.wiring.towers import find_towers
@@ -61,7 +61,7 @@ def measure(options: argparse.Namespace, work: str, size: int, bar: tqdm[Any]) -
     by_part: dict[tuple[str, float | None], list[dict[str, float]]] = {case: [] for case in cases}
     device = next(whole.model.parameters()).device
     blocks = find_towers(whole.model)[0].blocks if options.profile and work == "pair" else []
-    clock = time.process_time if options.cpu_time else time.perf_counter
+    clock = CLOCKS[options.clock]
 
     def patched(case: tuple[str, float | None]) -> None:
         patchselect.remove(whole.model)
@@ -82,9 +82,8 @@ def measure(options: argparse.Namespace, work: str, size: int, bar: tqdm[Any]) -
         for case in order:
             patched(case)
             bar.set_description_str(f"{whole.name} {work} {size} px {case[0]}")
-            start = time.process_time()
-            wall = timed(lambda case=case: by_part[case].append(spent(case, clock)), device)  # type: ignore[misc]
-            seconds[case].append(time.process_time() - start if options.cpu_time else wall)
+            run = partial(lambda case: by_part[case].append(spent(case, clock)), case)
+            seconds[case].append(timed(run, device, options.clock))
             bar.update()
     base = cases[0]
     return [
@@ -134,8 +133,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--batch", type=int, default=4, metavar="PAIRS")
     add("--text-length", type=int, default=30, metavar="TOKENS")
     add("--rounds", type=int, default=5)
-    add("--threads", type=int, default=torch.get_num_threads())
-    add("--cpu-time", action="store_true", help="seconds of the process, where other work shares the machine")
+    add_clock(parser)
     add("--profile", action="store_true", help="also where the time and the FLOPs of a pair go, part by part")
     add_output(parser, "results/whole_model.json", "JSON file; the tables go beside it")
     add("--seed", type=int, default=0)
@@ -145,14 +143,14 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Run the benchmark; returns what the JSON file holds."""
     options = parse("benchmarks.speed.whole_model", __doc__, add_arguments, arguments)
     warnings.simplefilter("ignore")
-    torch.set_num_threads(options.threads)
+    settle_clock(options)
     report = report_on(options)
     records: list[dict[str, Any]] = []
     with tqdm(unit="call", dynamic_ncols=True, file=sys.stderr) as bar:
         for work in options.work:
             for size in options.image_size:
                 records += measure(options, work, size, bar)
-    report.update(weights="random", records=records)
+    report.update(weights="random", results=records)
     text = [table(records)]
     for size in options.image_size if options.profile else ():
         pairs = [record for record in records if record["parts"] and record["image_size"] == size]

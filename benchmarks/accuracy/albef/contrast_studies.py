@@ -64,7 +64,7 @@ def contrast_study(name: str, question: Sequence[Objective], scenes: Sequence[st
             "weight of true negatives",
             "of false negatives",
         ]
-        write(folder, name, asked(f"study {name}", seeds), markdown([head, *rows]), records=records)
+        write(folder, name, asked(f"study {name}", seeds), markdown([head, *rows]), results=records)
 
     return study
 

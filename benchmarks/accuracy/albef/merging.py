@@ -175,7 +175,7 @@ def merging(folder: Path, seeds: Seeds) -> None:
         differences(records, TRAINED, "front", "front"),
     ]
     draw(records, folder / "merging.png")
-    write(folder, "merging", asked("study merging", seeds), "\n\n".join(parts), records=records)
+    write(folder, "merging", asked("study merging", seeds), "\n\n".join(parts), results=records)
 
 
 def draw(records: Sequence[Record], path: Path) -> None:

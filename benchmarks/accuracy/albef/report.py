@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 import statistics
+from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Dict
 
-import torch
-
 from benchmarks.common import command
-from benchmarks.common.machine import commit, machine
+from benchmarks.common.machine import commit
 from benchmarks.common.show import canvas, markdown
 
 from .arms import LABELS
@@ -145,9 +144,9 @@ def asked(name: str, seeds: Sequence[int]) -> str:
 
 def write(folder: Path, name: str, asked_for: str, text: str, **data: Any) -> None:
     """Write `name.md` and `name.json` in the folder, and the text on the terminal."""
-    about = machine(torch.device("cpu"))
-    where = f"{about['processor']}, {about['cores']} cores, torch {torch.__version__}"
-    facts = {"command": asked_for, "machine": where, "commit": commit(), **data}
+    facts = command.report_on(Namespace(command=asked_for))
+    where = f"{facts['machine']['processor']}, {facts['machine']['cores']} cores, torch {facts['versions']['torch']}"
+    facts.update(data)
     command.write(folder / f"{name}.json", facts, f"`{asked_for}` ({where}, commit {commit()})\n\n{text}")
 
 

@@ -40,7 +40,7 @@ def speed(folder: Path, seeds: Seeds) -> None:
     path = folder / "full.json"
     if not path.exists():
         raise SystemExit(f"{path} is missing: run `python -m benchmarks.accuracy full` first")
-    records, rows = json.loads(path.read_text())["records"], []
+    records, rows = json.loads(path.read_text())["results"], []
     speeds = throughput(base(seeds[0], folder))
     plain = next(r for r in speeds if r["method"] == "none")
     rows.append(
@@ -59,7 +59,7 @@ def speed(folder: Path, seeds: Seeds) -> None:
     rows += [[LABELS["words"], "", "", "", "", cell([record], "accuracy"), ""] for record in blind]
     head = ["method", "keep", "pairs/s", "speed-up [quartiles]", "FLOP ratio, image encoder", "as it is", "trained"]
     draw_curves(records, speeds, folder / "speed.png")
-    write(folder, "speed", asked("study speed", seeds), markdown([head, *rows]), speeds=speeds)
+    write(folder, "speed", asked("study speed", seeds), markdown([head, *rows]), results=speeds)
 
 
 def accuracy(records: Sequence[Record], trained: str, method: str, keep_rate: float) -> str:
@@ -122,7 +122,7 @@ def layers(folder: Path, seeds: Seeds) -> None:
     figure.savefig(folder / "layers.png", dpi=150)
     rows.append([LABELS["words"], *[words()] * len(KEEP_RATES)])
     head = ["selection inside block", *(f"keep {rate:g}" for rate in KEEP_RATES)]
-    write(folder, "layers", asked("study layers", seeds), markdown([head, *rows]), records=records)
+    write(folder, "layers", asked("study layers", seeds), markdown([head, *rows]), results=records)
 
 
 SMALL = (11, 15)
@@ -172,7 +172,7 @@ def resolution(folder: Path, seeds: Seeds) -> None:
     figure.savefig(folder / "resolution.png", dpi=150)
     rows += [[f"{s} px", LABELS["words"], "", "", words(Layout(size=s, glyph=SMALL))] for s in (80, 88, 96)]
     head = ["image", "guidance", "keep rate", "cost (FLOPs of 80 px = 1)", "accuracy"]
-    write(folder, "resolution", asked("study resolution", seeds), markdown([head, *rows]), records=records)
+    write(folder, "resolution", asked("study resolution", seeds), markdown([head, *rows]), results=records)
 
 
 def alignment(folder: Path, seeds: Seeds) -> None:
@@ -187,7 +187,7 @@ def alignment(folder: Path, seeds: Seeds) -> None:
         + "\n\nPatches of the named objects kept, %:\n\n"
         + curve_table(records, "patches")
     )
-    write(folder, "alignment", asked("study alignment", seeds), text, records=records)
+    write(folder, "alignment", asked("study alignment", seeds), text, results=records)
 
 
 def from_scratch(seed: int, keep_rate: float, aligned: bool, steps: tuple[int, int]) -> Record:
@@ -220,7 +220,7 @@ def scratch(folder: Path, seeds: Seeds) -> None:
     figure.savefig(folder / "scratch.png", dpi=150)
     rows.append([LABELS["words"], "", words()])
     head = ["training", "keep", "accuracy"]
-    write(folder, "scratch", asked("study scratch", seeds), markdown([head, *rows]), records=records)
+    write(folder, "scratch", asked("study scratch", seeds), markdown([head, *rows]), results=records)
 
 
 STUDIES: dict[str, Study] = {
