@@ -1,8 +1,8 @@
 """What `apply` costs, and the part of it that asks blocks what they compute.
 
 `python -m benchmarks.speed.applying`
-CPU time of `patchselect.apply` on an unpatched model, and of its checks alone (`check_blocks`: is each block what its
-adapter takes it for; `check_order`: does it treat a token alike wherever it stands), in turns. Random weights.
+CPU time of `patchselect.apply` on an unpatched model, and of its checks alone (is each block what its adapter takes it
+for, and does it treat a token alike wherever it stands?), in turns. Random weights.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import patchselect
 from benchmarks.common.clock import timed, turns
 from benchmarks.common.command import add_output, parse, report_on, write
 from benchmarks.common.show import aligned, quartiles, spread
-from patchselect.wiring.equivariance import check_order
 from patchselect.wiring.guard import check_blocks
 
 SETTINGS: dict[str, dict[str, Any]] = {"select": {}, "merge, then select": {"merge": 0.5}}
@@ -48,7 +47,7 @@ def measure(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
             whole = timed(lambda h=handle, s=setting: h.append(patchselect.apply(model, **SETTINGS[s])), device, "cpu")  # type: ignore[misc]
             plan, tower = handle[0].plan, handle[0].towers[0]
             patchselect.remove(model)
-            checks = timed(lambda p=plan, t=tower: (check_blocks(p, t), check_order(p, t)), device, "cpu")  # type: ignore[misc]
+            checks = timed(lambda p=plan, t=tower: check_blocks(p, t), device, "cpu")  # type: ignore[misc]
             seconds[setting, "apply"].append(whole)
             seconds[setting, "checks"].append(checks)
     return [
