@@ -16,7 +16,6 @@ from .relevance import Relevance
 from .wiring.blocks import call_block, run_block
 from .wiring.changes import check_heard, places_of
 from .wiring.checks import check_counting, check_methods, check_pairing, check_reachable
-from .wiring.equivariance import check_order
 from .wiring.guard import check_blocks
 from .wiring.journey import call_tower
 from .wiring.merging import run_counting, run_placed
@@ -174,7 +173,6 @@ def apply(
             check_reachable(plan, tower)
             check_counting(plan, tower)
             places.append(places_of(tower, check_blocks(plan, tower)))
-            check_order(plan, tower)
             check_heard(tower, places[-1])
             plan.relevance.check(tower, plan.layers, guidance)
             check_objects(plan, tower)

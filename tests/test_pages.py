@@ -13,6 +13,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 ALL = [*PAGES, ROOT / "CHANGELOG.md", ROOT / "benchmarks" / "RESULTS.md"]
 MODULE = re.compile(r"python -m (benchmarks[\w.]*|patchselect[\w.]*)")
 FILE = re.compile(r"(?:python|pytest) ((?:docs|examples|tests)/\w+\.py)")
+TEST = re.compile(r"(tests/[\w/]+\.py)::(\w+)")
 LINK = re.compile(r"\]\(([^)\s]+)\)|^\[[^\]]+\]:\s+(\S+)|<img src=\"([^\"]+)\"", re.MULTILINE)
 
 
@@ -72,6 +73,13 @@ def test_links_lead_somewhere(page):
         assert target.exists(), f"{named(page)} links to {link}, which is not there"
         if heading:
             assert heading in headings(target), f"{named(page)} links to {link}: no such heading"
+
+
+@pytest.mark.parametrize("page", ALL, ids=named)
+def test_tests_that_a_page_names_are_there(page):
+    for path, name in TEST.findall(page.read_text(encoding="utf-8")):
+        source = (ROOT / path).read_text(encoding="utf-8")
+        assert f"\ndef {name}(" in source, f"{named(page)} names {path}::{name}, which is not there"
 
 
 @pytest.mark.parametrize("page", ALL, ids=named)

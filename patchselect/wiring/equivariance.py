@@ -13,8 +13,6 @@ import torch
 from torch import Tensor
 
 from ..adapter import Tower
-from .alike import likeness
-from .plan import Plan
 from .swapping import own_class
 from .twins import asked, call_of, difference_of, has_no_kernels, is_elsewhere, own_output, said, tensors_of
 
@@ -24,49 +22,40 @@ COARSE = 0.1
 """How far a row may depend on others, of what a block adds: quantised layers round to the range of the batch."""
 
 
-def check_order(plan: Plan, tower: Tower) -> None:
-    """Raise a TypeError if a block after the first reduction depends on where a token stands, or on other rows.
-
-    Asked as `guard.check_halves` asks, once for blocks that are alike; the places of rotary towers go with the patches.
-    """
-    if not plan.selects or tower.packed:  # a packed tower knows rows by what travels with its sequence
-        return
-    seen = set()
-    for index in range(0 if plan.merge else plan.layers[0], len(tower.blocks)):
-        kind = likeness(tower.blocks[index])
-        if kind not in seen:
-            seen.add(kind)
-            _check(tower, index)
-
-
-def _check(tower: Tower, index: int) -> None:
+def check_order(tower: Tower, index: int) -> None:
+    """Raise a TypeError if a block depends on where a token stands, or on other rows; asked as `guard.check_halves`."""
     block = tower.blocks[index]
-    if is_elsewhere(block):
+    if is_elsewhere(block) or tower.packed:
         return
     with asked(tower, block) as (twin, tokens):
         own, tokens, error = own_output(tower, twin, tokens)
-        if error is not None:
-            if not has_no_kernels(error, tokens):
-                raise TypeError(_refusal(tower, index, f"could not be asked, as it raised {said(error)}"))
+        if error is None:
+            refuse_order(tower, index, twin, own, tokens)
+        elif not has_no_kernels(error, tokens):
+            raise TypeError(_refusal(tower, index, f"could not be asked, as it raised {said(error)}"))
+
+
+def refuse_order(tower: Tower, index: int, twin: Any, own: Any, tokens: Tensor) -> None:
+    """Raise the same, given a copy of the block and what it returns of `tokens`; places of rotary towers go along."""
+    if tower.packed:  # rows are what travels with its sequence
+        return
+    try:
+        own = _tokens(own, tokens)
+        moved = _moved(tower, twin, tokens, rows=2)
+        if difference_of(own, moved, tokens) is None:
             return
-        try:
-            own = _tokens(own, tokens)
-            moved = _moved(tower, twin, tokens, rows=2)
-            found = difference_of(own, moved, tokens)
-            if found is not None:  # of quantised layers, rows share a range: both questions apart
-                alone = difference_of(own, _moved(tower, twin, tokens, rows=1), tokens)
-                if alone is not None:
-                    found = "makes something else of a patch where it stands elsewhere in the sequence"
-                elif difference_of(own, moved, tokens, COARSE) is None:
-                    return
-                else:
-                    found = "makes something else of an image beside another one in the batch"
-        except Exception as raised:
-            if has_no_kernels(raised, tokens):
-                return
-            found = f"raised {said(raised)} on the same tokens in another order"
-        if found is not None:
-            raise TypeError(_refusal(tower, index, found))
+        # Quantised layers round to the range of the whole batch, so each question is asked for itself.
+        if difference_of(own, _moved(tower, twin, tokens, rows=1), tokens) is not None:
+            found = "makes something else of a patch where it stands elsewhere in the sequence"
+        elif difference_of(own, moved, tokens, COARSE) is None:
+            return
+        else:
+            found = "makes something else of an image beside another one in the batch"
+    except Exception as raised:
+        if has_no_kernels(raised, tokens):
+            return
+        found = f"raised {said(raised)} on the same tokens in another order"
+    raise TypeError(_refusal(tower, index, found))
 
 
 def _moved(tower: Tower, twin: Any, tokens: Tensor, rows: int) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..adapter import Tower
 from .alike import likeness
+from .equivariance import check_order, refuse_order
 from .plan import Plan
 from .swapping import own_class
 from .twins import asked, call_of, difference_of, has_no_kernels, is_elsewhere, own_output, said
@@ -19,37 +20,47 @@ COUNTED = 1e-2
 
 
 def check_blocks(plan: Plan, tower: Tower) -> dict[int, tuple[str, ...]]:
-    """Check every block that selects, merges, counts sizes or is read; blocks that are alike but for weights once.
+    """Check every block that selects, merges, counts sizes, is read or runs on a shorter sequence.
+
+    Blocks that are alike but for their weights are asked once.
 
     Returns:
-        Of each, the parts that its own attention calls and attention that counts sizes does not, or the other way.
+        Of each that selects, merges or counts sizes, the parts that its own attention calls and attention that counts
+        sizes does not, or the other way.
 
     Raises:
-        TypeError: as `check_halves`.
+        TypeError: as `check_halves`; as `equivariance.check_order`.
         ValueError: as `check_halves`, with sizes.
     """
-    seen: dict[Any, tuple[str, ...]] = {}
+    seen: dict[Any, tuple[str, ...] | None] = {}
     found = {}
     kinds = [likeness(block) for block in tower.blocks]
     reads = plan.relevance.reads(tower, plan.layers) if plan.selects else ()
-    kinds_read = {kinds[index] for index in reads}
+    follows = range(0 if plan.merge else plan.layers[0], len(kinds)) if plan.selects else ()
+    kinds_read, kinds_that_follow = ({kinds[index] for index in some} for some in (reads, follows))
     for index, kind in enumerate(kinds):
         acts = index in plan.layers or plan.counts(index)
         if acts or index in reads:
-            if kind not in seen:
-                seen[kind] = check_halves(tower, index, plan, kind in kinds_read)
+            if seen.get(kind) is None:
+                seen[kind] = check_halves(tower, index, plan, kind in kinds_read, kind in kinds_that_follow)
                 _check_weights(tower, index)
             if acts:
-                found[index] = seen[kind]
+                found[index] = seen[kind] or ()
+        elif index in follows and kind not in seen:
+            seen[kind] = None
+            check_order(tower, index)
     return found
 
 
-def check_halves(tower: Tower, index: int, plan: Plan | None = None, read: bool = False) -> tuple[str, ...]:
+def check_halves(
+    tower: Tower, index: int, plan: Plan | None = None, read: bool = False, follows: bool = False
+) -> tuple[str, ...]:
     """Raise a TypeError unless `attend` and `finish` of the adapter are the forward of block `index`.
 
     Where attention is to count sizes, raise a ValueError unless `attend_sized` with sizes of 1 is `attend`; return the
     names of the parts that one of the two calls and the other does not. Where a relevance is to `read` the weights of
-    the attention, raise a TypeError unless attention of those weights, which is the same, is `attend`.
+    the attention, raise a TypeError unless attention of those weights, which is the same, is `attend`. Where the block
+    `follows` a reduction, raise one if it depends on where a token stands, or on other rows.
 
     Both run on a few random tokens, in the dtype and on the device of the block, in evaluation mode, on a copy that
     shares its weights; norms, biases and scales are random there, so that nothing is hidden by ones and zeros. Neither
@@ -73,6 +84,8 @@ def check_halves(tower: Tower, index: int, plan: Plan | None = None, read: bool 
         difference = difference_of(own, found, tokens)
         if difference is not None:
             raise _refusal(plan, tower, index, difference)
+        if follows:
+            refuse_order(tower, index, twin, own, tokens)
         counts = plan is not None and bool(plan.follows_sizes and plan.sizes)
         if plan is None or not (counts or read):
             return ()
