@@ -15,6 +15,7 @@ from .mplug import Mplug
 from .naflex import OpenClipNaflex, OpenClipNaflexEva, TimmNaflex, TimmNaflexEva
 from .open_clip import OpenClip, OpenClipTimm
 from .openai_clip import OpenAiClip
+from .perception import PerceptionEncoder
 from .plain import TransformersPlain
 from .shuffled import Idefics3, InternVl
 from .siglip import TransformersSiglip
@@ -31,6 +32,7 @@ ADAPTERS: tuple[Adapter, ...] = (
     TransformersClip(),
     TransformersSiglip(),
     LavisClip(),
+    PerceptionEncoder(),
     OpenClip(),
     OpenClipNaflex(),
     OpenClipNaflexEva(),
