@@ -17,7 +17,7 @@ from patchselect.adapters.rotary import at, turning
 from patchselect.reduction import reduction_of
 from patchselect.wiring.towers import find_towers
 
-ROTARY = ("dinov3", "timm_eva02", "open_clip_perception")
+ROTARY = ("dinov3", "timm_eva02", "open_clip_perception", "perception")
 rotary = pytest.mark.parametrize("name", ROTARY)
 
 
