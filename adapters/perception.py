@@ -5,13 +5,12 @@ Each attention of a tower turns queries and keys by angles for the whole grid, w
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from patchselect.adapter import Arguments, Attended, Tower, Turn, Wrapper, patch_grid
+from patchselect.adapter import Arguments, Attended, Tower, Turn, patch_grid
 from patchselect.compat import fused_attention
 from patchselect.weights import Projections, gathered, held, pool_cost, through_norm
 from patchselect.wiring.text_calls import Original
@@ -34,20 +33,23 @@ def is_tower(module: Any) -> bool:
     )
 
 
-def call_attention(
-    attention: Any, name: str, original: Original, x: Tensor, attn_mask: Any = None, angles: Tensor | None = None
-) -> Tensor:
-    """Run an attention, with angles `(B, 1, n, E)` of the patches that are left where the grid's own do not fit."""
-    if angles is None:
-        return original(x, attn_mask=attn_mask)  # type: ignore[no-any-return]
-    turn, whole = (
-        turning(angles.sin(), angles.cos(), half=False),
-        F.linear(x, attention.in_proj_weight, attention.in_proj_bias),
-    )
+def attention_at(attention: Any, x: Tensor, angles: Tensor) -> Tensor:
+    """Run an attention with angles `(B, 1, n, E)` of the patches that are left, where the grid's own do not fit.
+
+    Raises:
+        ValueError: somebody has hooked the attention, which is not called as a module here.
+    """
+    if attention._forward_hooks or attention._forward_pre_hooks:
+        raise ValueError(
+            f"the {type(attention).__name__} of a block after the first selection has hooks, which would not be "
+            "called: its tower turns by angles of the whole grid alone. Hook the block, or attn.out_proj"
+        )
+    turn = turning(angles.sin(), angles.cos(), half=False)
+    whole = F.linear(x, attention.in_proj_weight, attention.in_proj_bias)
     query, key, value = (part.unflatten(-1, (attention.num_heads, -1)) for part in whole.chunk(3, dim=-1))
     heads = (part.transpose(1, 2) for part in (turn(query), turn(key), value))
     read = fused_attention(*heads, mask=None, scale=attention.scale, dropout=0.0)
-    return F.linear(read.transpose(1, 2).flatten(2), attention.out_proj.weight, attention.out_proj.bias)
+    return attention.out_proj(read.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
 
 class PerceptionEncoder(Paired):
@@ -72,15 +74,11 @@ class PerceptionEncoder(Paired):
             )
         ]
 
-    def methods(self, model: Any, towers: list[Tower]) -> list[tuple[nn.Module, Mapping[str, Wrapper]]]:
-        blocks: list[Any] = towers[0].blocks
-        return super().methods(model, towers) + [(block.attn, {"forward": call_attention}) for block in blocks]
-
     def attend(
         self, tower: Tower, block: Any, x: Tensor, attn_mask: Any = None, angles: Tensor | None = None
     ) -> Attended:
         normed = block.ln_1(x)
-        branch = block.attn(normed) if angles is None else block.attn(normed, angles=angles)
+        branch = block.attn(normed) if angles is None else attention_at(block.attn, normed, angles)
         return Attended(self.residual(tower, block, x, branch), normed)
 
     def attend_sized(self, tower: Tower, block: Any, sizes: Tensor, *args: Any, **kwargs: Any) -> Attended:

@@ -131,4 +131,5 @@ class Clip(nn.Module):
         return F.normalize(found, dim=-1) if normalize else found
 
     def forward(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return self.encode_image(image, True), self.encode_text(text, True), self.logit_scale.exp()
+        image, text = self.encode_image(image, normalize=True), self.encode_text(text, normalize=True)
+        return image, text, self.logit_scale.exp()
