@@ -15,6 +15,7 @@ from .mplug import Mplug
 from .naflex import OpenClipNaflex, OpenClipNaflexEva, TimmNaflex, TimmNaflexEva
 from .open_clip import OpenClip, OpenClipTimm
 from .openai_clip import OpenAiClip
+from .perception import PerceptionEncoder
 from .plain import TransformersPlain
 from .qwen2_5_vl import Qwen2Point5Vl
 from .qwen2_vl import Qwen2Vl
@@ -37,6 +38,7 @@ ADAPTERS: tuple[Adapter, ...] = (
     TransformersClip(),
     TransformersSiglip(),
     LavisClip(),
+    PerceptionEncoder(),
     OpenClip(),
     OpenClipNaflex(),
     OpenClipNaflexEva(),

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from patchselect.adapter import Arguments, Attended, Tower, Turn, bound
 from patchselect.calls import refuse_extras
 
-from .plain import TransformersPlain, is_tower, rotary
+from .layouts import is_tower, rotary
+from .plain import TransformersPlain
 from .rotary import at, turning
 
 

@@ -54,7 +54,7 @@ def pool_of(visual: Any) -> Any:
     return getattr(visual, "attn_pool", None)
 
 
-class _Paired(Adapter):
+class Paired(Adapter):
     """What every open_clip model shares: `model(image, text)`."""
 
     default_relevance = "values"
@@ -96,7 +96,7 @@ class _Paired(Adapter):
         return Texts(model.encode_text(texts))
 
 
-class OpenClip(_Paired):
+class OpenClip(Paired):
     """Models whose vision tower is open_clip's own `VisionTransformer`, and that tower alone."""
 
     name = "open_clip"
@@ -251,7 +251,7 @@ class OpenClip(_Paired):
         return patch_grid(x, tower.module.get_submodule("conv1"))
 
 
-class OpenClipTimm(_Paired, TimmViT):
+class OpenClipTimm(Paired, TimmViT):
     """open_clip models on a plain ViT of timm (the SigLIP family, `gap` and hybrid-stem towers)."""
 
     name = "open_clip-timm"

@@ -1,4 +1,7 @@
-"""OpenAI CLIP (`clip.model.CLIP`) with a ViT, and its vision tower alone; blocks take sequence-first tokens."""
+"""OpenAI CLIP (`clip.model.CLIP`) with a ViT, and its vision tower alone; blocks take sequence-first tokens.
+
+LAVIS' `clip_vit` has the same blocks in a tower that returns all tokens, without norm and projection behind them.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ from patchselect.wiring.text_calls import call_with_text, recall_text
 from patchselect.wiring.wording import refuse_masks
 
 BLOCK_PARTS = {"attn", "ln_1", "mlp", "ln_2"}
-TOWER_PARTS = ("conv1", "class_embedding", "positional_embedding", "ln_pre", "ln_post")
+TOWER_PARTS = ("conv1", "class_embedding", "positional_embedding", "ln_pre")
 
 
 def is_tower(module: Any, held_in: Any = nn.Sequential) -> bool:
@@ -49,7 +52,7 @@ class ClipReader(Reader):
         return [(model, {"forward": call_with_text, "encode_text": recall_text})]
 
     def text_width(self, tower: Tower) -> int:
-        proj: Any = tower.module.proj
+        proj: Any = getattr(tower.module, "proj", None)
         return tower.width if proj is None else proj.shape[1]
 
     def text_of_call(
@@ -94,9 +97,9 @@ class OpenAiClip(Adapter):
             blocks=list(module.transformer.resblocks),
             num_prefix_tokens=1,
             has_class_token=True,
-            width=module.ln_post.normalized_shape[0],
+            width=module.class_embedding.shape[-1],
             batch_first=False,
-            final_norm=module.ln_post,
+            final_norm=getattr(module, "ln_post", None),
             reader=reader,
         )
 
@@ -125,14 +128,14 @@ class OpenAiClip(Adapter):
         return patch_grid(x, tower.module.get_submodule("conv1"))
 
     def lift(self, tower: Tower, text: Tensor) -> Tensor:
-        if tower.module.proj is None:
+        if getattr(tower.module, "proj", None) is None:
             return text
         proj = gathered(held(tower.module, "proj"))
         return text.to(proj.dtype) @ proj.T
 
     def project(self, tower: Tower, patches: Tensor) -> Tensor:
-        normed = tower.final_norm(patches)  # type: ignore[misc]
-        if tower.module.proj is None:
+        normed = patches if tower.final_norm is None else tower.final_norm(patches)
+        if getattr(tower.module, "proj", None) is None:
             return normed
         proj = gathered(held(tower.module, "proj"))
         return normed.to(proj.dtype) @ proj

@@ -1,7 +1,8 @@
 """Plain ViTs of Hugging Face transformers, alone, under a classifier, or as the image side of a dual encoder.
 
-ViT, DeiT, DINOv2 (with and without registers), ViT-MSN, I-JEPA, AIMv2, FLAVA's image side, VisionTextDualEncoder; they
-are found by their structure: embeddings with a convolution and known prefix tokens, pre-norm blocks, a final norm.
+ViT, DeiT, DINOv2 (with and without registers), TIPSv2, ViT-MSN, I-JEPA, AIMv2, FLAVA's image side,
+VisionTextDualEncoder; they are found by their structure (`layouts.py`): embeddings with a convolution and known prefix
+tokens, pre-norm blocks, a final norm.
 """
 
 from __future__ import annotations
@@ -13,97 +14,18 @@ from typing import Any
 from torch import Tensor, nn
 
 from patchselect.adapter import Attended, Tower, Wrapper, bound, patch_grid
-from patchselect.weights import Projections, held, is_linear, matrix, rate, through_norm
+from patchselect.weights import Projections, held, matrix, rate, through_norm
 from patchselect.wiring.journey import call_tower
 from patchselect.wiring.text_calls import Original
 from patchselect.wiring.wording import refuse_masks
 
+from .layouts import blocks_of, final_norm_of, is_tower, linears_of, norms_of, num_prefix, patches_of, rotary
 from .transformers import TransformersClip, takes_return_dict
 
-NORMS = (("layernorm_before", "layernorm_after"), ("norm1", "norm2"), ("rms_norm1", "rms_norm2"))
-MLPS = ({"intermediate", "output"}, {"mlp"}, {"ffn"})
-ATTENTION_PARTS = {"query", "key", "value", "dropout", "q_proj", "k_proj", "v_proj", "o_proj", "out_proj"}
-AROUND_BRANCHES = {"layer_scale1", "layer_scale2", "drop_path", "drop_path1", "drop_path2", "dropout"}
-FINAL_NORMS = ("layernorm", "norm", "rms_norm")
-EMBEDDING_PARTS = {"patch_embeddings", "patch_embed", "dropout", "rms_norm", "position_embedding"}
-EMBEDDING_TOKENS = {"cls_token", "distillation_token", "register_tokens", "mask_token", "position_embeddings"}
-TOWER_PARTS = {"embeddings", "encoder", "model", "layer", "layers", "pooler", "head", "rope_embeddings", "dropout"}
 HEADS = {"classifier", "cls_classifier", "distillation_classifier"}
 DUAL_PARTS = {"vision_model", "text_model", "visual_projection", "text_projection"}
 DENSE = "{} reshapes the states of {} to a dense grid (reshape_hidden_states), but selection removed patches: set {} = \
 False, or take last_hidden_state from the model, handle.record() and patchselect.restore(tokens, trace)"
-
-
-def blocks_of(module: Any) -> list[Any]:
-    """Return the blocks of a tower, wherever its release keeps them."""
-    for holder in (module, getattr(module, "encoder", None), getattr(module, "model", None)):
-        for name in ("layer", "layers"):
-            blocks = getattr(holder, name, None)
-            if isinstance(blocks, nn.ModuleList) and len(blocks):
-                return list(blocks)
-    return []
-
-
-def linears_of(attention: Any) -> list[Any]:
-    """Return query, key, value and output layers of an attention, of any release; `[]` if there are none."""
-    inner, output = getattr(attention, "attention", None), getattr(attention, "output", None)
-    if {name for name, _ in getattr(inner, "named_children", attention.named_children)()} - ATTENTION_PARTS:
-        return []
-    if inner is not None:
-        found = [getattr(inner, name, None) for name in ("query", "key", "value")] + [getattr(output, "dense", None)]
-    else:
-        found = [getattr(attention, f"{name}_proj", None) for name in "qkv"]
-        found.append(getattr(attention, "o_proj", getattr(attention, "out_proj", None)))
-    return found if all(map(is_linear, found)) else []
-
-
-def norms_of(block: Any) -> tuple[Any, Any] | None:
-    """Return the norms before attention and MLP of a block that is laid out as the plain ones; `None` of any other."""
-    parts = {name for name, _ in block.named_children()}
-    if any(True for _ in block.parameters(recurse=False)) or in_windows(block):
-        return None
-    for names in NORMS:
-        if parts - AROUND_BRANCHES in [{*names, "attention", *mlp} for mlp in MLPS] and linears_of(block.attention):
-            return getattr(block, names[0]), getattr(block, names[1])
-    return None
-
-
-def in_windows(block: Any) -> bool:
-    """Tell whether a row of the batch is a window of an image, in this block or in the next (RF-DETR)."""
-    return any("window" in name for name in vars(block))
-
-
-def patches_of(embeddings: Any) -> nn.Conv2d | None:
-    """Return the convolution that cuts the image into patches, if nothing else does."""
-    cut = getattr(embeddings, "patch_embeddings", getattr(embeddings, "patch_embed", None))
-    found = list(cut.children()) if isinstance(cut, nn.Module) and not isinstance(cut, nn.Conv2d) else [cut]
-    return found[0] if len(found) == 1 and isinstance(found[0], nn.Conv2d) else None
-
-
-def final_norm_of(module: Any) -> nn.Module | None:
-    found = (getattr(module, name, None) for name in FINAL_NORMS)
-    return next((norm for norm in found if norm is not None), None)
-
-
-def is_tower(module: Any) -> bool:
-    embeddings, blocks = getattr(module, "embeddings", None), blocks_of(module)
-    if not blocks or not isinstance(embeddings, nn.Module) or patches_of(embeddings) is None:
-        return False
-    if {name for name, _ in module.named_children()} - TOWER_PARTS - {*FINAL_NORMS}:
-        return False  # somebody in it may read a dense grid: segmentation (EoMT)
-    known = {name for name, _ in embeddings.named_children()} <= EMBEDDING_PARTS
-    known = known and {name for name, _ in embeddings.named_parameters(recurse=False)} <= EMBEDDING_TOKENS
-    known = known and "pixel_values" in inspect.signature(module.forward).parameters
-    return known and final_norm_of(module) is not None and all(norms_of(block) is not None for block in blocks)
-
-
-def rotary(module: Any) -> bool:
-    return getattr(module, "rope_embeddings", None) is not None
-
-
-def num_prefix(embeddings: Any) -> int:
-    tokens = (getattr(embeddings, name, None) for name in ("cls_token", "distillation_token", "register_tokens"))
-    return sum(token.shape[1] for token in tokens if token is not None)
 
 
 def call_backbone(module: Any, name: str, original: Original, *args: Any, **kwargs: Any) -> Any:
@@ -169,6 +91,8 @@ class TransformersPlain(TransformersClip):
             return None, None
         if names == DUAL_PARTS:
             return getattr(model, found[0]), model
+        if names == {"vision_model", "text_model"} == {found[0], "text_model"}:
+            return getattr(model, found[0]), None  # TIPSv2: texts and images are compared as they leave their towers
         if names - {found[0]} <= HEADS:
             return getattr(model, found[0]), None
         others = ", ".join(sorted(names - {found[0]}))

@@ -10,7 +10,8 @@ from torch import nn
 from patchselect.adapter import Tower, Wrapper, patch_grid
 from patchselect.wiring.journey import note_grid
 
-from .plain import TransformersPlain, is_tower, patches_of
+from .layouts import is_tower, patches_of
+from .plain import TransformersPlain
 
 
 def note_patches(embeddings: Any, name: str, original: Any, pixel_values: Any, *args: Any, **kwargs: Any) -> Any:

@@ -5,7 +5,7 @@ Subclass `Adapter`, without state or selection logic, for a new family of models
 
 from __future__ import annotations
 
-from typing import Any, Mapping, Tuple
+from typing import Any, Callable, Mapping, Tuple
 
 from torch import Tensor, nn
 
@@ -99,6 +99,10 @@ class Adapter:
     def finish(self, tower: Tower, block: nn.Module, tokens: Tensor, rest: Any) -> Any:
         """Run the MLP branch on `tokens` and return what the host's block returns."""
         raise NotImplementedError
+
+    def run(self, tower: Tower, block: nn.Module, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run a block that neither selects nor counts; its arguments may be what `at_places` has made of its own."""
+        return original(*args, **kwargs)
 
     def sample_call(self, tower: Tower, block: nn.Module, tokens: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return arguments on which `apply` compares the two halves with `block.forward`; others it needs are None."""

@@ -112,6 +112,7 @@ TRANSFORMERS = {
     "FLAVA": Feature("transformers", "4.20", "there is no FLAVA", "transformers:FlavaModel"),
     "I-JEPA": Feature("transformers", "4.48", "there is no I-JEPA", "transformers:IJepaModel"),
     "AIMv2": Feature("transformers", "4.54", "there is no AIMv2", "transformers:Aimv2VisionModel"),
+    "TIPSv2": Feature("transformers", "5.24", "there is no TIPSv2 (5.24: seen)"),
     "timm wrapper": Feature("transformers", "4.48", "there is no wrapper of timm", "transformers:TimmWrapperModel"),
     "DPT": Feature("transformers", "4.18", "there is no DPT", "transformers:DPTModel"),
     "YOLOS": Feature("transformers", "4.20", "there is no YOLOS", "transformers:YolosModel"),

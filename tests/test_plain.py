@@ -45,6 +45,7 @@ KINDS = {
     "IJepaForImageClassification": Kind("IJepaConfig", SHALLOW, 0, "I-JEPA"),
     "Aimv2VisionModel": Kind("Aimv2VisionConfig", SHALLOW, 0, "AIMv2"),
     "FlavaImageModel": Kind("FlavaImageConfig", SHALLOW, 1, "FLAVA"),
+    "Tipsv2VisionModel": Kind("Tipsv2VisionConfig", GATED, 2, "TIPSv2"),
 }
 
 
@@ -138,6 +139,27 @@ def test_joint_space_of_aimv2_guides_its_tower():
             torch.testing.assert_close(model(input_ids=ids, pixel_values=images()).logits_per_image, of_call)
     with pytest.raises(ValueError, match="Aimv2RMSNorm, not a LayerNorm"):
         patchselect.apply(model, 0.5, relevance="values")
+
+
+@torch.no_grad()
+def test_towers_of_tipsv2_are_compared_as_they_are():
+    transformers = transformers_with("TIPSv2")
+    text = dict(hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=99)
+    model = transformers.Tipsv2Model(transformers.Tipsv2Config(vision_config=GATED, text_config=text)).eval()
+    ids = torch.randint(3, 90, (3, 7))
+
+    def logits():
+        return model(input_ids=ids, pixel_values=images()).logits_per_image
+
+    plain = logits()
+    for relevance in ("keys", "features", "values", "joint"):
+        patchselect.apply(model, 0.5, pairing="paired", relevance=relevance)
+        of_call = logits()
+        with patchselect.guide(model, model.get_text_features(input_ids=ids).pooler_output):
+            torch.testing.assert_close(logits(), of_call)
+        assert not torch.allclose(of_call, plain, rtol=1e-3, atol=1e-4)
+    patchselect.remove(model)
+    assert torch.equal(logits(), plain)
 
 
 @torch.no_grad()

@@ -51,7 +51,7 @@ def run_placed(block: nn.Module, name: str, original: Original, *args: Any, **kw
         hidden = args[0] if args else next(iter(kwargs.values()))
         return layer.tower.adapter.as_output(layer.tower, hidden)
     args, kwargs = at_places(layer, block, args, kwargs)
-    return original(*args, **kwargs)
+    return layer.tower.adapter.run(layer.tower, block, original, *args, **kwargs)
 
 
 def merge(layer: Layer, block: nn.Module, attended: Attended, counted: Counted) -> Tensor:

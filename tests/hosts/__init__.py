@@ -55,6 +55,7 @@ SELDOM: dict[str, Callable[[], Case]] = {
         of_open_clip.timm_naflex,
         of_open_clip.timm_naflex_rotary,
         of_open_clip.open_clip_naflex,
+        of_doubles.perception,
     )
 }
 """Hosts whose blocks are those of others above: every promise is tested on them with PATCHSELECT_SLOW=1."""

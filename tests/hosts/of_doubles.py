@@ -1,4 +1,4 @@
-"""Structural doubles of hosts that no package ships: OpenAI CLIP, ALBEF and mPLUG."""
+"""Structural doubles of hosts that no package ships: OpenAI CLIP, Perception Encoder, ALBEF and mPLUG."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 from doubles.albef import Retrieval, Vit
 from doubles.clip import Clip
 from doubles.mplug import Answering
+from doubles.perception import Clip as PerceptionClip
 from torch import nn
 
 from .case import Case, pixels
@@ -22,6 +23,19 @@ def openai_clip() -> Case:
     case = _double(Clip(), "visual", 24, lambda m, x: m.encode_image(x), *relevances)
     case.text_side, case.pair = lambda m, t: m.encode_text(t), lambda m, x, t: m(x, t)[0]
     return case
+
+
+def perception() -> Case:
+    case = _double(
+        PerceptionClip(), "visual", 24, lambda m, x: m.encode_image(x), "keys", "features", "values", "joint"
+    )
+    case.text_side, case.pair = lambda m, t: m.encode_text(t), perception_logits
+    return case
+
+
+def perception_logits(model: Any, images: Any, tokens: Any) -> Any:
+    image, text, scale = model(images, tokens)
+    return scale * image @ text.T
 
 
 def albef() -> Case:

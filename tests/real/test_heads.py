@@ -17,10 +17,18 @@ from torch import Tensor, nn
 import patchselect
 from patchselect.functional import num_kept
 
-from . import albef, blip, lavis, llava, mplug, openai_clip
+from . import albef, blip, lavis, llava, mplug, openai_clip, perception
 from .cases import Case
 
-CODE_BASES = {"albef": albef, "mplug": mplug, "blip": blip, "lavis": lavis, "clip": openai_clip, "llava": llava}
+CODE_BASES = {
+    "albef": albef,
+    "mplug": mplug,
+    "blip": blip,
+    "lavis": lavis,
+    "clip": openai_clip,
+    "llava": llava,
+    "pe": perception,
+}
 TABLES = {family: code_base.CASES for family, code_base in CODE_BASES.items()}
 NAMES = [f"{family}-{name}" for family, table in TABLES.items() for name in table]
 VARIABLES = [code_base.VARIABLE for code_base in CODE_BASES.values()]

@@ -71,6 +71,27 @@ def test_meter():
     refused(model, r"block \d of VisualTransformer cannot select.*missing 1 required positional argument: 'x_mask'")
 
 
+@torch.no_grad()
+def test_clip_vit_of_lavis():
+    """Blocks of OpenAI's CLIP in a tower that returns all tokens: it works, alone."""
+    stand_ins = {
+        "lavis__common__dist_utils": {"download_cached_file": None},
+        "lavis__models__eva_vit": {"convert_weights_to_fp16": None},
+        "fairscale__nn__checkpoint__checkpoint_activations": {"checkpoint_wrapper": lambda module: module},
+    }
+    module = loaded("LAVIS_DIR", "lavis/models/clip_vit.py", **stand_ins)
+    model = module.VisionTransformer(64, 16, 64, 6, 4, use_grad_checkpointing=False).eval()
+    images, text = torch.randn(2, 3, 64, 64), torch.randn(2, 64)
+    plain = model(images)
+    for relevance in ("keys", "values", "features"):
+        handle = patchselect.apply(model, 0.5, [1, 3], relevance=relevance)
+        with handle.record() as trace, patchselect.guide(model, text):
+            assert model(images).shape == (2, 1 + 6, 64)
+        assert [entry.num_tokens for entry in trace] == [10, 7]
+    handle.remove()
+    assert torch.equal(model(images), plain)
+
+
 @pytest.mark.parametrize("options", [{}, {"qkv_bias": True}, {"use_rel_pos_bias": True}, {"init_values": 0.1}])
 def test_eva_of_lavis(options):
     stand_ins = {"lavis__common__dist_utils": {"download_cached_file": None}}
