@@ -19,10 +19,10 @@ from patchselect.prompts.host import Prompted
 from patchselect.prompts.packed import (
     call_merger,
     call_packed_features,
-    call_packed_tower,
     raise_for_videos,
     refuse_videos,
     sources_in_prompt,
+    uncompiled_tower,
 )
 from patchselect.weights import Projections, rate, thirds
 from patchselect.wiring.journey import Journey
@@ -70,7 +70,7 @@ class Qwen2Vl(Prompted):
         inner: dict[str, Wrapper] = {"forward": call_prompted, "get_image_features": call_packed_features}
         found: list[tuple[nn.Module, Mapping[str, Wrapper]]] = [
             (core, {**inner, "get_video_features": refuse_videos}),
-            (core.visual, {"forward": call_packed_tower}),
+            (core.visual, {"forward": uncompiled_tower()}),
             *((merger, {"forward": call_merger}) for merger in self.mergers(core.visual)),
         ]
         if core is not model:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from typing import Any
 
 from torch import nn
@@ -11,6 +12,8 @@ SUPPORTED = (
     "LlavaModel", "VipLlavaModel", "PaliGemmaModel", "Idefics3Model", "SmolVLMModel", "InternVLModel",
     "Qwen2VLModel", "Qwen2_5_VLModel", "Qwen3VLModel",
 )  # fmt: skip
+SINCE = "5.23"
+"""The first release of transformers in which these were tested."""
 GRID = "its projector joins neighbours of a whole grid of patches"
 TILES = "it cuts images into tiles and packs their whole grids (padding taken off, a newline after each row)"
 REASONS = {
@@ -47,9 +50,11 @@ def names_of(module: Any) -> list[str]:
 def check_release(model: nn.Module, core: Any) -> None:
     """Raise a TypeError unless this release of transformers takes encoded images."""
     if "mm_encoder_outputs" not in inspect.signature(type(core).forward).parameters:
+        release = getattr(sys.modules.get("transformers"), "__version__", "(this release)")
         raise TypeError(
-            f"{type(model).__name__} of this release of transformers does not take encoded images "
-            "(mm_encoder_outputs), by which prompts are shortened: use a newer one, or patch its vision tower alone"
+            f"{type(model).__name__} of transformers {release} does not take encoded images (mm_encoder_outputs), by "
+            f"which prompts are shortened: use transformers {SINCE} or newer, or patch its vision tower alone, and "
+            "shorten prompts yourself"
         )
 
 

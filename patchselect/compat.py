@@ -39,6 +39,11 @@ else:
         return bool(torch.onnx.is_in_onnx_export())
 
 
+def uncompiled(function: Any) -> Any:
+    """Return a function that runs outside of compiled graphs, with all that it calls; imports dynamo."""
+    return getattr(_compiler, "disable", lambda same: same)(function)  # torch 2.1
+
+
 def forget_compiled() -> None:
     """Let dynamo look at all modules again; before torch 2.7 it does not see that one has another class (2.1: seen)."""
     dynamo = sys.modules.get("torch._dynamo")

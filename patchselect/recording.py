@@ -15,13 +15,13 @@ def restore(tokens: Tensor, trace: list[Selected] | Selected, fill: float | Tens
 
     Args:
         tokens: `(B, N', D)`: what the tower returned for the call that `trace` recorded (all tokens, or without the
-            prefix).
+            prefix); of a tower that packs images into one sequence all of that, `(N', D)`.
         trace: the `record()` of that call (its last entry counts), or one entry.
         fill: what stands where a patch was removed: a number, a tensor that broadcasts to `(B, H, W, D)`, or
             `"fused"` for the fused token that the patch went into.
 
     Returns:
-        `(B, H, W, D)`; of a padded batch a list, `(H, W, D)` of each image.
+        `(B, H, W, D)`; of images of several sizes a list, `(H, W, D)` of each.
 
     Raises:
         ValueError: the trace is empty or of another call, or `fill="fused"` and there is no fused token.
@@ -29,6 +29,11 @@ def restore(tokens: Tensor, trace: list[Selected] | Selected, fill: float | Tens
     entry = trace if isinstance(trace, Selected) else (trace[-1] if trace else None)
     if entry is None:
         raise ValueError("the trace is empty: run the model inside of `with handle.record() as trace:`")
+    if tokens.dim() == 2 and entry.images is not None:
+        pieces = zip(tokens.split([image.num_tokens for image in entry.images]), entry.images)
+        return [restore(piece, image, fill)[0] for piece, image in pieces]  # type: ignore[return-value]
+    if tokens.dim() == 2 and len(tokens) == len(entry.kept) * entry.num_tokens:
+        tokens = tokens.view(len(entry.kept), entry.num_tokens, -1)
     if entry.images is not None:
         cut = enumerate(image.num_tokens + tokens.shape[1] - entry.num_tokens for image in entry.images)
         return [restore(tokens[i : i + 1, :n], entry.images[i], fill)[0] for i, n in cut]  # type: ignore[return-value]

@@ -314,7 +314,28 @@ def test_images_are_selected_from_each_alone(name):
         torch.testing.assert_close(rows(torch.tensor([row])), whole[row : row + 1], rtol=1e-4, atol=1e-5)
     with patchselect.guide(case.model, text):
         tokens = case.model.model.visual(images["pixel_values"].flatten(0, 1), images["image_grid_thw"])
+    dense = patchselect.restore(tokens.last_hidden_state, trace, fill=float("nan"))
+    for row, kept in enumerate(trace[-1].kept.tolist()):
+        own = tokens.last_hidden_state.view(4, -1, 48)[row]
+        for token, place in zip(own, kept):
+            assert place < 0 or torch.equal(dense[row].flatten(0, 1)[place], token)
+        assert int(dense[row].isnan().all(dim=-1).sum()) == 48 - sum(place >= 0 for place in kept)
     assert len(tokens.last_hidden_state) == 4 * len(tokens.pooler_output) == 4 * trace[-1].num_tokens
+
+
+@torch.no_grad()
+def test_restoring_and_compiling():
+    case, _, handle = patched("qwen2_vl", guidance="image")
+    inputs = packed_prompts(GRIDS, WORDS)
+    with handle.record() as trace:
+        expected = case.model(**inputs).logits
+        tokens = case.model.model.visual(inputs["pixel_values"], inputs["image_grid_thw"]).last_hidden_state
+    dense = patchselect.restore(tokens, trace)
+    assert [tuple(image.shape) for image in dense] == [(6, 8, 48), (4, 12, 48), (6, 8, 48)]
+    place = int(trace.of_image(1)[-1].kept[0, 0])
+    assert torch.equal(dense[1].flatten(0, 1)[place], tokens[trace.of_image(0)[-1].num_tokens])
+    case.model.model.visual.compile(backend="eager")  # which runs as it is: lengths are data
+    assert torch.equal(case.model(**inputs).logits, expected)
 
 
 @each

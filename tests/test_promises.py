@@ -10,14 +10,19 @@ import pickle
 import pytest
 import torch
 from hosts import HOSTS, Case, build, ids, take, texts
-from since import loaded, since
+from since import SLOW, loaded, since
 from torch import Tensor
 
 import patchselect
 from patchselect.functional import num_kept
 
 RATE = 0.5
-every_host = pytest.mark.parametrize("name", [*HOSTS, "llava", "vipllava", "paligemma"])
+NAMES = [*HOSTS, "llava", "vipllava", "paligemma"]
+every_host = pytest.mark.parametrize("name", NAMES)
+packed_too = pytest.mark.parametrize(
+    "name", [*NAMES, *(["qwen2_vl", "qwen2_5_vl", "qwen3_vl"] if SLOW else ["qwen2_vl"])]
+)
+"""Hosts whose images stand one behind the other as well; test_multimodal_packed.py has what differs there."""
 
 
 def encode(case: Case, images, text: Tensor | None = None, pairing: str = "paired", model=None) -> Tensor:
@@ -40,7 +45,7 @@ def lengths(case: Case, rate: float, fused: int = 1) -> list[int]:
     return [case.prefix + first, case.prefix + num_kept(first, rate) + fused]
 
 
-@every_host
+@packed_too
 def test_nothing_is_added_and_nothing_is_lost(name):
     case = build(name)
     model, images = case.model, case.images(3)
@@ -94,7 +99,7 @@ def test_keep_rate_one_is_bit_equal(name):
     assert trace[0].kept.tolist() == [list(range(case.patches))] * 2
 
 
-@every_host
+@packed_too
 def test_apply_twice_replaces(name):
     case = build(name)
     images, text = case.images(2), texts(case, 2)
@@ -108,7 +113,7 @@ def test_apply_twice_replaces(name):
     assert torch.equal(encode(case, images), encode(build(name), images))
 
 
-@every_host
+@packed_too
 @pytest.mark.parametrize("guidance", ["text", "image"])
 def test_each_row_is_its_own(name, guidance):
     case = build(name)
@@ -124,7 +129,7 @@ def test_each_row_is_its_own(name, guidance):
         torch.testing.assert_close(rows(torch.tensor([row])), whole[row : row + 1], rtol=1e-4, atol=1e-5)
 
 
-@every_host
+@packed_too
 def test_a_text_changes_its_row_and_no_other(name):
     case = build(name)
     images, text = case.images(4), texts(case, 4)
@@ -141,7 +146,7 @@ def test_a_text_changes_its_row_and_no_other(name):
         assert changed.tolist() == [False, True, False, False], relevance
 
 
-@every_host
+@packed_too
 def test_relevance_is_a_distribution_that_does_not_depend_on_the_scale_of_the_text(name):
     case = build(name)
     images, text = case.images(3), texts(case, 3)
@@ -207,7 +212,7 @@ def test_pairings(name):
             encode(case, images, own[[0, 1, 0]], "shared")
 
 
-@every_host
+@packed_too
 def test_copies_and_pickles_are_models_of_their_own(name):
     case = build(name)
     images, text = case.images(2), texts(case, 2)
@@ -264,7 +269,7 @@ def test_records_name_the_original_patches_and_restore_puts_them_back(name):
         assert all(flat[row, place].isnan().all() for place in gone)
 
 
-@every_host
+@packed_too
 def test_training_reaches_the_tower_and_the_text(name):
     case = build(name)
     case.model.train()
@@ -278,7 +283,7 @@ def test_training_reaches_the_tower_and_the_text(name):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=since("half on CPU"))], ids=str)
-@every_host
+@packed_too
 def test_autocast_in_every_way_of_selecting(name, dtype):
     case = build(name)
     images, text = case.images(2), texts(case, 2)
@@ -293,7 +298,7 @@ def test_autocast_in_every_way_of_selecting(name, dtype):
 
 
 @pytest.mark.parametrize(("model", "text"), [(torch.float64, torch.float32), (torch.float32, torch.float64)], ids=str)
-@every_host
+@packed_too
 def test_a_text_of_another_dtype_than_the_model(name, model, text):
     case = build(name)
     case.model.to(model)
@@ -307,7 +312,7 @@ def test_a_text_of_another_dtype_than_the_model(name, model, text):
         assert encode(case, images, texts(case, 2).to(text)).isfinite().all(), relevance
 
 
-@every_host
+@packed_too
 def test_half_precision_and_autocast(name):
     case = build(name)
     images, text = case.images(2), texts(case, 2)

@@ -14,6 +14,7 @@ from typing import Any, Callable, NoReturn, Sequence
 import torch
 from torch import Tensor, nn
 
+from ..compat import uncompiled
 from ..wiring.journey import Journey, call_tower, followed, parts_of_call
 from ..wiring.packing import begins_of, in_order
 from ..wiring.state import Wiring
@@ -40,7 +41,24 @@ def call_merger(module: nn.Module, name: str, original: Callable[..., Any], *arg
     return joined[which.clamp(min=0)].masked_fill((which < 0).unsqueeze(-1), 0)
 
 
+_eager: list[Callable[..., Any]] = []
+"""What `call_packed_tower` runs; made at `apply`, since it brings all of dynamo along."""
+
+
+def uncompiled_tower() -> Callable[..., Any]:
+    """Return `call_packed_tower`; from now on no graph holds it: how many patches an image has is data."""
+    if not _eager:
+        _eager.append(uncompiled(_call_packed_tower))
+    return call_packed_tower
+
+
 def call_packed_tower(module: nn.Module, name: str, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call the tower as `_call_packed_tower` does, outside of compiled graphs."""
+    run = _eager[0] if _eager else _call_packed_tower
+    return run(module, name, original, *args, **kwargs)
+
+
+def _call_packed_tower(module: nn.Module, name: str, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Call the tower; what it returns of squares is as long as the selection left it."""
     wiring: Wiring = module._patchselect  # type: ignore[assignment]
     with followed(wiring) as journeys:
