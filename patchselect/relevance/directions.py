@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter import Tower
-from ..weights import gathered, norm_scale, shown
+from ..weights import gathered, norm_eps, norm_scale, shown
 from .kernels import value_direction
 
 NAME = "directions"
@@ -30,6 +30,8 @@ class Directions(NamedTuple):
     own: Tensor
     folded: Tensor | None
     """The sum over all later layers."""
+    eps: float
+    """Of the norms of the tower, by which `folded` reads patches."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +40,8 @@ class Known:
 
     goal: Tensor
     weights: tuple[Mark, ...]
+    values: tuple[Tensor, ...]
+    """Those of all marks, which are compared at once."""
     found: Directions
     left: tuple[Directions, ...]
 
@@ -49,6 +53,7 @@ class Known:
             and torch.equal(self.goal, goal)
             and len(self.weights) == len(weights)
             and all(known.fits(mark) for known, mark in zip(self.weights, weights))
+            and all(map(torch.equal, self.values, values_of(weights)))
         )
 
 
@@ -62,23 +67,21 @@ class Mark:
 
     weight: Tensor
     version: int
-    values: Tensor
-
-    @classmethod
-    def of(cls, weight: Tensor) -> Mark:
-        return cls(weight, weight._version, weight.diagonal() if weight.dim() == 2 else weight)
-
-    def kept(self) -> Mark:
-        """Return a mark that later writes do not change."""
-        return Mark(self.weight, self.version, self.values.clone())
 
     def fits(self, now: Mark) -> bool:
         old, new = self.weight, now.weight
-        return (
-            (old.data_ptr(), self.version, old.dtype) == (new.data_ptr(), now.version, new.dtype)
-            and (old.shape, old.stride()) == (new.shape, new.stride())
-            and torch.equal(self.values, now.values)
+        return (old.data_ptr(), self.version, old.dtype) == (new.data_ptr(), now.version, new.dtype) and (
+            (old.shape, old.stride()) == (new.shape, new.stride())
         )
+
+
+def values_of(marks: Sequence[Mark]) -> tuple[Tensor, ...]:
+    """Copy the vectors and the diagonals of marked weights, all of a dtype side by side."""
+    found: dict[torch.dtype, list[Tensor]] = {}
+    for mark in marks:
+        weight = mark.weight
+        found.setdefault(weight.dtype, []).append(weight.diagonal() if weight.dim() == 2 else weight)
+    return tuple(map(torch.cat, found.values()))
 
 
 def pulled_back(
@@ -99,7 +102,7 @@ def pulled_back(
     known: Known | None = memory.get(NAME)
     if known is None or not known.fits(goal, marks, (first, *later)):
         found, left = _pulled_back(tower, first, later, goal)
-        known = memory[NAME] = Known(goal.clone(), tuple(mark.kept() for mark in marks), found, tuple(left))
+        known = memory[NAME] = Known(goal.clone(), tuple(marks), values_of(marks), found, tuple(left))
     return known.found, list(known.left)
 
 
@@ -120,7 +123,7 @@ def _marks(tower: Tower, first: int, goal: Tensor) -> list[Mark] | None:
             own = type(weight) is nn.Parameter or type(weight._base) is nn.Parameter
             if not own or weight.device.type != "cpu" or weight.is_inference():
                 return None
-            marks.append(Mark.of(weight))
+            marks.append(Mark(weight, weight._version))
     return marks if goal.device.type == "cpu" else None
 
 
@@ -129,17 +132,18 @@ def _pulled_back(tower: Tower, first: int, later: Sequence[int], goal: Tensor) -
     folded: Tensor | None = None
     beyond: Tensor | None = None
     left: list[Directions] = []
+    eps = 0.0
     for index in reversed(range(first, len(tower.blocks))):
         weights = tower.adapter.projections(tower.blocks[index])
         output = gathered(weights.output)
         scaled = goal if weights.output_scale is None else goal * gathered(weights.output_scale)
         own, beyond = value_direction(scaled.to(output.dtype), gathered(weights.value), output), folded
-        gamma = norm_scale(weights.norm)
+        gamma, eps = norm_scale(weights.norm), norm_eps(weights.norm)
         term = own if gamma is None else own * gamma
         folded = term if folded is None else folded + term
         if index in later:
-            left.append(Directions(index, own, beyond))
-    return Directions(first, own, beyond), left[::-1]
+            left.append(Directions(index, own, beyond, eps))
+    return Directions(first, own, beyond, eps), left[::-1]
 
 
 def head_directions(tower: Tower, index: int, goal: Tensor) -> Tensor:

@@ -55,8 +55,7 @@ class Values(Relevance):
         scores = linear_scores(own, seen.normed)
         if folded is None:
             return scores
-        eps = norm_eps(tower.adapter.projections(tower.blocks[-1]).norm)
-        return scores + normalised_scores(folded, patches, eps)
+        return scores + normalised_scores(folded, patches, found.eps)
 
     def combine(self, scores: Tensor) -> Tensor:
         return combine_scores(scores)
