@@ -47,8 +47,8 @@ def attention_at(attention: Any, x: Tensor, angles: Tensor) -> Tensor:
     turn = turning(angles.sin(), angles.cos(), half=False)
     whole = F.linear(x, attention.in_proj_weight, attention.in_proj_bias)
     query, key, value = (part.unflatten(-1, (attention.num_heads, -1)) for part in whole.chunk(3, dim=-1))
-    heads = (part.transpose(1, 2) for part in (turn(query), turn(key), value))
-    read = fused_attention(*heads, mask=None, scale=attention.scale, dropout=0.0)
+    query, key, value = (part.transpose(1, 2) for part in (turn(query), turn(key), value))
+    read = fused_attention(query, key, value, mask=None, scale=attention.scale, dropout=0.0)
     return attention.out_proj(read.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
 
