@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .compat import is_compiling
-from .reading import held, place_of
+from .reading import gathered, held, place_of
 
 _unheard: ContextVar[bool] = ContextVar("patchselect_unheard", default=False)
 
@@ -47,14 +48,29 @@ def _harmless(hook: Any) -> bool:
 
 
 def changed_by_hooks(linear: nn.Linear) -> bool:
-    """Tell whether hooks of users change what a linear layer returns, by one token of ones; they see that token."""
+    """Tell whether hooks of users change what a linear layer returns, by one token of ones; they see that token.
+
+    Raises:
+        TypeError: they do, and its weights are in shards (a later block under FSDP2), where it cannot be read by them.
+    """
     if not asks_hooks(linear):
         return False
     if is_compiling():
         return True
     place = place_of(linear)
     device, weight = torch.device(place["device"]).type, held(linear, "weight")
-    if device == "meta" or hasattr(weight, "full_tensor"):  # nothing can be seen there
+    if device == "meta":  # nothing can be seen there
+        return False
+    if hasattr(weight, "full_tensor"):
+        whole = copy.copy(linear)
+        whole._parameters = {
+            n: None if p is None else nn.Parameter(gathered(p.detach())) for n, p in linear._parameters.items()
+        }
+        if changed_by_hooks(whole):
+            raise TypeError(
+                f"a forward hook changes what {type(linear).__name__} returns, whose weights are in shards while they "
+                'are read here: drop it, or use relevance="keys", which reads layers where they run'
+            )
         return False
     token = torch.ones(1, 1, linear.in_features, **place)
     with torch.no_grad(), torch.autocast(device, enabled=False):

@@ -9,7 +9,7 @@ import warnings
 import pytest
 import torch
 import torch.multiprocessing as mp
-from hosts import build, ids
+from hosts import build, ids, texts
 from processes import leave_group
 from since import missing, since, slow
 from torch import nn
@@ -306,3 +306,41 @@ def test_the_meta_device_gives_the_shapes(guidance):
     images, text = case.images(2).to("meta"), torch.randn(2, 24, device="meta")
     with patchselect.guide(case.model, text) if guidance == "text" else contextlib.nullcontext():
         assert case.image_side(case.model, images).shape == (2, 24)
+
+
+def _hooked_shards(rank: int, path: str) -> None:
+    import torch.distributed as dist
+    from torch.distributed.fsdp import fully_shard
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=1)
+    mesh = dist.init_device_mesh("cpu", (1,))
+    for relevance, bends in (("values", False), ("values", True), ("keys", True)):
+        found = []
+        for shard in (False, True):
+            case = build("clip")
+            handle = patchselect.apply(case.model, 0.5, layers=[1, 3], relevance=relevance)
+            tower, text = case.model.vision_model, texts(case, 2)
+            for block in tower.encoder.layers:
+                for layer in (block.self_attn.k_proj, block.self_attn.v_proj):
+                    layer.register_forward_hook(lambda module, args, out: 1.5 * out + 1 if bends else None)  # noqa: B023
+            if shard:
+                for block in tower.encoder.layers:
+                    fully_shard(block, mesh=mesh)
+                fully_shard(tower, mesh=mesh)
+            with torch.no_grad(), handle.record() as trace, patchselect.guide(case.model, text):
+                if shard and bends and relevance == "values":
+                    with pytest.raises(TypeError, match="changes what Linear returns, whose weights are in shards"):
+                        tower(case.images(2))
+                else:
+                    tower(case.images(2))
+                    found.append(trace[0].relevance)
+        torch.testing.assert_close(found[0], found[-1])
+    leave_group()
+
+
+@slow
+@since("FSDP2")
+def test_hooks_on_sharded_layers_are_noticed(tmp_path):
+    build("clip")
+    mp.spawn(_hooked_shards, args=(str(tmp_path / "store"),), nprocs=1)
