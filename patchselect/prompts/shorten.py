@@ -111,6 +111,11 @@ def places(
     """
     extra = host.extra(core, given)
     rows = host.left(core, journeys)
+    if not rows and len(sizes):
+        raise ValueError(
+            "the tower did not tell which patches it has left: it is compiled: compile the language model alone, not "
+            "the tower or what calls it; or it was not called: call the model with pixel_values"
+        )
     if len(rows) != len(sizes) or any(extra + len(row) != len(each) for row, each in zip(rows, tokens)):
         raise ValueError(
             f"the images have {[len(each) for each in tokens]} tokens, and the selection left "
