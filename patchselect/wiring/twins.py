@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from types import MethodType
 from typing import Any
 
 import torch
@@ -84,8 +86,18 @@ def make_twin(module: nn.Module, generator: torch.Generator, seen: dict[int, nn.
     state["_modules"] = type(state["_modules"])(
         (name, None if part is None else make_twin(part, generator, seen)) for name, part in state["_modules"].items()
     )
-    vars(twin).update(state)
+    vars(twin).update({name: _rebound(value, module, twin) for name, value in state.items()})
     return twin
+
+
+def _rebound(value: Any, module: nn.Module, twin: nn.Module) -> Any:
+    """Return a method that was set on a module (`module.forward = …`, accelerate's partial ones) for its copy."""
+    if isinstance(value, MethodType) and value.__self__ is module:
+        return MethodType(value.__func__, twin)
+    if isinstance(value, functools.partial) and any(given is module for given in value.args):
+        given = (twin if part is module else part for part in value.args)
+        return functools.partial(value.func, *given, **value.keywords)
+    return value
 
 
 def _makes_weights(hook: Any) -> bool:
