@@ -7,6 +7,7 @@ relative position bias, a convolution over the grid, windows that are rows of th
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -70,7 +71,9 @@ def _moved(tower: Tower, twin: Any, tokens: Tensor, rows: int) -> Tensor:
     if tower.rotary:
         args, kwargs = tower.adapter.at_places(tower, twin, order.expand(rows, -1), *args, **kwargs)
     torch.manual_seed(0)
-    found = _tokens(type(twin).forward(twin, *args, **kwargs), given if tower.batch_first else given.transpose(0, 1))
+    own = functools.partial(type(twin).forward, twin)
+    made = tower.adapter.run(tower, twin, own, *args, **kwargs)
+    found = _tokens(made, given if tower.batch_first else given.transpose(0, 1))
     found = found if tower.batch_first else found.transpose(0, 1)
     found = found[:1, torch.cat([prefix, order.argsort() + tower.num_prefix_tokens])]
     return found if tower.batch_first else found.transpose(0, 1)
