@@ -26,7 +26,7 @@ def batch(case: Case, shapes=SHAPES, length: int = LENGTH) -> dict[str, torch.Te
         return found
     return {
         "pixel_values": found["patches"],
-        "pixel_attention_mask": found["patch_valid"].long(),
+        "pixel_attention_mask": found["patch_valid"].to(torch.long),
         "spatial_shapes": torch.tensor(shapes),
     }
 
