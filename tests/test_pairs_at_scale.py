@@ -39,8 +39,8 @@ class Live(TorchDispatchMode):
         for tensor in result if isinstance(result, (tuple, list)) else (result,):
             if isinstance(tensor, Tensor):
                 address, memory = address_of(tensor), memory_of(tensor)
-                held = memory.untyped_storage() if isinstance(memory, Tensor) else memory  # torch 2.1: a tensor
-                size = held.nbytes() if hasattr(held, "nbytes") else memory.numel() * memory.element_size()
+                storage = getattr(memory, "untyped_storage", lambda: memory)()  # torch 2.1: a tensor; 1.13: one without
+                size = storage.nbytes() if hasattr(storage, "nbytes") else memory.numel() * memory.element_size()
                 if address not in self.known:
                     self.known.add(address)
                     self.now += size
