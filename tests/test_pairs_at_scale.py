@@ -39,7 +39,9 @@ class Live(TorchDispatchMode):
         for tensor in result if isinstance(result, (tuple, list)) else (result,):
             if isinstance(tensor, Tensor):
                 address, memory = address_of(tensor), memory_of(tensor)
-                storage = getattr(memory, "untyped_storage", lambda: memory)()  # torch 2.1: a tensor; 1.13: one without
+                storage = (
+                    memory.untyped_storage() if hasattr(memory, "untyped_storage") else memory
+                )  # torch 2.1: of a tensor
                 size = storage.nbytes() if hasattr(storage, "nbytes") else memory.numel() * memory.element_size()
                 if address not in self.known:
                     self.known.add(address)
