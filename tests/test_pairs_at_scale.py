@@ -39,10 +39,8 @@ class Live(TorchDispatchMode):
         for tensor in result if isinstance(result, (tuple, list)) else (result,):
             if isinstance(tensor, Tensor):
                 address, memory = address_of(tensor), memory_of(tensor)
-                storage = (
-                    memory.untyped_storage() if hasattr(memory, "untyped_storage") else memory
-                )  # torch 2.1: of a tensor
-                size = storage.nbytes() if hasattr(storage, "nbytes") else memory.numel() * memory.element_size()
+                held = memory.untyped_storage() if hasattr(memory, "untyped_storage") else memory  # a tensor up to 2.1
+                size = held.nbytes() if hasattr(held, "nbytes") else memory.numel() * memory.element_size()
                 if address not in self.known:
                     self.known.add(address)
                     self.now += size
