@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import pytest
-import torch
 from hosts import build
-from test_tools import check_alike, look, tool
+from test_tools import check_alike, look, shaken, tool
 
 import patchselect
 
@@ -13,13 +12,7 @@ import patchselect
 def under(model, **settings):
     """The model under a LoRA that does something."""
     peft = tool("peft")
-    found = peft.get_peft_model(model, peft.LoraConfig(r=4, **settings))
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for weight in found.parameters():
-            if weight.requires_grad:
-                weight += 0.2 * torch.randn(weight.shape, generator=generator)
-    return found.eval()
+    return shaken(peft.get_peft_model(model, peft.LoraConfig(r=4, **settings)))
 
 
 SAVED = [

@@ -24,6 +24,16 @@ def tool(name: str):
     return importlib.import_module(name)
 
 
+def shaken(model: nn.Module) -> nn.Module:
+    """Return a model whose trainable weights, those of an adapter, do something."""
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.requires_grad:
+                weight += 0.2 * torch.randn(weight.shape, generator=generator)
+    return model.eval()
+
+
 def look(case: Case, model: nn.Module, guidance: str = "text") -> tuple[Tensor, Tensor]:
     """What selection layers weigh, and what comes out."""
     text = patchselect.guide(model, texts(case, 2)) if guidance == "text" else contextlib.nullcontext()
@@ -83,13 +93,7 @@ def tuned(model: nn.Module, method: str, targets: str | None = None) -> nn.Modul
         settings = {**settings, "target_modules": targets}
         if method == "IA3":
             settings["feedforward_modules"] = r".*attn\.proj"
-    found = peft.get_peft_model(model, getattr(peft, kind)(**{"target_modules": PROJECTIONS, **settings}))
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for weight in found.parameters():
-            if weight.requires_grad:
-                weight += 0.2 * torch.randn(weight.shape, generator=generator)
-    return found.eval()
+    return shaken(peft.get_peft_model(model, getattr(peft, kind)(**{"target_modules": PROJECTIONS, **settings})))
 
 
 @pytest.mark.parametrize("relevance", ["values", "keys"])

@@ -26,7 +26,7 @@ COARSE = 0.1
 def check_order(tower: Tower, index: int) -> None:
     """Raise a TypeError if a block depends on where a token stands, or on other rows; asked as `guard.check_halves`."""
     block = tower.blocks[index]
-    if is_elsewhere(block) or tower.packed:
+    if is_elsewhere(block):
         return
     with asked(tower, block) as (twin, tokens):
         own, tokens, error = own_output(tower, twin, tokens)
@@ -38,8 +38,6 @@ def check_order(tower: Tower, index: int) -> None:
 
 def refuse_order(tower: Tower, index: int, twin: Any, own: Any, tokens: Tensor) -> None:
     """Raise the same, given a copy of the block and what it returns of `tokens`; places of rotary towers go along."""
-    if tower.packed:  # rows are what travels with its sequence
-        return
     try:
         own = _tokens(own, tokens)
         moved = _moved(tower, twin, tokens, rows=2)

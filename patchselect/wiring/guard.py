@@ -36,7 +36,9 @@ def check_blocks(plan: Plan, tower: Tower) -> dict[int, tuple[str, ...]]:
     found = {}
     kinds = [likeness(block) for block in tower.blocks]
     reads = plan.relevance.reads(tower, plan.layers) if plan.selects else ()
-    follows = range(0 if plan.merge else plan.layers[0], len(kinds)) if plan.selects else ()
+    # Order is not asked of packed towers: where an image begins and ends travels with their sequence.
+    shorten = plan.selects and not tower.packed
+    follows = range(0 if plan.merge else plan.layers[0], len(kinds)) if shorten else ()
     kinds_read, kinds_that_follow = ({kinds[index] for index in some} for some in (reads, follows))
     for index, kind in enumerate(kinds):
         acts = index in plan.layers or plan.counts(index)

@@ -127,10 +127,8 @@ def vision_transformer() -> Any:
     return VisionTransformer
 
 
-def _timm(**options: Any) -> Case:
-    needs("timm")
-    sizes = dict(img_size=(48, 80), patch_size=16, embed_dim=48, depth=6, num_heads=4, num_classes=10)
-    model = vision_transformer()(**{**sizes, **options})
+def bare(model: Any) -> Case:
+    """Describe a ViT of timm, 48 wide, that cuts images of 48 x 80 into patches of 16."""
     return Case(
         model=model,
         image_side=lambda m, x: m(x),
@@ -141,6 +139,12 @@ def _timm(**options: Any) -> Case:
         patches=15,
         grid=(3, 5),
     )
+
+
+def _timm(**options: Any) -> Case:
+    needs("timm")
+    sizes = dict(img_size=(48, 80), patch_size=16, embed_dim=48, depth=6, num_heads=4, num_classes=10)
+    return bare(vision_transformer()(**{**sizes, **options}))
 
 
 def timm_class_token() -> Case:
@@ -166,17 +170,7 @@ def eva(**options: Any) -> Case:
     from timm.models.eva import Eva
 
     sizes = dict(img_size=(48, 80), patch_size=16, embed_dim=48, depth=6, num_heads=4, num_classes=10)
-    model = Eva(**{**sizes, "use_rot_pos_emb": True, **options})
-    return Case(
-        model=model,
-        image_side=lambda m, x: m(x),
-        text_width=48,
-        images=pixels(48, 80),
-        tower=lambda m: m,
-        prefix=model.num_prefix_tokens,
-        patches=15,
-        grid=(3, 5),
-    )
+    return bare(Eva(**{**sizes, "use_rot_pos_emb": True, **options}))
 
 
 def timm_eva02() -> Case:
@@ -222,17 +216,7 @@ def naflex(**options: Any) -> Case:
     from timm.models.naflexvit import NaFlexVit
 
     sizes = dict(embed_dim=48, depth=6, num_heads=4, num_classes=10, pos_embed_grid_size=(3, 5))
-    model = NaFlexVit(**{**sizes, **options})
-    return Case(
-        model=model,
-        image_side=lambda m, x: m(x),
-        text_width=48,
-        images=pixels(48, 80),
-        tower=lambda m: m,
-        prefix=model.num_prefix_tokens,
-        patches=15,
-        grid=(3, 5),
-    )
+    return bare(NaFlexVit(**{**sizes, **options}))
 
 
 def timm_naflex() -> Case:
