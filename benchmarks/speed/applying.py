@@ -1,7 +1,7 @@
 """What `apply` costs, and the part of it that asks blocks what they compute.
 
 `python -m benchmarks.speed.applying`
-CPU time of `patchselect.apply` on an unpatched model, and of its checks alone (is each block what its adapter takes it
+Time of `patchselect.apply` on an unpatched model, and of its checks alone (is each block what its adapter takes it
 for, and does it treat a token alike wherever it stands?), in turns. Random weights.
 """
 
@@ -16,7 +16,7 @@ from torch import nn
 
 import patchselect
 from benchmarks.common.clock import timed, turns
-from benchmarks.common.command import add_output, parse, report_on, write
+from benchmarks.common.command import add_clock, add_output, parse, report_on, settle_clock, write
 from benchmarks.common.show import aligned, quartiles, spread
 from patchselect.wiring.guard import check_blocks
 
@@ -26,7 +26,7 @@ SETTINGS: dict[str, dict[str, Any]] = {"select": {}, "merge, then select": {"mer
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--model", nargs="+", default=["ViT-B-16"], help="names of open_clip; their image side is patched")
-    add("--threads", type=int, default=2)
+    add_clock(parser)
     add("--rounds", type=int, default=15)
     add_output(parser, "results/applying.json", "JSON file; the table goes beside it")
 
@@ -38,16 +38,16 @@ def image_side(name: str) -> nn.Module:
 
 
 def measure(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Measure the CPU seconds of `apply` and of its checks, for each of the settings."""
-    model, device = image_side(name), torch.device("cpu")
+    """Measure the seconds of `apply` and of its checks, for each of the settings."""
+    model, clock = image_side(name), (torch.device("cpu"), options.clock)
     seconds: dict[tuple[str, str], list[float]] = {(s, what): [] for s in SETTINGS for what in ("apply", "checks")}
     for order in turns(list(SETTINGS), options.rounds + 1):
         for setting in order:
             handle: list[patchselect.Handle] = []
-            whole = timed(lambda h=handle, s=setting: h.append(patchselect.apply(model, **SETTINGS[s])), device, "cpu")  # type: ignore[misc]
+            whole = timed(lambda h=handle, s=setting: h.append(patchselect.apply(model, **SETTINGS[s])), *clock)  # type: ignore[misc]
             plan, tower = handle[0].plan, handle[0].towers[0]
             patchselect.remove(model)
-            checks = timed(lambda p=plan, t=tower: check_blocks(p, t), device, "cpu")  # type: ignore[misc]
+            checks = timed(lambda p=plan, t=tower: check_blocks(p, t), *clock)  # type: ignore[misc]
             seconds[setting, "apply"].append(whole)
             seconds[setting, "checks"].append(checks)
     return [
@@ -59,10 +59,10 @@ def measure(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Run the benchmark; returns what the JSON file holds."""
     options = parse("benchmarks.speed.applying", __doc__, add_arguments, arguments)
-    torch.set_num_threads(options.threads)
+    settle_clock(options)
     report = report_on(options)
     report["results"] = [found for name in options.model for found in measure(name, options)]
-    rows = [["model", "apply", "CPU ms, median [quartiles]", "of these, checks"]]
+    rows = [["model", "apply", f"ms ({options.clock}), median [quartiles]", "of these, checks"]]
     for found in report["results"]:
         times = [quartiles(found[what], 1, scale=1e3) for what in ("apply", "checks")]
         rows.append([found["model"], found["setting"], *times])
