@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common.results import FOLDER, read
-from benchmarks.common.show import apart, markdown, quartiles
+from benchmarks.common.show import apart, markdown, quartiles, threads
 from benchmarks.speed import tables
 
 ROOT = FOLDER.parent.parent
@@ -30,10 +30,9 @@ def origin(report: dict[str, Any]) -> str:
     """Say where figures come from."""
     about, settings = report["machine"], report["settings"]
     clock = "CPU time" if settings.get("clock") == "cpu" else "wall clock"
-    threads = "one thread" if about["threads"] == 1 else f"{about['threads']} threads"
     return (
-        f"{about['processor']}, {threads}, {clock}, torch {report['versions']['torch']}, commit {report['commit']}, "
-        f"{report['created'][:10]}"
+        f"{about['processor']}, {threads(about['threads'])}, {clock}, torch {report['versions']['torch']}, "
+        f"commit {report['commit']}, {report['created'][:10]}"
     )
 
 

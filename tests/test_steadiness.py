@@ -138,6 +138,21 @@ def test_what_has_not_settled_is_said_and_drawn_pale():
     assert strengths == {"guided by text": 1.0, "at random, not settled": 0.3}
 
 
+@pytest.mark.parametrize("panels", [1, 2, 4])
+def test_the_legend_is_inside_of_the_picture(panels):
+    """The longest there is: each method, settled and not."""
+    shown = [
+        {**record(method, 1.5, 1.4, 1.6, sure=sure), "batch": batch, "keep_rate": 0.5 if sure else 0.3}
+        for batch in range(panels) for method in plot.STYLES for sure in (True, False)
+    ]  # fmt: skip
+    head = {"model": {"name": "ViT"}, "machine": {"processor": "CPU", "threads": 1}}
+    figure = plot.figure_of({**head, "results": shown, "flop_limit": {"32/tower": [{"keep_rate": 1, "flop_ratio": 1}]}})
+    figure.canvas.draw()
+    legend, whole = figure.legends[0].get_window_extent(), figure.bbox
+    assert len(figure.legends[0].get_texts()) == 1 + 2 * len(plot.STYLES)
+    assert whole.x0 <= legend.x0 and legend.x1 <= whole.x1 and whole.y0 <= legend.y0 and legend.y1 <= whole.y1
+
+
 def test_the_first_lines_say_what_and_how_long(tiny, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(command, "run", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     threads = torch.get_num_threads()

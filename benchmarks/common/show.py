@@ -24,6 +24,11 @@ def quartiles(value: Mapping[str, float], digits: int, unit: str = "", scale: fl
     return f"{middle}{unit} [{low}, {high}]"
 
 
+def threads(count: int) -> str:
+    """Write how many threads."""
+    return "one thread" if count == 1 else f"{count} threads"
+
+
 def markdown(rows: Sequence[Sequence[str]]) -> str:
     """Write a table; the first row is the head."""
     lines = ["| " + " | ".join(row) + " |" for row in (rows[0], ["---"] * len(rows[0]), *rows[1:])]

@@ -22,6 +22,7 @@ from benchmarks.common.command import (
     write,
 )
 from benchmarks.common.objects import OUTSIDE, named
+from benchmarks.common.show import threads
 
 from . import scale
 from .cases import AGAIN, GUIDED, PASSES, VIEWS
@@ -126,14 +127,13 @@ def announcement(options: argparse.Namespace, machine: dict[str, Any]) -> str:
     """Say what is about to happen, and how long it takes."""
     compared = [f"guided by {name}" for name in options.guidance]
     compared += ["merging"] * bool(options.tome) + ["merging before one selection"] * bool(options.merge)
-    threads = "one thread" if options.threads == 1 else f"{options.threads} threads"
     long = (
         f"{options.rounds} rounds, however long they take"
         if options.rounds
         else (f"at most {options.seconds:.0f} seconds, less if all speed-ups settle before")
     )
     return (
-        f"How much faster {options.model} gets on this machine ({machine['processor']}, {threads}, "
+        f"How much faster {options.model} gets on this machine ({machine['processor']}, {threads(options.threads)}, "
         f"{'CPU time' if options.clock == 'cpu' else 'wall clock'}):\n"
         f"unpatched, {', '.join(compared)}; keep rates {', '.join(f'{rate:g}' for rate in options.keep_rate)}; "
         f"batch {', '.join(map(str, options.batch))}.\nThis takes {long}.\n\n"

@@ -7,14 +7,14 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common.show import canvas
+from benchmarks.common.show import canvas, threads
 
 from .cases import SELECTING
 from .report import VIEW, WORK
 
 STYLES = {
     "text": ("tab:red", "o-", "guided by text"),
-    "again": ("tab:orange", "o:", "guided by text, from the second image on"),
+    "again": ("tab:orange", "o:", "guided by text again"),
     "image": ("tab:blue", "s-", "guided by the image"),
     "random": ("tab:gray", "^-", "at random"),
     "merged": ("tab:purple", "P-", "merged, then one selection, same FLOPs"),
@@ -26,6 +26,11 @@ STYLES = {
 
 def draw(report: dict[str, Any], path: Path) -> None:
     """Draw one panel per setting; medians with quartiles."""
+    figure_of(report).savefig(path, dpi=150)
+
+
+def figure_of(report: dict[str, Any]) -> Any:
+    """Return the figure that `draw` saves."""
     keys = ("image_size", "batch", "precision", "work", "view")
     groups = [(k, list(g)) for k, g in groupby(report["results"], key=lambda r: tuple(r[key] for key in keys))]
     columns = min(3, len(groups))
@@ -42,13 +47,13 @@ def draw(report: dict[str, Any], path: Path) -> None:
         list(shown.values()),
         list(shown),
         loc="outside lower center",
-        ncols=3 if columns < 3 else 6,
+        ncols=columns,
         frameon=False,
         fontsize=9,
     )
     model, machine = report["model"], report["machine"]
-    figure.suptitle(f"{model['name']}: {machine['processor']}, {machine['threads']} threads", fontsize=10)
-    figure.savefig(path, dpi=150)
+    figure.suptitle(f"{model['name']}: {machine['processor']}, {threads(machine['threads'])}", fontsize=10)
+    return figure
 
 
 def _panel(axis: Any, records: Sequence[dict[str, Any]], limit: Sequence[dict[str, float]]) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from itertools import groupby, product
 from typing import Any
 
-from benchmarks.common.show import aligned, apart, quartiles, spread
+from benchmarks.common.show import aligned, apart, quartiles, spread, threads
 
 from .cases import MERGED, SELECTING, TOME, Case, Selection
 from .measure import FEWEST_ROUNDS, SETTLED, Measured, ratios, settled
@@ -123,8 +123,8 @@ def table(records: Sequence[dict[str, Any]]) -> str:
 def timing(report: dict[str, Any]) -> str:
     """Say what the times are, and what was done to the calls."""
     settings, machine = report["settings"], report["machine"]
-    threads = "one thread" if machine["threads"] == 1 else f"{machine['threads']} threads"
-    clock = f"CPU seconds of {threads}, which other work hardly changes" if settings["clock"] == "cpu" else "wall clock"
+    cpu = f"CPU seconds of {threads(machine['threads'])}, which other work hardly changes"
+    clock = cpu if settings["clock"] == "cpu" else "wall clock"
     done = [name for name, flag in (("compiled", "compile"), ("CUDA graphs", "cuda_graphs")) if settings[flag]]
     return "; ".join([clock, *(f"all cases, the unpatched one too, are {name}" for name in done)])
 
@@ -136,7 +136,7 @@ def document(report: dict[str, Any]) -> str:
     parts = [
         f"# Speed of {model['name']} with patch selection",
         f"{model['library']}; selection in blocks {model['layers']} (0-based) of {model['depth']}; {model['weights']}.",
-        f"{machine['processor']}, {machine['threads']} thread(s), torch {report['versions']['torch']}.",
+        f"{machine['processor']}, {threads(machine['threads'])}, torch {report['versions']['torch']}.",
         *(f"Note: {note}." for note in report["notes"]),
         LEGEND.format(memory=memory, settled=SETTLED, clock=timing(report)),
     ]
