@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..adapter import Tower
 from ..weights import gathered, norm_eps, norm_scale, shown
 from .kernels import value_direction
+from .standing import Held, Standing, all_same, standing
 
 NAME = "directions"
 
@@ -39,47 +40,39 @@ class Known:
     """Directions, and what they were made of."""
 
     goal: Tensor
-    weights: tuple[Mark, ...]
+    blocks: tuple[nn.Module, ...]
+    parts: tuple[Standing, ...]
+    """The blocks and what leads to the parameters in them."""
+    parameters: tuple[Held, ...]
+    """Those that the weights are parts of."""
+    weights: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
-    """Those of all marks, which are compared at once."""
+    """Those of all weights, which are compared at once."""
     found: Directions
     left: tuple[Directions, ...]
 
-    def fits(self, goal: Tensor, weights: Sequence[Mark], layers: Sequence[int]) -> bool:
-        """Tell whether the same directions would come out again."""
+    def fits(self, goal: Tensor, blocks: Sequence[nn.Module], layers: Sequence[int]) -> bool:
+        """Tell whether the same directions would come out again.
+
+        Writes that autograd sees count up the version of a parameter, and a tensor that is held gives its address to
+        no other. Writes past autograd (`.data`, numpy) are seen where they change the diagonal, which meets every row
+        and every column.
+        """
         return (
             [self.found.layer, *(each.layer for each in self.left)] == list(layers)
             and self.goal.dtype == goal.dtype
             and torch.equal(self.goal, goal)
-            and len(self.weights) == len(weights)
-            and all(known.fits(mark) for known, mark in zip(self.weights, weights))
-            and all(map(torch.equal, self.values, values_of(weights)))
+            and all_same(blocks, self.blocks)
+            and all(part.stands() for part in self.parts)
+            and all(parameter.stands() for parameter in self.parameters)
+            and all(map(torch.equal, self.values, values_of(self.weights)))
         )
 
 
-@dataclass(frozen=True, eq=False)
-class Mark:
-    """What tells whether a weight is what it was.
-
-    Writes that autograd sees count up `version`, and a tensor that is held gives its address to no other. Writes past
-    autograd (`.data`, numpy) are seen where they change the diagonal, which meets every row and every column.
-    """
-
-    weight: Tensor
-    version: int
-
-    def fits(self, now: Mark) -> bool:
-        old, new = self.weight, now.weight
-        return (old.data_ptr(), self.version, old.dtype) == (new.data_ptr(), now.version, new.dtype) and (
-            (old.shape, old.stride()) == (new.shape, new.stride())
-        )
-
-
-def values_of(marks: Sequence[Mark]) -> tuple[Tensor, ...]:
-    """Copy the vectors and the diagonals of marked weights, all of a dtype side by side."""
+def values_of(weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Copy the vectors and the diagonals of weights, all of a dtype side by side."""
     found: dict[torch.dtype, list[Tensor]] = {}
-    for mark in marks:
-        weight = mark.weight
+    for weight in weights:
         found.setdefault(weight.dtype, []).append(weight.diagonal() if weight.dim() == 2 else weight)
     return tuple(map(torch.cat, found.values()))
 
@@ -96,35 +89,45 @@ def pulled_back(
         goal: `(B, T, D)` or `(1, T, D)`, the text in the residual stream.
         memory: where they are kept for the next call; `None` keeps nothing.
     """
-    marks = None if memory is None else _marks(tower, first, goal)
-    if memory is None or marks is None:
+    if memory is None or goal.device.type != "cpu":  # elsewhere to look at values would make the host wait
         return _pulled_back(tower, first, later, goal)
+    blocks = tower.blocks[first:]
     known: Known | None = memory.get(NAME)
-    if known is None or not known.fits(goal, marks, (first, *later)):
+    if known is None or not known.fits(goal, blocks, (first, *later)):
+        memory.pop(NAME, None)
         found, left = _pulled_back(tower, first, later, goal)
-        known = memory[NAME] = Known(goal.clone(), tuple(marks), values_of(marks), found, tuple(left))
+        known = _known(tower, blocks, goal, found, left)
+        if known is None:
+            return found, left
+        memory[NAME] = known
     return known.found, list(known.left)
 
 
-def _marks(tower: Tower, first: int, goal: Tensor) -> list[Mark] | None:
-    """Mark all weights that directions are made of; `None` where one cannot be trusted to stay what it is.
+def _known(
+    tower: Tower, blocks: Sequence[nn.Module], goal: Tensor, found: Directions, left: Sequence[Directions]
+) -> Known | None:
+    """Return what can be used again; `None` where a weight cannot be trusted to stay what it is.
 
-    Those are weights that a layer makes anew for each call (LoRA, quantised, by hooks, offloaded, in shards), and
-    all that are not on the CPU, where to look at their values would make the host wait for the device.
+    Those are weights that a layer makes anew for each call (LoRA, quantised, by hooks, offloaded, in shards), that
+    stand somewhere else than in the blocks, or that are not on the CPU.
     """
-    marks = []
-    for block in tower.blocks[first:]:
+    weights = []
+    for block in blocks:
         layer = tower.adapter.projections(block)
         if not shown(layer):
             return None
-        for weight in (layer.value, layer.output, layer.output_scale, getattr(layer.norm, "weight", None)):
-            if weight is None:
-                continue
-            own = type(weight) is nn.Parameter or type(weight._base) is nn.Parameter
-            if not own or weight.device.type != "cpu" or weight.is_inference():
-                return None
-            marks.append(Mark(weight, weight._version))
-    return marks if goal.device.type == "cpu" else None
+        read = layer.value, layer.output, layer.output_scale, getattr(layer.norm, "weight", None)
+        weights.extend(weight for weight in read if weight is not None)
+    owners = {id(owner): owner for owner in (each if each._base is None else each._base for each in weights)}
+    for owner in owners.values():
+        if type(owner) is not nn.Parameter or owner.device.type != "cpu" or owner.is_inference():
+            return None
+    parts = tuple(part for block in blocks for part in standing(block, owners))
+    there = {id(parameter) for part in parts for parameter in part.parameters}
+    if not there.issuperset(owners) or not all(part.stands() for part in parts):
+        return None
+    held = tuple(map(Held.of, owners.values()))
+    return Known(goal.clone(), tuple(blocks), parts, held, tuple(weights), values_of(weights), found, tuple(left))
 
 
 def _pulled_back(tower: Tower, first: int, later: Sequence[int], goal: Tensor) -> tuple[Directions, list[Directions]]:
