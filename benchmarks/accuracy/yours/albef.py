@@ -52,10 +52,7 @@ def load_albef(config: Path, checkpoint: str | None, image_size: int | None = No
     if not folder:
         raise ValueError("--albef needs ALBEF_DIR, a checkout of salesforce/ALBEF")
     sys.path.insert(0, folder)
-    retrieval, vit, words, data, yaml = (
-        importlib.import_module(name)
-        for name in ("models.model_retrieval", "models.vit", "models.tokenization_bert", "yaml")
-    )
+    retrieval, vit, words, data, yaml = map(importlib.import_module, PARTS)
     from torchvision import transforms
 
     settings: dict[str, Any] = yaml.safe_load(config.read_text())
@@ -73,6 +70,9 @@ def load_albef(config: Path, checkpoint: str | None, image_size: int | None = No
         missing = [name for name in model.load_state_dict(state, strict=False).missing_keys if "queue" not in name]
         if missing:
             raise ValueError(f"{checkpoint} lacks {len(missing)} weights of the model, {json.dumps(missing[:3])}, …")
+    with torch.no_grad():  # Retrieval.py ranks by the second logit alone: the probability against 0 has its order
+        for part in (model.itm_head.weight, model.itm_head.bias):
+            part[0] = 0
     prepare = transforms.Compose(
         [
             transforms.Resize((size, size), interpolation=transforms.InterpolationMode.BICUBIC),
