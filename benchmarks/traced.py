@@ -37,7 +37,7 @@ PAGES = (ROOT / "README.md", *(path for path in sorted((ROOT / "docs").glob("*.m
 
 FRONT = {
     "patchselect": "benchmarks/RESULTS.md#a-small-albef-like-model-accuracy-over-keep-rates",
-    "How good": "benchmarks/results/amd-epyc-2-cores/quick.json",
+    "How good": "benchmarks/RESULTS.md#merge-then-select-at-equal-flops",
     "What to know before you trust it": "benchmarks/RESULTS.md#merge-then-select-on-the-frozen-clips",
 }
 """What the sections of the README name: it stays free of such comments, for many read it as plain text."""

@@ -10,10 +10,10 @@ from benchmarks.common.machine import commit
 from benchmarks.methods import __main__ as methods
 
 from . import align
-from .albef.base import RESULTS, base
+from .albef.base import RESULTS, base, file_of
 from .albef.curves import ARMS, run, train_all
 from .albef.report import asked, curve_report, draw_curves, write
-from .albef.studies import QUERIES, STUDIES
+from .albef.studies import FROM_STAGE_1, QUERIES, STUDIES
 from .albef.throughput import throughput
 from .albef.train import Arm
 from .clip import study as clip
@@ -36,7 +36,7 @@ def curves(
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.accuracy", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    train = commands.add_parser("train", help="train bases (about 10 minutes each on one core)")
+    train = commands.add_parser("train", help="train bases (20 to 30 minutes each on one core)")
     train.add_argument("--seed", type=int, nargs="+", default=[0, 1, 2])
     quick = commands.add_parser("quick", help="curves from the committed base, at most 5 minutes on 2 cores")
     full = commands.add_parser(
@@ -75,8 +75,13 @@ def main() -> None:
             options.output,
         )
         return
-    if options.command != "study" or options.name != "scratch":
+    if options.command == "train":
         train_all(tuple(reversed(options.seed)), options.output)
+        return
+    if options.command == "full" or options.name != "scratch":
+        stage = 1 if options.command == "study" and options.name in FROM_STAGE_1 else 2
+        lacking = [seed for seed in reversed(options.seed) if file_of(seed, options.output, stage) is None]
+        train_all(tuple(lacking), options.output)
     if options.command == "full":
         curves("full", tuple(options.seed), ARMS, 400, QUERIES, 48, options.output)
     elif options.command == "study":

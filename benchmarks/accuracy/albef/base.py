@@ -74,14 +74,20 @@ def digest(model: torch.nn.Module) -> str:
     return hashlib.sha256(b"".join(parts)).hexdigest()[:8]
 
 
+def file_of(seed: int, folder: Path, stage: int = 2) -> Path | None:
+    """Return where a base that was trained before is: in this folder, else among the committed ones."""
+    name = f"albef-{seed}{NAMES[stage - 1]}.pt"
+    return next((place / name for place in (folder, CHECKPOINTS) if (place / name).exists()), None)
+
+
 def base(seed: int, folder: Path = RESULTS, stage: int = 2) -> MiniAlbef:
     """Return a base that was trained before: of this folder, or the committed one.
 
     Raises:
         FileNotFoundError: it was not; names the command that trains it.
     """
-    name = f"albef-{seed}.pt" if stage == 2 else f"albef-{seed}-stage1.pt"
-    for place in (folder, CHECKPOINTS):
-        if (place / name).exists():
-            return load(place / name)
-    raise FileNotFoundError(f"{folder / name}: train it with `python -m benchmarks.accuracy train --seed {seed}`")
+    path = file_of(seed, folder, stage)
+    if path is None:
+        command = f"python -m benchmarks.accuracy train --seed {seed} --output {folder}"
+        raise FileNotFoundError(f"no base {seed} after stage {stage} in {folder}: train it with `{command}`")
+    return load(path)

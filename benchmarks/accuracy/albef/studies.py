@@ -236,3 +236,5 @@ STUDIES: dict[str, Study] = {
     "merging": merging,
 }
 """(a) to (j), by name."""
+FROM_STAGE_1 = ("delta", "similarity", "negatives", "objectives", "alignment")
+"""Those that start from a base before its selection alignment, of which none is committed."""
