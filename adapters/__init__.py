@@ -11,6 +11,7 @@ from .dinov3 import TransformersDinov3
 from .eva import OpenClipEva, TimmEva
 from .lavis import Lavis, LavisClip
 from .llava import LlavaClip, LlavaSiglip
+from .meter import Meter
 from .mplug import Mplug
 from .naflex import OpenClipNaflex, OpenClipNaflexEva, TimmNaflex, TimmNaflexEva
 from .open_clip import OpenClip, OpenClipTimm
@@ -51,6 +52,7 @@ ADAPTERS: tuple[Adapter, ...] = (
     Lavis(),
     SalesforceBlip(),
     Albef(),
+    Meter(),
     Mplug(),
     OpenAiClip(),
     TransformersBlip(),

@@ -28,7 +28,7 @@ from typing import Any
 
 import pytest
 import torch
-from doubles import albef, blip, mplug
+from doubles import albef, blip, meter, mplug
 from doubles.text import pictures, sentences
 from since import missing
 from torch import Tensor, nn
@@ -94,6 +94,8 @@ def rewound(head: Head) -> Callable[[], object]:
 def pictures_in(batch: Any) -> Any:
     """The images of a call, whatever they come in."""
     first = batch[0][0]
+    if isinstance(first, dict) and "text_ids" in first:
+        return first["image"][0]  # METER
     if isinstance(first, dict):
         return torch.cat([first[name] for name in ("image", "image0", "image1") if name in first])
     return getattr(first, "tensors", first)
@@ -102,6 +104,8 @@ def pictures_in(batch: Any) -> Any:
 def texts_in(batch: Any) -> Any:
     """The texts of a call: strings, ids, or what holds ids."""
     first, *more = batch[0]
+    if isinstance(first, dict) and "text_ids" in first:
+        return SimpleNamespace(input_ids=first["text_ids"], attention_mask=first["text_masks"])
     return first["text_input"] if isinstance(first, dict) else more[0]
 
 
@@ -122,8 +126,10 @@ def changed(batch: Any, row: int) -> Any:
         if isinstance(args[0], dict):
             return ({**args[0], "text_input": text}, *args[1:]), kwargs
         return (args[0], text, *args[2:]), kwargs
-    ids = ids_in(text).clone()
-    ids[row, 1:3] = ids[row, 1:3] % 90 + 5
+    if isinstance(args[0], dict):
+        others = {name: reworded(ids, row) for name, ids in args[0].items() if name.startswith("text_ids")}
+        return ({**args[0], **others}, *args[1:]), kwargs
+    ids = reworded(ids_in(text), row)
     if isinstance(text, Tensor):
         return (args[0], ids, *args[2:]), kwargs
     nested = hasattr(text, "tensors")
@@ -131,6 +137,13 @@ def changed(batch: Any, row: int) -> Any:
     names = ("tensors", "mask") if nested else ("input_ids", "attention_mask")
     other = SimpleNamespace(**dict(zip(names, (ids, mask))))
     return (args[0], other, *args[2:]), kwargs
+
+
+def reworded(ids: Tensor, row: int) -> Tensor:
+    """The same ids with two others in one row."""
+    ids = ids.clone()
+    ids[row, 1:3] = ids[row, 1:3] % 90 + 5
+    return ids
 
 
 def other_words(words: str) -> str:
@@ -165,6 +178,19 @@ def _samples(model: nn.Module, **extra: Any) -> Head:
         return (given,), {}
 
     return Head(model, batch, **extra)
+
+
+def _batch(model: nn.Module, **extra: Any) -> Head:
+    """A model of METER, called with a batch of its datasets."""
+
+    def batch(seed: int) -> Any:
+        text = sentences(4, seed=seed)
+        masked = text.input_ids.clone()
+        masked[:, 3] = 2
+        words = dict(text_ids=text.input_ids, text_ids_mlm=masked, text_masks=text.attention_mask)
+        return ({"image": [pictures(4, seed=seed)], **words},), {}
+
+    return Head(model, batch, images=4, **extra)
 
 
 def _video(large: bool) -> Head:
@@ -236,6 +262,9 @@ HEADS: dict[str, Callable[[], Head]] = {
     "lavis-albef-retrieval": lambda: _samples(blip.LavisRetrieval()),
     "lavis-albef-classification": lambda: _samples(blip.LavisClassification(blip.HalvedWords())),
     "lavis-blip-classification": lambda: _samples(blip.LavisClassification(blip.MixedWords()), extra_text_layers=2),
+    "meter-itm": lambda: _batch(meter.Fusing("itm")),
+    "meter-mlm": lambda: _batch(meter.Fusing("mlm")),
+    "meter-irtr": lambda: _batch(meter.Fusing("irtr")),
 }
 for _large in (False, True):
     _size = "large" if _large else "base"

@@ -112,7 +112,7 @@ TRANSFORMERS = {
     "FLAVA": Feature("transformers", "4.20", "there is no FLAVA", "transformers:FlavaModel"),
     "I-JEPA": Feature("transformers", "4.48", "there is no I-JEPA", "transformers:IJepaModel"),
     "AIMv2": Feature("transformers", "4.54", "there is no AIMv2", "transformers:Aimv2VisionModel"),
-    "TIPSv2": Feature("transformers", "5.24", "there is no TIPSv2 (5.24: seen)"),
+    "TIPSv2": Feature("transformers", "5.14", "there is no TIPSv2", "transformers:Tipsv2Model"),
     "timm wrapper": Feature("transformers", "4.48", "there is no wrapper of timm", "transformers:TimmWrapperModel"),
     "DPT": Feature("transformers", "4.18", "there is no DPT", "transformers:DPTModel"),
     "YOLOS": Feature("transformers", "4.20", "there is no YOLOS", "transformers:YolosModel"),
@@ -174,7 +174,7 @@ OTHERS = {
     "rotary towers": Feature("timm", "1.0.15", "Eva has fewer ways to attend"),
     "kinds of rotary towers": Feature("timm", "1.0.20", "Eva knows fewer kinds of rotary positions"),
     "perception encoders": Feature("timm", "1.0.20", "Eva has no attention of the Perception Encoder (1.0.15: seen)"),
-    "NaFlexVit": Feature("timm", "1.0.31", "there is no NaFlexVit, or its masks are others (1.0.15: seen)"),
+    "NaFlexVit": Feature("timm", "1.0.16", "there is no NaFlexVit", "timm.models.naflexvit:NaFlexVit"),
     "intermediates": Feature("timm", "1.0", "a ViT of timm has no forward_intermediates"),
 }
 """Features of the other hosts, and what tests need besides."""

@@ -21,13 +21,14 @@ BARE = {
     "timm_naflex",
     "timm_naflex_rotary",
     "albef_tower",
+    "meter_tower",
     "vit",
     "dinov2_registers",
     "dinov3",
     "timm_eva02",
 }
-FUSED = {"albef", "mplug", "blip"}  # scored by a fusion encoder that reads tokens, not features
-UNREAD = {"mplug", "timm_eva02"}  # whose value-output path cannot be read backwards
+FUSED = {"albef", "mplug", "meter", "blip"}  # scored by a fusion encoder that reads tokens, not features
+UNREAD = {"mplug", "meter", "timm_eva02"}  # whose value-output path cannot be read backwards
 SCORED = [name for name in HOSTS if name not in BARE | FUSED]
 scored = functools.partial(patchselect.score_pairs, progress=False)
 

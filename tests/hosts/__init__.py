@@ -40,6 +40,7 @@ HOSTS: dict[str, Callable[[], Case]] = {
         of_doubles.albef,
         of_doubles.albef_tower,
         of_doubles.mplug,
+        of_doubles.meter,
         of_transformers.blip,
         of_plain.vit,
         of_plain.dinov2_registers,
@@ -56,6 +57,7 @@ SELDOM: dict[str, Callable[[], Case]] = {
         of_open_clip.timm_naflex_rotary,
         of_open_clip.open_clip_naflex,
         of_doubles.perception,
+        of_doubles.meter_tower,
     )
 }
 """Hosts whose blocks are those of others above: every promise is tested on them with PATCHSELECT_SLOW=1."""

@@ -1,4 +1,4 @@
-"""Structural doubles of hosts that no package ships: OpenAI CLIP, Perception Encoder, ALBEF and mPLUG."""
+"""Structural doubles of hosts that no package ships: OpenAI CLIP, Perception Encoder, ALBEF, mPLUG and METER."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Any
 
 from doubles.albef import Retrieval, Vit
 from doubles.clip import Clip
+from doubles.meter import Fusing, Tower
 from doubles.mplug import Answering
 from doubles.perception import Clip as PerceptionClip
 from torch import nn
@@ -49,3 +50,11 @@ def albef_tower() -> Case:
 def mplug() -> Case:
     model = Answering(large=True)
     return _double(model, "eyes.visual", 32, lambda m, x: m.eyes.visual(x, True)[:, 0], "keys", "features")
+
+
+def meter() -> Case:
+    return _double(Fusing("itm"), "vit_model.visual", 40, lambda m, x: m.vit_model(x)[:, 0], "keys", "features")
+
+
+def meter_tower() -> Case:
+    return _double(Tower(), "", 32, lambda m, x: m(x, None)[:, 0], "keys", "features", "values", "joint")
