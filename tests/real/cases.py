@@ -27,7 +27,9 @@ class Case(Head):
     pairs: Callable[[list[int], list[int]], Any] | None = None
     """A call with these images and these texts of `batch(0)`, if a matching head scores its pairs."""
     cosine: Callable[[int, int], Any] | None = None
-    """The cosine of image i and text j of `batch(0)` in a call with both, in a dual encoder."""
+    """The cosine of image i and text j of `batch(0)` in a call with both, in a dual encoder; METER's score of them."""
+    runs: int = 1
+    """How often a call runs its tower, each time on as many images."""
     tokens: Callable[[Any], Any] = texts_in
     """What `score_pairs` gets of the texts of a batch."""
     pairing: str | None = None

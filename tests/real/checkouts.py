@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-PACKAGES = ("models", "clip", "llava", "lavis", "vgTools", "core")
+PACKAGES = ("models", "clip", "llava", "lavis", "vgTools", "core", "meter")
 """Top-level names of these code bases; ALBEF, mPLUG and BLIP all own `models`."""
 
 

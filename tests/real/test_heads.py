@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import patchselect
 from patchselect.functional import num_kept
 
-from . import albef, blip, lavis, llava, mplug, openai_clip, perception
+from . import albef, blip, lavis, llava, meter, mplug, openai_clip, perception
 from .cases import Case
 
 CODE_BASES = {
@@ -28,6 +28,7 @@ CODE_BASES = {
     "clip": openai_clip,
     "llava": llava,
     "pe": perception,
+    "meter": meter,
 }
 TABLES = {family: code_base.CASES for family, code_base in CODE_BASES.items()}
 NAMES = [f"{family}-{name}" for family, table in TABLES.items() for name in table]
@@ -92,7 +93,7 @@ def test_a_step_of_training(case: Case) -> None:
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     with handle.record() as trace:
         output = case.call()
-    assert [entry.num_tokens for entry in trace] == expected * len(handle.towers)
+    assert [entry.num_tokens for entry in trace] == expected * len(handle.towers) * case.runs
     assert not same(floats(output), floats(reference))
     if case.trains:
         loss = loss_of(output)

@@ -1,4 +1,4 @@
-"""Real code that looks like a host and is none: refused in words, in both orders where there are two, or right.
+"""Real code that looks like a host: right, or refused in words, in both orders where there are two.
 
 `DINO_DIR`, `VILT_DIR`, `METER_DIR`, `TOME_DIR` and `LAVIS_DIR` name checkouts of facebookresearch/dino, dandelin/ViLT,
 zdou0830/METER, facebookresearch/ToMe and salesforce/LAVIS. One file of each is loaded, beside the installed timm.
@@ -53,6 +53,19 @@ def refused(model, message):
     assert {path: type(part) for path, part in model.named_modules()} == before
 
 
+def check_tower(model, more):
+    """A tower 64 wide, of six blocks, that returns all tokens; it is called with images and `more`."""
+    images, text = torch.randn(2, 3, 64, 64), torch.randn(2, 64)
+    plain = model(images, *more)
+    for relevance in ("keys", "values", "features", "joint"):
+        handle = patchselect.apply(model, 0.5, [1, 3], relevance=relevance)
+        with handle.record() as trace, patchselect.guide(model, text):
+            assert model(images, *more).shape == (2, 1 + 6, 64)
+        assert [entry.num_tokens for entry in trace] == [10, 7]
+    handle.remove()
+    assert torch.equal(model(images, *more), plain)
+
+
 def test_dino():
     module = loaded("DINO_DIR", "vision_transformer.py")
     model = module.VisionTransformer(**{**SIZES, "img_size": [64]}, qkv_bias=True)
@@ -65,10 +78,15 @@ def test_vilt():
     refused(model, r"block \d of VisionTransformer cannot select.*Block ran where they raised TypeError")
 
 
-def test_meter():
+@torch.no_grad()
+@pytest.mark.parametrize("whole", [False, True])
+def test_clip_model_of_meter(whole):
+    """Its tower and what holds it alone: they work; `real/meter.py` has its whole model."""
     module = loaded("METER_DIR", "meter/modules/clip_model.py")
-    model = module.VisualTransformer(64, 16, 64, 6, 1, 32, 64)
-    refused(model, r"block \d of VisualTransformer cannot select.*missing 1 required positional argument: 'x_mask'")
+    sizes = dict(vision_layers=7, vision_width=64, vision_patch_size=16, image_resolution=64, resolution_after=64)
+    text = dict(context_length=7, vocab_size=99, transformer_width=64, transformer_heads=1, transformer_layers=1)
+    model = module.CLIP(embed_dim=32, **sizes, **text).eval()
+    check_tower(model if whole else model.visual, () if whole else (None,))
 
 
 @torch.no_grad()
@@ -81,15 +99,7 @@ def test_clip_vit_of_lavis():
     }
     module = loaded("LAVIS_DIR", "lavis/models/clip_vit.py", **stand_ins)
     model = module.VisionTransformer(64, 16, 64, 6, 4, use_grad_checkpointing=False).eval()
-    images, text = torch.randn(2, 3, 64, 64), torch.randn(2, 64)
-    plain = model(images)
-    for relevance in ("keys", "values", "features"):
-        handle = patchselect.apply(model, 0.5, [1, 3], relevance=relevance)
-        with handle.record() as trace, patchselect.guide(model, text):
-            assert model(images).shape == (2, 1 + 6, 64)
-        assert [entry.num_tokens for entry in trace] == [10, 7]
-    handle.remove()
-    assert torch.equal(model(images), plain)
+    check_tower(model, ())
 
 
 @pytest.mark.parametrize("options", [{}, {"qkv_bias": True}, {"use_rel_pos_bias": True}, {"init_values": 0.1}])
