@@ -163,6 +163,11 @@ LAVIS_IMPORTS = (
     *("contexttimer", "sentencepiece", "h5py", "matplotlib", "ipython", "spacy<3.8", "open3d<0.17", "scikit-learn"),
 )
 """What `import lavis.models` imports; open3d 0.13, which LAVIS asks for, does not exist for Python 3.9."""
+METER_IMPORTS = (
+    *("torch==1.13.1", "torchvision==0.14.1", "timm==0.4.12", "transformers==4.6.0", "pytorch_lightning==1.3.2"),
+    *("torchmetrics==0.5.1", "tensorboard==2.11.2", "protobuf<3.21", "numpy<1.24", "PyYAML==5.4.1", "setuptools<70"),
+)
+"""Releases of that time beside METER's own pins: newer ones import what these do not have."""
 REAL = {
     "albef": Checkout("ALBEF_DIR", "3.8", (*OLD, "transformers==4.8.1")),
     "albef-retrieval": Checkout(
@@ -182,6 +187,12 @@ REAL = {
     ),
     "lavis": Checkout("LAVIS_DIR", "3.9", (*LAVIS_IMPORTS, "transformers==4.33.2")),
     "lavis-blip": Checkout("LAVIS_DIR", "3.9", (*LAVIS_IMPORTS, "transformers==4.25.1")),
+    "pe": Checkout(
+        "PE_DIR",
+        "3.11",
+        ("torch==2.5.1", "torchvision==0.20.1", "timm==1.0.15", "numpy==2.1.2", "einops==0.8.1", "huggingface_hub<1"),
+    ),
+    "meter": Checkout("METER_DIR", "3.8", METER_IMPORTS),
     "llava": Checkout(
         "LLAVA_DIR", "3.10", ("torch==2.1.2", "torchvision==0.16.2", "transformers==4.37.2", "sentencepiece", "numpy<2")
     ),

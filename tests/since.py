@@ -174,7 +174,12 @@ OTHERS = {
     "rotary towers": Feature("timm", "1.0.15", "Eva has fewer ways to attend"),
     "kinds of rotary towers": Feature("timm", "1.0.20", "Eva knows fewer kinds of rotary positions"),
     "perception encoders": Feature("timm", "1.0.20", "Eva has no attention of the Perception Encoder (1.0.15: seen)"),
-    "NaFlexVit": Feature("timm", "1.0.16", "there is no NaFlexVit", "timm.models.naflexvit:NaFlexVit"),
+    "NaFlexVit": Feature("timm", "1.0.18", "there is no NaFlexVit (1.0.16: the first), or its masks are others"),
+    "rotary NaFlexVit": Feature("timm", "1.0.27", "a NaFlexVit has no rotary positions of DINOv3 (1.0.24: seen)"),
+    "differential attention": Feature(
+        "timm", "1.0.23", "there is no differential attention", "timm.layers:DiffAttention"
+    ),
+    "grouped keys": Feature("timm", "1.0.30", "attention of timm has one key head to each query head (1.0.24: seen)"),
     "intermediates": Feature("timm", "1.0", "a ViT of timm has no forward_intermediates"),
 }
 """Features of the other hosts, and what tests need besides."""

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hosts import build, texts
 from hosts.of_open_clip import naflex, patches_of
-from since import needs
+from since import needs, since
 from test_promises import encode
 
 import patchselect
@@ -43,6 +43,8 @@ KINDS: dict[str, dict[str, Any]] = {
 @torch.no_grad()
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_every_kind_reads_padded_batches_image_by_image_and_keeps_the_contract(kind):
+    if kind == "turned by learned angles":
+        needs("rotary NaFlexVit")  # some releases before fail of themselves (1.0.24: seen)
     torch.manual_seed(0)
     model = naflex(depth=4, pos_embed_grid_size=(4, 4), **KINDS[kind]).model.eval()
     images, text = patches_of(SHAPES, 17), torch.randn(4, 48)
@@ -116,6 +118,8 @@ NAMES = (*timm.list_models("naflexvit*"),
 @torch.no_grad()
 @pytest.mark.parametrize("name", NAMES)
 def test_names_that_timm_makes_one_of(name):
+    if name.endswith("dinov3"):
+        needs("rotary NaFlexVit")
     options = {} if name.startswith("naflexvit") else dict(use_naflex=True, embed_proj_type="linear", img_size=64)
     sizes = {} if "patch14" not in name else dict(patch_size=16)
     torch.manual_seed(0)
@@ -166,8 +170,10 @@ def test_configurations_of_open_clip(vision):
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        (dict(attn_type="rope", num_kv_heads=2, qkv_fused=False), "share one key head"),
-        (dict(attn_layer="diff"), "the difference of two"),
+        pytest.param(
+            dict(attn_type="rope", num_kv_heads=2, qkv_fused=False), "share one key head", marks=since("grouped keys")
+        ),
+        pytest.param(dict(attn_layer="diff"), "the difference of two", marks=since("differential attention")),
         (dict(block_fn=timm.models.vision_transformer.ParallelScalingBlock), "not plain pre-norm attention blocks"),
     ],
     ids=["grouped keys", "differences", "parallel"],

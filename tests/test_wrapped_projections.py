@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import weakref
+
 import pytest
 import torch
 from hosts import build, texts
+from test_promises import encode
 from torch import nn
 
 import patchselect
@@ -78,3 +82,36 @@ def test_a_wrapper_around_a_whole_attention_is_refused():
     attention.base_layer = nn.Identity()
     with pytest.raises(TypeError, match="around the attention of this block hides its weights"):
         patchselect.apply(case.model, 0.5)
+
+
+def through_closure(attention):
+    plain = attention.forward
+    return lambda *args, **kwargs: plain(*args, **kwargs)
+
+
+def through_reference(attention):
+    """As fairscale's `checkpoint_wrapper` does it."""
+
+    def run(forward, module, *args, **kwargs):
+        return forward(module(), *args, **kwargs)
+
+    return functools.partial(run, type(attention).forward, weakref.ref(attention))
+
+
+@pytest.mark.parametrize("relevance", ["keys", "values", "features"])
+@pytest.mark.parametrize("wrapped", [through_closure, through_reference])
+def test_attention_whose_forward_was_set_from_outside(wrapped, relevance):
+    case = build("albef_tower")
+    images, text = case.images(2), texts(case, 2)
+    handle = patchselect.apply(case.model, 0.5, relevance=relevance)
+    expected = encode(case, images, text)
+    handle.remove()
+    for block in case.model.blocks:
+        block.attn.forward = wrapped(block.attn)
+    patchselect.apply(case.model, 0.5, relevance=relevance)
+    assert torch.equal(encode(case, images, text), expected)
+    with torch.no_grad():
+        case.model.blocks[-1].attn.forward = lambda *args, **kwargs: 2 * type(block.attn).forward(block.attn, *args)
+    if relevance == "values":
+        with pytest.raises(TypeError, match="computes something else"):
+            patchselect.apply(case.model, 0.5, relevance=relevance)

@@ -64,10 +64,12 @@ def bare_twin(module: nn.Module) -> Any:
     return make_twin(module, torch.Generator().manual_seed(0), {})
 
 
-def make_twin(module: nn.Module, generator: torch.Generator, seen: dict[int, nn.Module]) -> Any:
+def make_twin(module: nn.Module, generator: torch.Generator | None, seen: dict[int, nn.Module]) -> Any:
     """Copy a block without its weights: in evaluation mode, without selection and without the hooks of its users.
 
-    Hooks of torch itself that make a weight (weight norm, spectral norm, pruning) stay.
+    Hooks of torch itself that make a weight (weight norm, spectral norm, pruning) stay. A forward that was set on a
+    part and cannot be told to run its copy (a closure, fairscale's `checkpoint_wrapper`) runs the part itself, so the
+    copy of that part gets no noise.
     """
     if id(module) in seen:
         return seen[id(module)]
@@ -75,10 +77,12 @@ def make_twin(module: nn.Module, generator: torch.Generator, seen: dict[int, nn.
     twin = seen[id(module)] = kind.__new__(kind)
     state = {name: value.copy() if type(value) in (dict, list, set) else value for name, value in vars(module).items()}
     state.pop(STATE, None)
+    of_block = not seen.keys() - {id(module)}
+    if not of_block and "forward" in state and _rebound(state["forward"], module, twin) is state["forward"]:
+        generator = None
     for name in HOOKS:
         state[name] = type(state[name])((k, hook) for k, hook in state[name].items() if _makes_weights(hook))
     state["training"] = False
-    of_block = not seen.keys() - {id(module)}
     state["_parameters"] = type(state["_parameters"])(
         (name, _shaken(tensor, of_block, generator)) for name, tensor in state["_parameters"].items()
     )
@@ -104,10 +108,10 @@ def _makes_weights(hook: Any) -> bool:
     return type(hook).__module__.startswith("torch.nn.utils.")
 
 
-def _shaken(tensor: Any, of_block: bool, generator: torch.Generator) -> Any:
+def _shaken(tensor: Any, of_block: bool, generator: torch.Generator | None) -> Any:
     """Return a parameter as it is; a vector, a small one (table) or one of the block itself with noise on it."""
     small = type(tensor) is nn.Parameter and (of_block or tensor.dim() < 2 or tensor.numel() <= SMALL)
-    if not small or not tensor.is_floating_point():
+    if generator is None or not small or not tensor.is_floating_point():
         return tensor
     noise = torch.randn(tensor.shape, generator=generator, device="cpu").to(tensor.device, tensor.dtype)
     return nn.Parameter(tensor.detach() + 0.1 * noise, requires_grad=False)

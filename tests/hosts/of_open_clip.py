@@ -226,6 +226,7 @@ def timm_naflex() -> Case:
 
 def timm_naflex_rotary() -> Case:
     """Build one of EVA's blocks, with rotary positions of each image's own grid, a class token and normalised keys."""
+    needs("rotary NaFlexVit")
     return naflex(
         class_token=True, global_pool="token", rope_type="dinov3", rope_rotate_half=True, qk_norm=True, swiglu_mlp=True
     )
