@@ -27,6 +27,7 @@ from patchselect.weights import (
 from patchselect.wiring.text_calls import call_with_text, recall_text
 from patchselect.wiring.wording import refuse_masks
 
+from .joint import into_joint, out_of_joint
 from .switches import advice_of_set_grad_checkpointing
 from .timm import TimmViT, partial_methods
 
@@ -219,10 +220,7 @@ class OpenClip(Paired):
 
     def _to_pooled(self, tower: Tower, text: Tensor) -> Tensor:
         """Lead from the joint space to where the tower pools: through the projection, transposed."""
-        if tower.module.proj is None:
-            return text
-        proj = gathered(held(tower.module, "proj"))
-        return text.to(proj.dtype) @ proj.T
+        return out_of_joint(tower.module, text)
 
     def _through_pool(self, tower: Tower, direction: Tensor) -> Tensor:
         """Lead back through the value-output path of the attentional pooler."""
@@ -241,11 +239,7 @@ class OpenClip(Paired):
         visual: Any = tower.module
         if pool_of(visual) is not None:
             raise ValueError('relevance="joint" is not offered for attentional pooling: use "values" or "keys"')
-        normed = visual.ln_post(patches)
-        if visual.proj is None:
-            return normed
-        proj = gathered(held(visual, "proj"))
-        return normed.to(proj.dtype) @ proj
+        return into_joint(visual, visual.ln_post(patches))
 
     def grid(self, tower: Tower, x: Tensor, *args: Any, **kwargs: Any) -> tuple[int, int]:
         return patch_grid(x, tower.module.get_submodule("conv1"))

@@ -22,9 +22,11 @@ from patchselect.adapter import (
     bound,
     patch_grid,
 )
-from patchselect.weights import Projections, gathered, held, output_of, rate
+from patchselect.weights import Projections, held, output_of, rate
 from patchselect.wiring.text_calls import call_with_text, recall_text
 from patchselect.wiring.wording import refuse_masks
+
+from .joint import into_joint, joint_width, out_of_joint
 
 BLOCK_PARTS = {"attn", "ln_1", "mlp", "ln_2"}
 TOWER_PARTS = ("conv1", "class_embedding", "positional_embedding", "ln_pre")
@@ -52,8 +54,7 @@ class ClipReader(Reader):
         return [(model, {"forward": call_with_text, "encode_text": recall_text})]
 
     def text_width(self, tower: Tower) -> int:
-        proj: Any = getattr(tower.module, "proj", None)
-        return tower.width if proj is None else proj.shape[1]
+        return joint_width(tower.module, tower.width)
 
     def text_of_call(
         self, model: Any, tower: Tower, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -128,14 +129,7 @@ class OpenAiClip(Adapter):
         return patch_grid(x, tower.module.get_submodule("conv1"))
 
     def lift(self, tower: Tower, text: Tensor) -> Tensor:
-        if getattr(tower.module, "proj", None) is None:
-            return text
-        proj = gathered(held(tower.module, "proj"))
-        return text.to(proj.dtype) @ proj.T
+        return out_of_joint(tower.module, text)
 
     def project(self, tower: Tower, patches: Tensor) -> Tensor:
-        normed = patches if tower.final_norm is None else tower.final_norm(patches)
-        if getattr(tower.module, "proj", None) is None:
-            return normed
-        proj = gathered(held(tower.module, "proj"))
-        return normed.to(proj.dtype) @ proj
+        return into_joint(tower.module, patches if tower.final_norm is None else tower.final_norm(patches))

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from patchselect.adapter import Arguments, Attended, Tower, Turn, patch_grid
 from patchselect.compat import fused_attention
-from patchselect.weights import Projections, gathered, held, pool_cost, through_norm
+from patchselect.weights import Projections, held, pool_cost, through_norm
 from patchselect.wiring.text_calls import Original
 
+from .joint import into_joint, joint_width, out_of_joint, pooled_alone, through_pool
 from .open_clip import Paired
 from .rotary import at, turning
 
@@ -132,30 +133,21 @@ class PerceptionEncoder(Paired):
         return None if tower.module.pool_type == "tok" else "this model pools or returns all tokens"
 
     def text_width(self, tower: Tower) -> int:
-        proj: Any = getattr(tower.module, "proj", None)
-        return tower.width if proj is None else proj.shape[1]
+        return joint_width(tower.module, tower.width)
 
     def lift(self, tower: Tower, text: Tensor) -> Tensor:
-        if getattr(tower.module, "proj", None) is None:
-            return text
-        proj = gathered(held(tower.module, "proj"))
-        return text.to(proj.dtype) @ proj.T
+        return out_of_joint(tower.module, text)
 
     def read_back(self, tower: Tower, text: Tensor) -> Tensor:
         text, pool = self.lift(tower, text), tower.module.attn_pool
-        if pool is not None:
-            value, output = (gathered(held(pool.attn, name)) for name in ("in_proj_weight", "out_proj.weight"))  # type: ignore
-            text = text.to(value.dtype) @ output @ value.chunk(3)[2]
-        return through_norm(text, tower.final_norm)
+        return through_norm(text if pool is None else through_pool(pool.attn, text), tower.final_norm)
 
     def project(self, tower: Tower, patches: Tensor) -> Tensor:
         visual: Any = tower.module
         normed = visual.ln_post(patches)
         if visual.attn_pool is not None:
-            normed = visual.attn_pool(normed.flatten(0, 1).unsqueeze(1)).unflatten(0, normed.shape[:2]).squeeze(2)
-        if getattr(visual, "proj", None) is None:
-            return normed  # type: ignore[no-any-return]
-        return normed @ gathered(held(visual, "proj"))  # type: ignore[no-any-return]
+            normed = pooled_alone(visual.attn_pool, normed).squeeze(2)
+        return into_joint(visual, normed)
 
     def grid(self, tower: Tower, x: Tensor, *args: Any, **kwargs: Any) -> tuple[int, int]:
         return patch_grid(x, tower.module.get_submodule("conv1"))

@@ -14,11 +14,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from patchselect.adapter import Attended, Tower, Wrapper, bound, patch_grid
-from patchselect.weights import Projections, held, matrix, rate, through_norm
+from patchselect.weights import Projections, held, matrix, rate
 from patchselect.wiring.journey import call_tower
 from patchselect.wiring.text_calls import Original
 from patchselect.wiring.wording import refuse_masks
 
+from .joint import pooled_alone
 from .layouts import blocks_of, final_norm_of, is_tower, linears_of, norms_of, num_prefix, patches_of, rotary
 from .transformers import TransformersClip, takes_return_dict
 
@@ -187,9 +188,6 @@ class TransformersPlain(TransformersClip):
         pooler: Any = getattr(tower.module, "pooler", None)
         return None if tower.head is None or pooler is None else pooler.dense
 
-    def read_back(self, tower: Tower, text: Tensor) -> Tensor:
-        return through_norm(self.lift(tower, text), tower.final_norm)
-
     def project(self, tower: Tower, patches: Tensor) -> Tensor:
         normed = tower.final_norm(patches)  # type: ignore[misc]
         if tower.head is None:
@@ -197,7 +195,7 @@ class TransformersPlain(TransformersClip):
         for name in ("pooler", "head"):
             pool: Any = getattr(tower.module, name, None)
             if pool is not None:
-                normed = pool(normed.flatten(0, 1).unsqueeze(1)).unflatten(0, normed.shape[:2])
+                normed = pooled_alone(pool, normed)
         return tower.head.visual_projection(normed)  # type: ignore[operator, no-any-return]
 
     def patch_embedding(self, tower: Tower) -> nn.Module | None:

@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from patchselect.adapter import Arguments, Images, Tower, Wrapper, bound
 from patchselect.compat import is_compiling
-from patchselect.weights import gathered, held, is_linear, pool_cost, through_norm
+from patchselect.weights import is_linear, pool_cost, through_norm
 from patchselect.wiring.journey import call_tower, parts_of_call
 from patchselect.wiring.padding import real_tokens
 from patchselect.wiring.text_calls import Original
 
+from .joint import pooled_alone, through_pool
 from .transformers import TransformersClip
 
 
@@ -116,16 +117,13 @@ class TransformersSiglip(TransformersClip):
     def read_back(self, tower: Tower, text: Tensor) -> Tensor:
         text = self.lift(tower, text)
         head = getattr(tower.module, "head", None)
-        if head is None:
-            return through_norm(text, tower.final_norm)
-        weight, output = (gathered(held(head.attention, name)) for name in ("in_proj_weight", "out_proj.weight"))
-        return through_norm(text.to(weight.dtype) @ output @ weight.chunk(3)[2], tower.final_norm)
+        return through_norm(text if head is None else through_pool(head.attention, text), tower.final_norm)
 
     def project(self, tower: Tower, patches: Tensor) -> Tensor:
         normed = tower.final_norm(patches)  # type: ignore[misc]
         head = getattr(tower.module, "head", None)
         if head is not None:
-            normed = head(normed.flatten(0, 1).unsqueeze(1)).unflatten(0, normed.shape[:2])
+            normed = pooled_alone(head, normed)
         return normed if tower.head is None else tower.head.visual_projection(normed)  # type: ignore
 
     def grid(self, tower: Tower, *args: Any, **kwargs: Any) -> tuple[int, int]:

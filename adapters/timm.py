@@ -28,6 +28,7 @@ from patchselect.wiring.journey import call_tower
 from patchselect.wiring.text_calls import Original
 from patchselect.wiring.wording import refuse_masks
 
+from .joint import pooled_alone
 from .switches import advice_of_set_grad_checkpointing
 
 BLOCK_PARTS = {"norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2"}
@@ -199,7 +200,7 @@ class TimmViT(Adapter):
         normed = tower.final_norm(patches)  # type: ignore[misc]
         if getattr(trunk, "attn_pool", None) is None:
             return normed
-        return trunk.attn_pool(normed.flatten(0, 1).unsqueeze(1)).unflatten(0, normed.shape[:2])
+        return pooled_alone(trunk.attn_pool, normed)
 
     def grid(self, tower: Tower, x: Tensor, *args: Any, **kwargs: Any) -> tuple[int, int]:
         embed: Any = tower.module.patch_embed

@@ -198,6 +198,7 @@ REFUSED: dict[str, tuple[str, str]] = {
     "DPTForDepthEstimation": (r"patchselect.apply\(model.dpt\)", "DPT"),
     "YolosModel": ("layout that no adapter reads", "YOLOS"),
     "BeitModel": ("layout that no adapter reads|relative positions", "BEiT on meta"),
+    "Data2VecVisionModel": ("layout that no adapter reads|relative positions", "BEiT on meta"),
     "VivitModel": ("layout that no adapter reads", "ViViT"),
     "GroupViTModel": ("layout that no adapter reads", "GroupViT"),
     "XCLIPModel": ("layout that no adapter reads", "X-CLIP"),
