@@ -165,15 +165,8 @@ LAVIS_IMPORTS = (
 """What `import lavis.models` imports; open3d 0.13, which LAVIS asks for, does not exist for Python 3.9."""
 METER_IMPORTS = (
     *("torch==1.13.1", "torchvision==0.14.1", "timm==0.4.12", "transformers==4.6.0", "pytorch_lightning==1.3.2"),
-    *(
-        "torchmetrics==0.5.1",
-        "tensorboard==2.11.2",
-        "protobuf<3.21",
-        "numpy<1.24",
-        "PyYAML==5.4.1",
-        "setuptools<70",
-        "six",
-    ),
+    *("torchmetrics==0.5.1", "tensorboard==2.11.2", "protobuf<3.21", "numpy<1.24", "PyYAML==5.4.1"),
+    *("setuptools<70", "six"),
 )
 """Releases of that time beside METER's own pins: newer ones import what these do not have."""
 REAL = {

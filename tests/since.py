@@ -176,6 +176,7 @@ OTHERS = {
     "perception encoders": Feature("timm", "1.0.20", "Eva has no attention of the Perception Encoder (1.0.15: seen)"),
     "NaFlexVit": Feature("timm", "1.0.18", "there is no NaFlexVit (1.0.16: the first), or its masks are others"),
     "rotary NaFlexVit": Feature("timm", "1.0.27", "a NaFlexVit has no rotary positions of DINOv3 (1.0.24: seen)"),
+    "learned angles": Feature("timm", "1.0.31", "a NaFlexVit of learned angles fails of itself (1.0.27: seen)"),
     "differential attention": Feature(
         "timm", "1.0.23", "there is no differential attention", "timm.layers:DiffAttention"
     ),
