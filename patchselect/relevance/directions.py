@@ -111,7 +111,7 @@ def _known(
     Those are weights that a layer makes anew for each call (LoRA, quantised, by hooks, offloaded, in shards), that
     stand somewhere else than in the blocks, or that are not on the CPU.
     """
-    weights = []
+    weights: list[Tensor] = []
     for block in blocks:
         layer = tower.adapter.projections(block)
         if not shown(layer):
