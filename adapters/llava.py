@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from patchselect.adapter import Tower, Wrapper
 from patchselect.calls import bound
 from patchselect.prompts.calls import call_prompted, generate_prompted
+from patchselect.prompts.encoded import features_in_call
 from patchselect.prompts.host import Prompted
 from patchselect.prompts.layers import call_tower_evenly, check_read, evening
 from patchselect.weights import is_linear
@@ -33,6 +34,9 @@ READS_LAST = ("PaliGemmaModel",)
 
 def call_features(module: Any, name: str, original: Any, *args: Any, **kwargs: Any) -> Any:
     """Encode images: what is read of the tower must come after its selections, and be of one length."""
+    encoded = features_in_call(module, args, kwargs)
+    if encoded is not None:
+        return encoded
     wiring = module._patchselect
     given = bound(tuple(inspect.signature(original).parameters), args, kwargs)
     host, tower = wiring.towers[0].adapter, wiring.towers[0]
@@ -109,7 +113,7 @@ class Llava(Prompted):
         core = core_of(model)
         found: list[tuple[nn.Module, Mapping[str, Wrapper]]] = [
             (core, {"forward": call_prompted, "get_image_features": self.call_features}),
-            (towers[0].module, {"forward": self.call_tower}),
+            (self.tower_of(core), {"forward": self.call_tower}),
         ]
         if core is not model:
             outer: dict[str, Wrapper] = {"forward": call_prompted}

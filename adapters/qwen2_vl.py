@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from patchselect.adapter import Arguments, Attended, Images, Tower, Turn, Wrapper, bound
 from patchselect.prompts.calls import call_prompted, generate_prompted
+from patchselect.prompts.encoded import takes_encoded
 from patchselect.prompts.host import Prompted
 from patchselect.prompts.packed import (
     call_merger,
@@ -183,11 +184,18 @@ class Qwen2Vl(Prompted):
         return [count // self.side(core) ** 2 for count in grids.prod(dim=-1).tolist()]
 
     def positions(self, core: Any, given: Mapping[str, Any], rows: int, length: int, device: Any) -> Tensor:
+        if not hasattr(core, "compute_3d_position_ids"):  # up to transformers 4.57
+            mask = given.get("attention_mask")
+            mask = torch.ones(rows, length, dtype=torch.long, device=device) if mask is None else mask
+            ids, grids = given.get("input_ids"), given.get("image_grid_thw")
+            return core.get_rope_index(ids, image_grid_thw=grids, attention_mask=mask)[0]  # type: ignore[no-any-return]
         parameters = inspect.signature(core.compute_3d_position_ids).parameters
         found = core.compute_3d_position_ids(**{name: given.get(name) for name in parameters})
         return super().positions(core, given, rows, length, device) if found is None else found
 
     def counted(self, model: nn.Module, given: Mapping[str, Any], positions: Tensor | None) -> Tensor | None:
+        if not hasattr(model, "_prepare_position_ids_for_generation"):  # up to transformers 4.57
+            return None
         kwargs = {name: value for name, value in given.items() if value is not None}
         prompt = kwargs.get("input_ids", kwargs.get("inputs_embeds"))
         return model._prepare_position_ids_for_generation(prompt, kwargs)  # type: ignore[operator, no-any-return]
@@ -200,6 +208,8 @@ class Qwen2Vl(Prompted):
             return None
         if len(positions) == 4:  # the first are columns, by which masks are made
             positions = cut["position_ids"] = torch.cat([(count - 1).clamp(min=0)[None], positions[1:]])
-        last = positions[-3:].amax(dim=0).masked_fill(~seen, -1).amax(dim=-1, keepdim=True)
-        core.rope_deltas = last + 1 - count[:, -1:]
-        return core.rope_deltas  # type: ignore[no-any-return]
+        following = positions[-3:].amax(dim=0).masked_fill(~seen, -1).amax(dim=-1, keepdim=True) + 1
+        ahead: Tensor = following - count[:, -1:]
+        # Up to transformers 4.57 hosts go on from columns, padding included.
+        core.rope_deltas = ahead if takes_encoded(core) else following - count.shape[1]
+        return ahead

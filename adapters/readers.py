@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import inspect
 import sys
 from typing import Any
 
 from torch import nn
 
+from patchselect.prompts.encoded import takes_encoded
+
 SUPPORTED = (
     "LlavaModel", "VipLlavaModel", "PaliGemmaModel", "Idefics3Model", "SmolVLMModel", "InternVLModel",
     "Qwen2VLModel", "Qwen2_5_VLModel", "Qwen3VLModel",
 )  # fmt: skip
-SINCE = "5.23"
-"""The first release of transformers in which these were tested."""
+RELEASES = "4.57, or 5.23 and newer"
+"""The releases of transformers whose models can have short prompts."""
 GRID = "its projector joins neighbours of a whole grid of patches"
 TILES = "it cuts images into tiles and packs their whole grids (padding taken off, a newline after each row)"
 REASONS = {
@@ -48,13 +49,13 @@ def names_of(module: Any) -> list[str]:
 
 
 def check_release(model: nn.Module, core: Any) -> None:
-    """Raise a TypeError unless this release of transformers takes encoded images."""
-    if "mm_encoder_outputs" not in inspect.signature(type(core).forward).parameters:
-        release = getattr(sys.modules.get("transformers"), "__version__", "(this release)")
+    """Raise a TypeError unless prompts were shortened with this release of transformers before."""
+    release = getattr(sys.modules.get("transformers"), "__version__", "(this release)")
+    if not takes_encoded(core) and release.split(".")[:2] != ["4", "57"]:
         raise TypeError(
             f"{type(model).__name__} of transformers {release} does not take encoded images (mm_encoder_outputs), by "
-            f"which prompts are shortened: use transformers {SINCE} or newer, or patch its vision tower alone, and "
-            "shorten prompts yourself"
+            f"which prompts are shortened: use transformers {RELEASES}, or patch its vision tower alone, and shorten "
+            "prompts yourself"
         )
 
 

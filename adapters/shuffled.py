@@ -11,8 +11,10 @@ from typing import Any, Sequence
 
 from torch import Tensor, nn
 
-from patchselect.adapter import Adapter, Attended, Tower, patch_grid
+from patchselect.adapter import Adapter, Attended, Tower, Wrapper, patch_grid
 from patchselect.calls import bound
+from patchselect.compat import is_compiling
+from patchselect.prompts.encoded import features_in_call
 from patchselect.prompts.layers import check_read
 from patchselect.prompts.squares import call_tower_in_squares, laying_out, squares_of
 from patchselect.weights import Projections, is_linear, rate
@@ -27,6 +29,9 @@ INTERNVL_BLOCK = {"attention", "mlp", "layernorm_before", "layernorm_after", "dr
 
 def call_features(module: Any, name: str, original: Any, *args: Any, **kwargs: Any) -> Any:
     """Encode images: the squares that stayed are joined as those of a smaller image, and the empty ones cut off."""
+    encoded = features_in_call(module, args, kwargs)
+    if encoded is not None:
+        return encoded
     wiring = module._patchselect
     host, tower = wiring.towers[0].adapter, wiring.towers[0]
     if not wiring.plan.selects:
@@ -41,8 +46,11 @@ def call_features(module: Any, name: str, original: Any, *args: Any, **kwargs: A
     with laying_out(host.side(module)), followed(wiring) as journeys:
         output = original(*args, **kwargs)
     squares = squares_of(journeys[-1], host.side(module))
-    if squares is not None:
-        output.pooler_output = host.cut(output.pooler_output, squares.shape[1])
+    if squares is None:
+        return output
+    if isinstance(output, Tensor):  # up to transformers 4.57
+        return output[:, : squares.shape[1]]
+    output.pooler_output = host.cut(output.pooler_output, squares.shape[1])
     return output
 
 
@@ -65,12 +73,23 @@ class Shuffled(Llava):
         return height * width // self.side(core) ** 2
 
 
+def call_encoder(module: Any, name: str, original: Any, *args: Any, **kwargs: Any) -> Any:
+    """Leave out a mask that hides nothing, which transformers up to 4.57 gives to all blocks."""
+    mask = kwargs.get("attention_mask")
+    if module._patchselect.plan.selects and mask is not None and not is_compiling() and not bool(mask.any()):
+        kwargs["attention_mask"] = None
+    return original(*args, **kwargs)
+
+
 class Idefics3(Shuffled, TransformersSiglip):
     """`Idefics3Model`, `SmolVLMModel` and their heads; each tile of an image is an image of its own."""
 
     name = "transformers-idefics3"
     reads = ("Idefics3Model", "SmolVLMModel")
     image_arguments = ("pixel_values", "pixel_attention_mask")
+
+    def methods(self, model: nn.Module, towers: list[Tower]) -> list[tuple[nn.Module, Mapping[str, Wrapper]]]:
+        return [*super().methods(model, towers), (towers[0].module.encoder, {"forward": call_encoder})]  # type: ignore[list-item]
 
     def tower_of(self, core: Any) -> nn.Module:
         return core.vision_model
@@ -105,6 +124,8 @@ class Idefics3(Shuffled, TransformersSiglip):
         return [int(row) for row in (pixels != 0).flatten(2).any(dim=2).sum(dim=1)]
 
     def tokens_of(self, encoded: Any) -> Sequence[Tensor]:
+        if isinstance(encoded, Tensor):
+            return list(encoded)
         return [image for row in encoded.pooler_output if len(row) for image in row.split(self._each(encoded))]
 
     def _each(self, encoded: Any) -> int:

@@ -28,6 +28,18 @@ def unheard() -> Iterator[None]:
         _unheard.reset(token)
 
 
+def has_own_forward(module: nn.Module) -> bool:
+    """Tell whether a module carries a `forward` in front of that of its class.
+
+    Where transformers 4.57 has collected hidden states it leaves that of the class behind, bound, which is none.
+    """
+    held = vars(module).get("forward")
+    if held is None:
+        return False
+    of_class = any(vars(kind).get("forward") is getattr(held, "__func__", held) for kind in type(module).__mro__)
+    return getattr(held, "__self__", None) is not module or not of_class
+
+
 def asks_hooks(module: nn.Module) -> bool:
     """Tell whether a module has hooks of users, and now is a time to ask them."""
     return hooks_of_users(module) and (is_compiling() or not _unheard.get())

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .compat import is_compiling
-from .hooked import asks_hooks, changed_by_hooks, hooks_of_users, refuse_bent, refuse_changed_norm
+from .hooked import asks_hooks, changed_by_hooks, has_own_forward, hooks_of_users, refuse_bent, refuse_changed_norm
 from .reading import accelerate_hooks, evaluating, gathered, held, place_of, remade_by_hook
 
 UNIT = 256.0
@@ -201,7 +201,7 @@ def shows_weight(linear: Any) -> bool:
 
 def runs_own_class(module: nn.Module) -> bool:
     """Tell whether no `forward` stands in front of that of its class, but such as bring its weights."""
-    if "forward" not in module.__dict__:
+    if not has_own_forward(module):
         return True
     own = getattr(module.__dict__.get("_old_forward"), "__func__", None)
     return own is type(module).forward and all(hasattr(hook, "weights_map") for hook in accelerate_hooks(module))

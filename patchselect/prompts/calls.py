@@ -13,13 +13,12 @@ from torch import Tensor
 from ..calls import bound
 from ..wiring.state import Wiring
 from .columns import rows_of_images
+from .encoded import cache_in, call_encoded, length_of, prompt_of
 from .host import Prompted
 from .shorten import Short, shorten_call
 
 CACHE = "_patchselect_removed"
 """On a cache of keys: a `Removed`."""
-NAMES_OF_CACHES = ("past_key_values", "cache")
-"""What calls and outputs name a cache, up to transformers 5.23 and from 5.24 on."""
 LENGTHS = ("max_length", "min_length")
 _generating: ContextVar[bool] = ContextVar("patchselect_generating", default=False)
 """Whether the steps of a `generate` are running, which may go through a prompt in chunks that cut images apart."""
@@ -39,18 +38,22 @@ class Removed(NamedTuple):
 def call_prompted(module: Any, name: str, original: Any, *args: Any, **kwargs: Any) -> Any:
     """Run `forward`: with pixels the prompt is cut to the tokens that their images have left."""
     wiring: Wiring = module._patchselect
-    if not wiring.plan.selects:
+    host: Prompted = wiring.towers[0].adapter  # type: ignore[assignment]
+    core = host.core(wiring.model)
+    prompt = prompt_of(core)
+    if prompt is not None:
+        return original(**prompt.step(_bound(original, args, kwargs)))
+    if not wiring.plan.selects and not kwargs.get("mm_encoder_outputs"):
         return original(*args, **kwargs)
     given = _bound(original, args, kwargs)
-    host: Prompted = wiring.towers[0].adapter  # type: ignore[assignment]
     if given.get(host.image_arguments[0]) is None:
         if not _generating.get():
             _check_encoded(wiring, given)
-        return original(**_continued(host, host.core(wiring.model), given))
-    _refuse_filled(_cache_in(given))
+        return call_encoded(original, host, core, _continued(host, core, given))
+    _refuse_filled(cache_in(given))
     _refuse_both(given)
     short = shorten_call(wiring, given)
-    output = original(**encoded_call(short))
+    output = call_encoded(original, host, core, encoded_call(short))
     _remember(output, given, short)
     return output
 
@@ -63,20 +66,20 @@ def generate_prompted(module: Any, name: str, original: Any, *args: Any, **kwarg
     wiring: Wiring = module._patchselect
     host: Prompted = wiring.towers[0].adapter  # type: ignore[assignment]
     given = _bound(original, args, kwargs)
+    if given.get("inputs") is not None and given.get("input_ids") is None:
+        given["input_ids"] = given.pop("inputs")
     if wiring.plan.selects:
-        _refuse_continuation(_cache_in(given))
+        _refuse_continuation(cache_in(given))
     if not wiring.plan.selects or given.get(host.image_arguments[0]) is None:
         if wiring.plan.selects:
             _check_encoded(wiring, given)
-        return _in_steps(original, *args, **kwargs)
-    _refuse_filled(_cache_in(given))
+        return _in_steps(original, host, wiring, given)
+    _refuse_filled(cache_in(given))
     _refuse_both(given)
-    if given.get("inputs") is not None:
-        given["input_ids"] = given.pop("inputs")
     short = shorten_call(wiring, given, host.counted(module, given, counted_positions(module, given)))
     ids = given.get("input_ids")
     cut = {**encoded_call(short), **_lengths(module, given, short.removed)}
-    found = _in_steps(original, **cut)
+    found = _in_steps(original, host, wiring, cut)
     _remember(found, given, short)
     if ids is None:
         return found
@@ -86,10 +89,10 @@ def generate_prompted(module: Any, name: str, original: Any, *args: Any, **kwarg
     return found
 
 
-def _in_steps(original: Any, *args: Any, **kwargs: Any) -> Any:
-    token = _generating.set(True)
+def _in_steps(original: Any, host: Prompted, wiring: Wiring, given: Mapping[str, Any]) -> Any:
+    token, core = _generating.set(True), host.core(wiring.model)
     try:
-        return original(*args, **kwargs)
+        return call_encoded(original, host, core, given, host.first_position(core))
     finally:
         _generating.reset(token)
 
@@ -157,7 +160,7 @@ def _check_encoded(wiring: Wiring, given: Mapping[str, Any]) -> None:
     core = host.core(wiring.model)
     lengths = [len(each) for each in host.tokens_of(given["mm_encoder_outputs"]["image"])]
     counts = host.placeholders(core, given).sum(dim=1).tolist()
-    if sum(counts) == 0 and _cache_in(given) is not None:
+    if sum(counts) == 0 and cache_in(given) is not None:
         return
     try:
         rows_of_images(counts, lengths)
@@ -175,26 +178,16 @@ def _refuse_both(given: Mapping[str, Any]) -> None:
         raise ValueError("pixel_values came without a prompt: give input_ids or inputs_embeds")
 
 
-def _cache_in(found: Any) -> Any:
-    """Return the cache among arguments, or of an output of transformers, which is a mapping too."""
-    held = found if isinstance(found, Mapping) else {}
-    return next((held[name] for name in NAMES_OF_CACHES if name in held and held[name] is not None), None)
-
-
-def _length(cache: Any) -> int:
-    return int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
-
-
 def _refuse_filled(cache: Any) -> None:
-    if _length(cache):
+    if length_of(cache):
         raise ValueError(
-            f"past_key_values holds {_length(cache)} tokens already, and this call brings images: a prompt with images "
+            f"past_key_values holds {length_of(cache)} tokens already, and this call brings images: a prompt with images "
             "starts a new cache; give the whole conversation without past_key_values"
         )
 
 
 def _refuse_continuation(cache: Any) -> None:
-    if _length(cache) and getattr(cache, CACHE, None) is not None:
+    if length_of(cache) and getattr(cache, CACHE, None) is not None:
         raise ValueError(
             f"past_key_values holds a prompt of which {getattr(cache, CACHE).columns} image placeholders are gone, so "
             "its columns are not those of input_ids: generate from prompts that patchselect.shorten(model, **inputs) "
@@ -204,8 +197,8 @@ def _refuse_continuation(cache: Any) -> None:
 
 def _remember(output: Any, given: Mapping[str, Any], short: Short) -> None:
     """Note on the cache that a call filled, which it returned or was given, what is missing in its prompt."""
-    parts = output if isinstance(output, tuple) else [_cache_in(output)]
-    for cache in (*parts, _cache_in(given)):
+    parts = output if isinstance(output, tuple) else [cache_in(output)]
+    for cache in (*parts, cache_in(given)):
         if short.removed and hasattr(cache, "get_seq_length"):
             setattr(cache, CACHE, Removed(short.removed, short.padded, short.ahead))
 
@@ -216,7 +209,7 @@ def _continued(host: Prompted, core: Any, given: dict[str, Any]) -> dict[str, An
     Raises:
         ValueError: the mask is that of the whole prompt, and has padding.
     """
-    cache = _cache_in(given)
+    cache = cache_in(given)
     found = getattr(cache, CACHE, None)
     if found is None:
         if given.get("position_ids") is not None and given.get("attention_mask") is None and cache is None:
@@ -225,7 +218,7 @@ def _continued(host: Prompted, core: Any, given: dict[str, Any]) -> dict[str, An
             seen = torch.ones(rows, positions.shape[-1], dtype=torch.long, device=positions.device)
             return {**given, "attention_mask": seen}  # else jumps between positions are read as packed sequences
         return given
-    (removed, padded, ahead), length = found, _length(cache)
+    (removed, padded, ahead), length = found, length_of(cache)
     if length == 0:
         delattr(cache, CACHE)
         return given

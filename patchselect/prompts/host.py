@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..adapter import Adapter, Texts, Tower
 from ..weights import products_of
 from ..wiring.journey import Journey
+from .encoded import tokens_in
 from .squares import squares_of
 
 
@@ -50,8 +51,7 @@ class Prompted(Adapter):
 
     def tokens_of(self, encoded: Any) -> Sequence[Tensor]:
         """Return the tokens `(m_i, D)` of each image, from what the host returns of them."""
-        found = getattr(encoded, "pooler_output", encoded)
-        return list(found)
+        return tokens_in(encoded)
 
     def first_position(self, core: Any) -> int:
         """Return the position of the first column in a call of `forward` that gives none."""

@@ -44,12 +44,18 @@ def evening(wanted: bool) -> Iterator[None]:
 
 
 def call_tower_evenly(module: nn.Module, name: str, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Call a tower whose hidden states of several layers will be put side by side."""
+    """Call a tower, or the module around it that collects its hidden states, some of which will be put side by side."""
     wiring: Wiring = module._patchselect  # type: ignore[assignment]
-    if not _evened.get() or not wiring.plan.selects:
+
+    def run() -> Any:
+        if all(tower.module is not module for tower in wiring.towers):
+            return original(*args, **kwargs)
         return call_tower(module, name, original, *args, **kwargs)
+
+    if not _evened.get() or not wiring.plan.selects:
+        return run()
     with followed(wiring) as journeys:
-        output = call_tower(module, name, original, *args, **kwargs)
+        output = run()
     prefix = journeys[-1].tower.num_prefix_tokens
     output.hidden_states = tuple(
         state if state is None else even(state, index - 1, journeys[-1], prefix)  # some releases keep those asked for

@@ -18,6 +18,7 @@ from ..compat import uncompiled
 from ..wiring.journey import Journey, call_tower, followed, parts_of_call
 from ..wiring.packing import begins_of, in_order
 from ..wiring.state import Wiring
+from .encoded import features_in_call, has_layers
 from .squares import squares_of
 
 _featuring: ContextVar[bool] = ContextVar("patchselect_featuring", default=False)
@@ -63,16 +64,14 @@ def _call_packed_tower(module: nn.Module, name: str, original: Callable[..., Any
     wiring: Wiring = module._patchselect  # type: ignore[assignment]
     with followed(wiring) as journeys:
         output = call_tower(module, name, original, *args, **kwargs)
-    if wiring.plan.selects and not _featuring.get():
-        sizes = sizes_of(journeys[-1], wiring.towers[0].parts["side"])
-        for key, several in joined_in(output):
-            left = [torch.cat(picked(each.split(sizes), journeys[-1], wiring)) for each in several]
-            setattr(output, key, left if key != "pooler_output" else left[0])
-    return output
+    return left_of(output, journeys[-1], wiring) if wiring.plan.selects and not _featuring.get() else output
 
 
 def call_packed_features(module: Any, name: str, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Encode images: the tokens `(m_i, D)` of each that are left."""
+    encoded = features_in_call(module, args, kwargs)
+    if encoded is not None:
+        return encoded
     wiring: Wiring = module._patchselect
     if not wiring.plan.selects:
         return original(*args, **kwargs)
@@ -82,10 +81,7 @@ def call_packed_features(module: Any, name: str, original: Callable[..., Any], *
             output = original(*args, **kwargs)
     finally:
         _featuring.reset(token)
-    for key, several in joined_in(output):
-        left = [picked(each, journeys[-1], wiring) for each in several]
-        setattr(output, key, left if key != "pooler_output" else left[0])
-    return output
+    return left_of(output, journeys[-1], wiring)
 
 
 def refuse_videos(module: Any, name: str, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -102,11 +98,23 @@ def raise_for_videos(core: nn.Module) -> NoReturn:
     )
 
 
-def joined_in(output: Any) -> list[tuple[str, Sequence[Any]]]:
-    """Return the names and values of what a host returns of squares, as lists over layers."""
-    deep = getattr(output, "deepstack_features", None)
-    found: list[tuple[str, Sequence[Any]]] = [("pooler_output", [output.pooler_output])]
-    return found + ([] if deep is None else [("deepstack_features", deep)])
+def left_of(output: Any, journey: Journey, wiring: Wiring) -> Any:
+    """Return what a host returns of squares, of one sequence or image by image, as long as the selection left it."""
+    sizes = sizes_of(journey, wiring.towers[0].parts["side"])
+
+    def left(joined: Any) -> Any:
+        if isinstance(joined, Tensor):
+            return torch.cat(picked(joined.split(sizes), journey, wiring))
+        return picked(joined, journey, wiring)
+
+    if has_layers(output):
+        return left(output[0]), [left(layer) for layer in output[1]]
+    if not hasattr(output, "pooler_output"):  # up to transformers 4.57
+        return left(output)
+    output.pooler_output = left(output.pooler_output)
+    if getattr(output, "deepstack_features", None) is not None:
+        output.deepstack_features = [left(layer) for layer in output.deepstack_features]
+    return output
 
 
 def sizes_of(journey: Journey, side: int) -> list[int]:

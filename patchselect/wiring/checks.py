@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from torch import nn
 
 from ..adapter import Tower, Wrapper
+from ..hooked import has_own_forward
 from .guard import cannot_count
 from .places import follows
 from .plan import Plan
@@ -21,7 +22,7 @@ def check_reachable(plan: Plan, tower: Tower) -> None:
         if index not in plan.layers and not plan.counts(index) and not follows(plan, tower, index):
             continue
         _refuse_stuck(block)
-        if "forward" in vars(block):
+        if has_own_forward(block):
             raise TypeError(
                 f"block {index} of {type(tower.module).__name__} carries a forward of its own (gradient checkpointing, "
                 "accelerate or another wrapper put it there), which would hide the selection: call patchselect.apply "

@@ -18,6 +18,7 @@ from torch import nn
 
 from ..adapter import Wrapper
 from ..compat import forget_compiled
+from ..hooked import has_own_forward
 
 Overrides = Tuple[Tuple[str, Wrapper], ...]
 _classes: dict[tuple[type, Overrides], type] = {}
@@ -100,6 +101,7 @@ def _free_names(value: Any) -> tuple[str, ...]:
 def swap(module: nn.Module, overrides: Mapping[str, Wrapper]) -> None:
     """Let `wrapper(module, name, original, *args, **kwargs)` stand in for each named method of this one object."""
     base = vars(type(module)).get("_patchselect_base", type(module))
+    _clear(module)
     module.__class__ = swapped_class(base, tuple(overrides.items()))
     forget_compiled()
 
@@ -113,9 +115,16 @@ def unswap(module: nn.Module) -> bool:
     kind = type(module)
     if not hasattr(kind, "_patchselect_base") or is_stuck(kind):
         return False
+    _clear(module)
     module.__class__ = _without_swap(kind)
     forget_compiled()
     return True
+
+
+def _clear(module: nn.Module) -> None:
+    """Take a `forward` of the module's own class away that was left in it, since it has another class from now on."""
+    if not has_own_forward(module):
+        vars(module).pop("forward", None)
 
 
 def _without_swap(cls: type) -> type:

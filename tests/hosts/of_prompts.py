@@ -6,7 +6,8 @@ import importlib
 from typing import Any, Sequence
 
 import torch
-from since import needs
+from packaging.version import Version
+from since import installed, needs
 from torch import Tensor, nn
 
 from .case import Case, pixels
@@ -26,9 +27,22 @@ def _needs() -> Any:
     return importlib.import_module("transformers")
 
 
+def is_old() -> bool:
+    """Tell whether models take no encoded images, and return those of `get_image_features` bare."""
+    release = installed("transformers")
+    return release is not None and release < Version("5")
+
+
+def read(found: Any) -> Any:
+    """Return the tokens of images, from what `get_image_features` returns in any release."""
+    if isinstance(found, tuple) and isinstance(found[-1], list):  # with those of other layers
+        return found[0]
+    return getattr(found, "pooler_output", found)
+
+
 def _case(model: nn.Module, prefix: int, tower: str = "model.vision_tower") -> Case:
     def image_side(m: Any, x: Tensor) -> Tensor:
-        found = m.get_image_features(pixel_values=x).pooler_output
+        found = read(m.get_image_features(pixel_values=x))
         return torch.stack([each.mean(dim=0) for each in found])
 
     core = model.get_submodule(tower)
@@ -61,7 +75,7 @@ def llava_full() -> Case:
 
 
 def vipllava() -> Case:
-    layers = dict(vision_feature_layer=[-1, -2, 3, 1])
+    layers = {"vision_feature_layers" if is_old() else "vision_feature_layer": [-1, -2, 3, 1]}
     return _case(_llava("VipLlava", _needs().CLIPVisionConfig(**VISION), **layers), 1)
 
 
@@ -117,8 +131,8 @@ def internvl() -> Case:
     return _squares(transformers.InternVLForConditionalGeneration(config), "model.vision_tower", 1)
 
 
-VIDEO = 97
-"""The token of a video."""
+VIDEO, START = 97, 95
+"""The token of a video, and the one before each image."""
 PACKED = dict(depth=6, num_heads=4, patch_size=8, temporal_patch_size=2, spatial_merge_size=2, initializer_range=0.3)
 """Towers that pack images into one sequence."""
 
@@ -127,7 +141,7 @@ def _packed(model: nn.Module) -> Case:
     grids = torch.tensor([[1, 6, 8]])
 
     def image_side(m: Any, images: dict[str, Tensor]) -> Tensor:
-        found = m.get_image_features(images["pixel_values"].flatten(0, 1), images["image_grid_thw"]).pooler_output
+        found = read(m.get_image_features(images["pixel_values"].flatten(0, 1), images["image_grid_thw"]))
         return torch.stack([each.mean(dim=0) for each in found])
 
     def images(batch: int) -> dict[str, Tensor]:
@@ -144,26 +158,30 @@ def _qwen(kind: str, vision: dict[str, Any], language: dict[str, Any], **more: A
     transformers = _needs()
     config = getattr(transformers, f"{kind}Config")(
         vision_config={**PACKED, **vision}, text_config={**LANGUAGE, **language}, image_token_id=IMAGE,
-        video_token_id=VIDEO, vision_start_token_id=95, vision_end_token_id=96, **more,
+        video_token_id=VIDEO, vision_start_token_id=START, vision_end_token_id=96, **more,
     )  # fmt: skip
     return _packed(getattr(transformers, f"{kind}ForConditionalGeneration")(config))
 
 
-ROTARY = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}}
+def _rotary() -> dict[str, Any]:
+    sections: dict[str, Any] = {"rope_type": "default", "mrope_section": [1, 1, 2]}
+    if is_old():
+        return {"rope_scaling": sections, "rope_theta": 10000.0}
+    return {"rope_parameters": {**sections, "rope_theta": 10000.0}}
 
 
 def qwen2_vl() -> Case:
-    return _qwen("Qwen2VL", {"embed_dim": 48, "hidden_size": 32, "mlp_ratio": 2}, ROTARY)
+    return _qwen("Qwen2VL", {"embed_dim": 48, "hidden_size": 32, "mlp_ratio": 2}, _rotary())
 
 
 def qwen2_5_vl() -> Case:
     vision = dict(hidden_size=48, out_hidden_size=32, intermediate_size=96)
-    return _qwen("Qwen2_5_VL", {**vision, "window_size": 32, "fullatt_block_indexes": [2, 5]}, ROTARY)
+    return _qwen("Qwen2_5_VL", {**vision, "window_size": 32, "fullatt_block_indexes": [2, 5]}, _rotary())
 
 
 def qwen3_vl() -> Case:
     vision = dict(hidden_size=48, out_hidden_size=32, intermediate_size=96, num_position_embeddings=25)
-    language = {"num_hidden_layers": 4, "head_dim": 8, **ROTARY}
+    language = {"num_hidden_layers": 4, "head_dim": 8, **_rotary()}
     return _qwen("Qwen3VL", {**vision, "deepstack_visual_indexes": [0, 2, 4]}, language)
 
 
@@ -175,6 +193,7 @@ def packed_prompts(
     made = []
     for sizes, count in zip(grids, words):
         text = torch.randint(3, WORDS, (count,), generator=generator)
+        text[: len(sizes)] = START
         parts = [text[:1]]
         for image, (height, width) in enumerate(sizes):
             parts += [torch.full((height * width // 4,), IMAGE), text[1 + image : 2 + image]]
@@ -185,7 +204,9 @@ def packed_prompts(
         place = slice(length - len(each), None) if side == "left" else slice(None, len(each))
         ids[row, place], mask[row, place] = each, 1
     flat = [(1, *size) for sizes in grids for size in sizes]
-    found = {"input_ids": ids, "attention_mask": mask, "mm_token_type_ids": (ids == IMAGE).int()}
+    found = {"input_ids": ids, "attention_mask": mask}
+    if not is_old():
+        found["mm_token_type_ids"] = (ids == IMAGE).int()
     if flat:
         found["image_grid_thw"] = torch.tensor(flat)
         count = sum(height * width for _, height, width in flat)
