@@ -105,7 +105,7 @@ class Prompt(NamedTuple):
         if has_layers(self.encoded):
             own, *layers = tokens.chunk(1 + len(self.encoded[1]), dim=-1)
             return [own], layers
-        return tokens.unsqueeze(0) if isinstance(self.encoded, Tensor) else [tokens]
+        return tokens.unsqueeze(1) if isinstance(self.encoded, Tensor) else [tokens]  # as images of one token each
 
 
 _prompt: ContextVar[Prompt | None] = ContextVar("patchselect_prompt", default=None)
