@@ -35,8 +35,13 @@ def answers_by_hand(
     return ids
 
 
-def extended(twin: Any, hand: dict[str, Tensor], ids: Tensor, first: int = 0) -> dict[str, Tensor]:
-    """Return a call by embeddings, `hand` of `(B, L, …)`, with answers `(B * beams, t)` behind its prompts."""
+def extended(
+    twin: Any, hand: dict[str, Tensor], ids: Tensor, first: int = 0, prefix: int | None = None
+) -> dict[str, Tensor]:
+    """Return a call by embeddings, `hand` of `(B, L, …)`, with answers `(B * beams, t)` behind its prompts.
+
+    PaliGemma's prompts see what comes after them: all of the prompt, or the first `prefix` columns.
+    """
     copies, steps = len(ids) // len(hand["inputs_embeds"]), ids.shape[1]
     given = {name: value.repeat_interleave(copies, dim=0) for name, value in hand.items()}
     given["inputs_embeds"] = torch.cat([given["inputs_embeds"], twin.get_input_embeddings()(ids)], dim=1)
@@ -46,12 +51,13 @@ def extended(twin: Any, hand: dict[str, Tensor], ids: Tensor, first: int = 0) ->
     more = given["position_ids"][:, -1:] + 1 + torch.arange(steps)
     given["position_ids"] = torch.cat([given["position_ids"], more], dim=1) + first
     if "token_type_ids" in given and is_old():  # which lets all of a call see each other, answers included
-        given["attention_mask"] = seen_by_prefix(given["attention_mask"], hand["attention_mask"].shape[1])
+        prompt = hand["attention_mask"].shape[1] if prefix is None else prefix
+        given["attention_mask"] = seen_by_prefix(given["attention_mask"], prompt)
     return given
 
 
 def seen_by_prefix(mask: Tensor, prompt: int) -> Tensor:
-    """Return what is added to attention `(B, 1, L, L)`: the prompt sees itself, an answer what is before it."""
+    """Return what is added to attention `(B, 1, L, L)`: the first columns see each other, others what is before."""
     length = mask.shape[1]
     seen = torch.ones(length, length, dtype=torch.bool).tril()
     seen[:prompt, :prompt] = True

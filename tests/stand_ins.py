@@ -68,7 +68,8 @@ def llava() -> nn.Module:
     )
     torch.manual_seed(0)
     model = transformers.LlavaForConditionalGeneration(config).eval()
-    model.model.vision_tower.load_state_dict(dual.vision_model.state_dict())
+    tower = model.model.vision_tower
+    getattr(tower, "vision_model", tower).load_state_dict(dual.vision_model.state_dict())
     return model
 
 

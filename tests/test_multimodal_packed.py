@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from answers import answers_by_hand
 from hosts import build, take, texts
-from hosts.of_prompts import IMAGE, PAD, packed_prompts
+from hosts.of_prompts import IMAGE, PAD, is_old, packed_prompts
 from since import needs
 from torch import Tensor
 
@@ -97,9 +98,7 @@ def tower_by_hand(twin, pixels: Tensor, grid: Tensor, text: Tensor | None, layer
     merged = visual.merger(hidden)
     where = torch.arange(height * width)  # the square in the image of each square of the tower
     if hasattr(visual, "window_size"):
-        from transformers.vision_utils import get_vision_window_index
-
-        where = get_vision_window_index(grid[None], 2, visual.window_size, visual.patch_size)[0]
+        where = window_index(visual, grid[None])
     found = [None if square is None else int(where[square]) for square in squares]
     order = sorted(range(len(found)), key=lambda position: (found[position] is None, found[position] or 0))
     layers_read = [torch.stack([torch.stack([of[member] for member in members[p]]).mean(dim=0) for p in order])
@@ -107,14 +106,23 @@ def tower_by_hand(twin, pixels: Tensor, grid: Tensor, text: Tensor | None, layer
     return merged[order], layers_read, [found[position] for position in order]
 
 
-def prompt_by_hand(twin, inputs: dict[str, Tensor], text: Tensor | None) -> dict[str, Any]:
-    """Return the arguments of a call of the unpatched model with placeholders dropped, row by row, in plain Python."""
-    from transformers.modeling_outputs import BaseModelOutputWithPooling
+def window_index(visual, grids: Tensor) -> Tensor:
+    """Return the square in the image of each square of the tower."""
+    if is_old():
+        return visual.get_window_index(grids)[0]
+    from transformers.vision_utils import get_vision_window_index
 
+    return get_vision_window_index(grids, 2, visual.window_size, visual.patch_size)[0]
+
+
+def prompt_by_hand(twin, inputs: dict[str, Tensor], text: Tensor | None) -> dict[str, Any]:
+    """Return a call of the unpatched language model with placeholders dropped, row by row, in plain Python.
+
+    `embeds` `(B, L, D)` and `deep` `[(B, L, D)]`, what layers of the language model read beside.
+    """
     ids, mask, grids = inputs["input_ids"], inputs["attention_mask"], inputs["image_grid_thw"]
-    whole, _ = twin.model.get_rope_index(
-        ids, image_grid_thw=grids, attention_mask=mask, mm_token_type_ids=inputs["mm_token_type_ids"]
-    )
+    kinds = {name: value for name, value in inputs.items() if name == "mm_token_type_ids"}
+    whole, _ = twin.model.get_rope_index(ids, image_grid_thw=grids, attention_mask=mask, **kinds)
     pixels = inputs["pixel_values"].split(grids.prod(dim=1).tolist())
     tokens, deep, rows, image = [], [], [], 0
     for row in range(len(ids)):
@@ -142,15 +150,39 @@ def prompt_by_hand(twin, inputs: dict[str, Tensor], text: Tensor | None) -> dict
         short[row, length - len(made) :] = torch.tensor([token for token, _ in made])
         positions[:, row, length - len(made) :] = torch.tensor([position for _, position in made]).T
         seen[row, length - len(made) :] = 1
-    output = BaseModelOutputWithPooling(pooler_output=tokens)
-    if deep[0]:
-        output.deepstack_features = [list(layer) for layer in zip(*deep)]
+    images, words = (short == IMAGE).unsqueeze(-1), twin.get_input_embeddings()(short)
+    layers = [torch.zeros_like(words).masked_scatter(images, torch.cat(layer)) for layer in zip(*deep)]
     return {
         "input_ids": short,
         "attention_mask": seen,
         "position_ids": positions,
-        "mm_encoder_outputs": {"image": output},
+        "embeds": words.masked_scatter(images, torch.cat(tokens)),
+        "deep": layers,
     }
+
+
+def logits_by_hand(twin, hand: dict[str, Any], ids: Tensor | None = None) -> Tensor:
+    """Return the logits of short prompts, with answers `(B * beams, t)` behind them."""
+    rows, length = hand["input_ids"].shape
+    ids = torch.zeros(rows, 0, dtype=torch.long) if ids is None else ids
+    copies = len(ids) // rows
+
+    def longer(prompts: Tensor, more: Tensor, rows_at: int = 0) -> Tensor:
+        return torch.cat([prompts.repeat_interleave(copies, dim=rows_at), more], dim=rows_at + 1)
+
+    images = longer(hand["input_ids"] == IMAGE, torch.zeros_like(ids, dtype=torch.bool))
+    own = hand["position_ids"].repeat_interleave(copies, dim=1)[..., -1:]
+    beside = {}
+    if hand["deep"]:
+        read = [layer.repeat_interleave(copies, dim=0)[images[:, :length]] for layer in hand["deep"]]
+        beside = {"visual_pos_masks": images, "deepstack_visual_embeds": read}
+    hidden = twin.model.language_model(
+        inputs_embeds=longer(hand["embeds"], twin.get_input_embeddings()(ids)),
+        attention_mask=longer(hand["attention_mask"], torch.ones_like(ids)),
+        position_ids=longer(hand["position_ids"], own + 1 + torch.arange(ids.shape[1]), 1),
+        use_cache=False, **beside,
+    ).last_hidden_state  # fmt: skip
+    return twin.lm_head(hidden)
 
 
 def patched(name: str, **options: Any):
@@ -178,7 +210,7 @@ def test_logits_are_those_of_dropping_by_hand(name):
         ):
             inputs = packed_prompts(grids, words)
             hand = prompt_by_hand(twin, inputs, text)
-            found, expected = guided(case, text, **inputs).logits, twin(**hand).logits
+            found, expected = guided(case, text, **inputs).logits, logits_by_hand(twin, hand)
             seen = hand["attention_mask"].bool()
             found = found[:, -seen.shape[1] :]  # padding that all rows keep
             largest = float(expected[seen].abs().max())
@@ -191,16 +223,12 @@ def test_answers_are_those_of_dropping_by_hand(name):
     case, twin, _ = patched(name)
     text, inputs = texts(case, 3), packed_prompts(GRIDS, WORDS)
     hand = prompt_by_hand(twin, inputs, text)
-    given, answer = dict(hand), []
-    for _ in range(20):  # the whole sequence in each step, without a cache
-        logits = twin(**{**given, "mm_encoder_outputs": dict(hand["mm_encoder_outputs"])}, use_cache=False).logits[
-            :, -1
-        ]
-        logits[:, [2, IMAGE - 1, IMAGE]] = -torch.inf  # min_new_tokens, suppress_tokens
-        answer.append(logits.argmax(dim=-1, keepdim=True))
-        given["input_ids"] = torch.cat([given["input_ids"], answer[-1]], dim=1)
-        given["attention_mask"] = torch.cat([given["attention_mask"], torch.ones(3, 1).long()], dim=1)
-        given["position_ids"] = torch.cat([given["position_ids"], given["position_ids"][..., -1:] + 1], dim=-1)
+    never = (2, IMAGE - 1, IMAGE)  # min_new_tokens, suppress_tokens
+
+    def expected(beams: int) -> Tensor:
+        return answers_by_hand(lambda ids: logits_by_hand(twin, hand, ids)[:, -1], 3, 20, beams, never)
+
+    answer = expected(1)
     options: dict[str, Any] = dict(
         do_sample=False, max_new_tokens=20, min_new_tokens=20, pad_token_id=PAD, suppress_tokens=[IMAGE - 1, IMAGE]
     )
@@ -208,11 +236,11 @@ def test_answers_are_those_of_dropping_by_hand(name):
     for more in ({}, {"prefill_chunk_size": 5}, {"use_cache": False}):
         found = guided(case, text, "generate", **inputs, **options, **more)
         assert torch.equal(found[:, :whole], inputs["input_ids"])
-        assert torch.equal(found[:, whole:], torch.cat(answer, dim=1)), more
-    for more in ({"num_beams": 2}, {"num_beams": 2, "num_return_sequences": 2}):
-        found = guided(case, text, "generate", **inputs, **options, **more)
-        expected = twin.generate(**copy.deepcopy(hand), **options, **more)  # which repeats features in their place
-        assert torch.equal(found[:, whole:], expected[:, hand["input_ids"].shape[1] :])
+        assert torch.equal(found[:, whole:], answer), more
+    answer = expected(2)
+    for copies in (1, 2):
+        found = guided(case, text, "generate", **inputs, **options, num_beams=2, num_return_sequences=copies)
+        assert torch.equal(found[:, whole:], answer.unflatten(0, (3, 2))[:, :copies].flatten(0, 1))
 
 
 @each
@@ -224,7 +252,7 @@ def test_loops_of_ones_own_go_on_from_the_short_cache(name):
     other = packed_prompts([[(4, 4)]], [4])
     longer = {**inputs, **{key: torch.cat([inputs[key], tail], dim=1) for key, tail in (
         ("input_ids", more), ("attention_mask", torch.ones_like(more)), ("mm_token_type_ids", torch.zeros_like(more)),
-    )}}  # fmt: skip
+    ) if key in inputs}}  # fmt: skip
     expected = guided(case, text, **longer).logits[:, -3:]
     for mask in (None, longer["attention_mask"]):
         cache = guided(case, text, **inputs, use_cache=True).past_key_values
@@ -279,7 +307,7 @@ def test_a_training_step_is_that_of_dropping_by_hand(name):
         loss = guided(case, text, **inputs, labels=labels).loss
         loss.backward()
         hand = prompt_by_hand(twin, inputs, text)
-        logits = twin(**hand).logits[:, :-1]
+        logits = logits_by_hand(twin, hand)[:, :-1]
         wanted = hand["input_ids"].masked_fill((hand["input_ids"] == IMAGE) | (hand["attention_mask"] == 0), -100)[
             :, 1:
         ]
@@ -376,7 +404,7 @@ def test_refusals(name):
     video = {"pixel_values_videos": inputs["pixel_values"], "video_grid_thw": torch.tensor([[2, 4, 4]])}
     for given in (video, {**inputs, **video}):
         with pytest.raises(ValueError, match="got a video"):
-            case.model(**{"input_ids": inputs["input_ids"], **given, "mm_token_type_ids": inputs["mm_token_type_ids"]})
+            case.model(**{**{key: inputs[key] for key in inputs if key in ("input_ids", "mm_token_type_ids")}, **given})
     with pytest.raises(ValueError, match="what the processor returns"):
         case.model(**{**inputs, "image_grid_thw": inputs["image_grid_thw"][:1]})
     with pytest.raises(ValueError, match="row 0 of the prompts"):

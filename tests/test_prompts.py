@@ -8,7 +8,7 @@ import pickle
 import pytest
 import torch
 from hosts import build, texts
-from hosts.of_prompts import prompts
+from hosts.of_prompts import prompts, read
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from since import needs
@@ -96,7 +96,8 @@ def test_a_text_side_reads_texts_as_its_own_tower_does(relevance):
     """The tower of LLaVA is that of the CLIP, so that CLIP and LLaVA keep the same patches for a text."""
     needs("encoded images")
     clip, case = build("clip"), build("llava")
-    case.model.model.vision_tower.load_state_dict(clip.model.vision_model.state_dict())
+    tower = case.tower(case.model)
+    tower.load_state_dict(clip.model.vision_model.state_dict())
     plain = patchselect.apply(copy.deepcopy(clip.model), 0.5, layers=[1, 3], relevance=relevance)
     before = set(case.model.state_dict())
     handle = patchselect.apply(case.model, 0.5, layers=[1, 3], relevance=relevance, text_side=clip.model)
@@ -109,7 +110,7 @@ def test_a_text_side_reads_texts_as_its_own_tower_does(relevance):
     assert [entry.kept.tolist() for entry in trace] == [entry.kept.tolist() for entry in expected]
     twin = copy.deepcopy(case.model)
     assert patchselect.handle_of(twin).towers[0].text_side.module is clip.model.vision_model, "shared, not copied"
-    assert patchselect.handle_of(twin).towers[0].module is twin.model.vision_tower
+    assert patchselect.handle_of(twin).towers[0].module is case.tower(twin)
     with pytest.raises(ValueError, match=r"\(texts, 24\)"):
         patchselect.guide(case.model, texts(case, 3))
     patchselect.remove(case.model)
@@ -146,7 +147,7 @@ def test_records_draw_and_restore_over_the_original_grid():
     with handle.record() as trace:
         case.model.generate(**inputs, max_new_tokens=3, pad_token_id=0)
     assert len(trace) == 1 and trace[0].kept.shape == (3, 8) and trace[0].grid == (4, 4)
-    tokens = torch.stack(case.model.get_image_features(pixel_values=inputs["pixel_values"]).pooler_output)
+    tokens = torch.stack(read(case.model.get_image_features(pixel_values=inputs["pixel_values"])))
     dense = patchselect.restore(tokens, trace)
     assert torch.equal(dense[1].flatten(0, 1)[trace[0].kept[1]], tokens[1, :8])
     assert patchselect.visualization.draw_selection(torch.rand(3, 3, 64, 64), trace, ["a", "b", "c"]) is not None
