@@ -136,7 +136,8 @@ TRANSFORMERS = {
     "plain layers": Feature("transformers", "5.0", "the layers of plain ViTs have other names (4.57: seen)"),
     "DINOv3": Feature("transformers", "4.56", "there is no DINOv3", "transformers:DINOv3ViTModel"),
     "MetaCLIP 2": Feature("transformers", "4.56", "there is no MetaCLIP 2", "transformers:MetaClip2Model"),
-    "encoded images": Feature("transformers", "4.57", "prompts are not shortened (4.53: refused)"),
+    "short prompts": Feature("transformers", "4.57", "prompts are not shortened (4.53: refused)"),
+    "encoded images": Feature("transformers", "5.23", "models take no encoded images (5.23: measured)"),
     "checkpoints of CLIP": Feature(
         "transformers", "4.33", "CLIP throws away what its checkpointed layers compute, selection or not (4.15: seen)"
     ),

@@ -57,7 +57,7 @@ def clip() -> nn.Module:
 
 def llava() -> nn.Module:
     """A `LlavaForConditionalGeneration` of transformers, whose tower is that of `clip`."""
-    needs("encoded images")
+    needs("short prompts")
     transformers = _host("transformers")
     dual = clip()
     language = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, pad_token_id=0)

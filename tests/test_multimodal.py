@@ -16,7 +16,7 @@ from torch import Tensor
 
 import patchselect
 
-needs("encoded images", module=True)
+needs("short prompts", module=True)
 
 SQUARES = ("smolvlm", "idefics3", "internvl")
 NAMES = ("llava", "llava_siglip", "llava_full", "vipllava", "paligemma", *SQUARES)

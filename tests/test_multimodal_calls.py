@@ -15,7 +15,7 @@ from test_multimodal import by_hand, compare, each, encoded, guided, inputs_of, 
 
 import patchselect
 
-needs("encoded images", module=True)
+needs("short prompts", module=True)
 
 both = pytest.mark.parametrize("name", ["llava", "paligemma"])
 GREEDY = dict(do_sample=False, max_new_tokens=12, min_new_tokens=12, pad_token_id=PAD)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 import patchselect
 
-needs("encoded images", module=True)
+needs("short prompts", module=True)
 
 NAMES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 each = pytest.mark.parametrize("name", NAMES)

@@ -12,7 +12,7 @@ from test_multimodal import guided, inputs_of, patched
 
 import patchselect
 
-needs("encoded images", module=True)
+needs("short prompts", module=True)
 
 
 @slow

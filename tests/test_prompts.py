@@ -94,7 +94,7 @@ def test_the_last_block_that_is_read():
 @torch.no_grad()
 def test_a_text_side_reads_texts_as_its_own_tower_does(relevance):
     """The tower of LLaVA is that of the CLIP, so that CLIP and LLaVA keep the same patches for a text."""
-    needs("encoded images")
+    needs("short prompts")
     clip, case = build("clip"), build("llava")
     tower = case.tower(case.model)
     tower.load_state_dict(clip.model.vision_model.state_dict())
@@ -118,7 +118,7 @@ def test_a_text_side_reads_texts_as_its_own_tower_does(relevance):
 
 
 def test_a_text_side_that_does_not_fit_is_refused():
-    needs("encoded images")
+    needs("short prompts")
     case, clip, siglip = build("llava"), build("clip").model, build("siglip").model
     assert patchselect.apply(build("paligemma").model, text_side=siglip).towers[0].text_width() == 48
     for error, message, side in (
@@ -139,7 +139,7 @@ def test_a_text_side_that_does_not_fit_is_refused():
 
 @torch.no_grad()
 def test_records_draw_and_restore_over_the_original_grid():
-    needs("encoded images")
+    needs("short prompts")
     pytest.importorskip("matplotlib")
     case = build("llava")
     handle = patchselect.apply(case.model, 0.5, layers=[1], guidance="image")
@@ -169,7 +169,7 @@ def test_records_draw_and_restore_over_the_original_grid():
 @torch.no_grad()
 def test_a_budget_counts_tower_and_prompt(name):
     """What torch counts of a call, at the rate that a budget asks for, is within a token of the budget."""
-    needs("encoded images", "counting")
+    needs("short prompts", "counting")
     from test_multimodal import inputs_of
 
     from benchmarks.common.cost import countable

@@ -23,7 +23,7 @@ LANGUAGE = dict(
 
 
 def _needs() -> Any:
-    needs("encoded images")
+    needs("short prompts")
     return importlib.import_module("transformers")
 
 
