@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from typing import Any
 
 import pytest
@@ -272,6 +273,35 @@ def test_a_wrong_split_between_rows_is_refused_by_its_row(name):
         case.model(**rest, mm_encoder_outputs={"image": encoded})
     with pytest.raises(ValueError, match="pixel_values or mm_encoder_outputs, not both"):
         case.model(**inputs, mm_encoder_outputs={"image": encoded})
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_vl"])
+def test_other_releases_are_refused_by_name(name, monkeypatch):
+    import patchselect.adapters.readers as readers
+
+    case = build(name)
+    transformers = sys.modules["transformers"]
+    monkeypatch.setattr(readers, "takes_encoded", lambda core: False)
+    for release in ("4.53.3", "5.10.0"):
+        monkeypatch.setattr(transformers, "__version__", release)
+        message = rf"of transformers {release} does not take encoded images.*use transformers 4\.57, or 5\.23 and newer"
+        with pytest.raises(TypeError, match=message):
+            patchselect.apply(case.model, 0.5)
+    monkeypatch.setattr(transformers, "__version__", "4.57.6")
+    assert patchselect.apply(case.model, 0.5, guidance="image")
+
+
+@torch.no_grad()
+def test_a_short_prompt_that_nothing_is_taken_out_of():
+    """In a release that takes no encoded images too, whose calls would drop them unseen."""
+    case = build("llava")
+    inputs = inputs_of(case)
+    logits, ids = case.model(**inputs).logits, case.model.generate(**inputs, **GREEDY)
+    patchselect.apply(case.model, 1.0, guidance="image")
+    short = patchselect.shorten(case.model, **inputs)
+    torch.testing.assert_close(case.model(**short).logits, logits)
+    torch.testing.assert_close(case.model.model(**short).last_hidden_state.shape, logits[..., :32].shape)
+    assert torch.equal(case.model.generate(**patchselect.shorten(case.model, generate=True, **inputs), **GREEDY), ids)
 
 
 @torch.no_grad()
