@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 
 import pytest
 import torch
 from hosts import texts
+from hosts.of_prompts import packed_prompts
 from since import needs, slow
 from test_multimodal import guided, inputs_of, patched
+from test_multimodal_packed import GRIDS, WORDS
+from test_multimodal_packed import patched as patched_packed
 
 import patchselect
 
@@ -24,10 +28,12 @@ def test_a_compiled_tower_is_refused_in_words():
         guided(case, texts(case, 3), **inputs_of(case))
 
 
+@pytest.mark.parametrize("name", ["llava", "paligemma", "internvl", "qwen2_vl", "qwen3_vl"])
 @torch.no_grad()
-def test_kernels_of_attention_agree():
-    case, _, _ = patched("llava")
-    text, inputs = texts(case, 3), inputs_of(case)
+def test_kernels_of_attention_agree(name):
+    packed = name.startswith("qwen")
+    case, _, _ = (patched_packed if packed else patched)(name)
+    text, inputs = texts(case, 3), packed_prompts(GRIDS, WORDS) if packed else inputs_of(case)
     found = {}
     for kind in ("eager", "sdpa"):
         case.model.set_attn_implementation(kind)
@@ -35,7 +41,31 @@ def test_kernels_of_attention_agree():
         with patchselect.guide(case.model, text):
             short = patchselect.shorten(case.model, **inputs)
         found[kind] = case.model(**short).logits[short["attention_mask"].bool()]
-    torch.testing.assert_close(found["eager"], found["sdpa"], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found["eager"], found["sdpa"], rtol=1e-4, atol=1e-4)
+
+
+@slow
+@torch.no_grad()
+def test_flexible_attention_of_the_language_model_agrees():
+    case, _, _ = patched("llava")
+    text, inputs = texts(case, 3), inputs_of(case)
+    with patchselect.guide(case.model, text):
+        short = patchselect.shorten(case.model, **inputs)
+    seen = short["attention_mask"].bool()
+    expected = case.model(**short).logits[seen]
+    case.model.set_attn_implementation({"text_config": "flex_attention"})
+    assert case.model.config.text_config._attn_implementation == "flex_attention"
+    torch.testing.assert_close(case.model(**short).logits[seen], expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_flash_attention_is_refused_by_the_host_where_it_is_not_installed():
+    case, _, _ = patched("llava")
+    if importlib.util.find_spec("flash_attn") is not None:
+        pytest.skip("flash_attn is installed")
+    with pytest.raises(ImportError, match=r"(?i)flash.?attn|flash.?attention|kernels"):
+        case.model.set_attn_implementation("flash_attention_2")
+    assert guided(case, texts(case, 3), **inputs_of(case)).logits is not None, "the model is as it was"
 
 
 def test_lora_on_the_language_model():

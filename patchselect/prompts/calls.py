@@ -181,8 +181,8 @@ def _refuse_both(given: Mapping[str, Any]) -> None:
 def _refuse_filled(cache: Any) -> None:
     if length_of(cache):
         raise ValueError(
-            f"past_key_values holds {length_of(cache)} tokens already, and this call brings images: a prompt with images "
-            "starts a new cache; give the whole conversation without past_key_values"
+            f"past_key_values holds {length_of(cache)} tokens already, and this call brings images: a prompt with "
+            "images starts a new cache; give the whole conversation without past_key_values"
         )
 
 

@@ -59,7 +59,7 @@ class Prompt(NamedTuple):
     """The argument that pixels have in a call."""
     tokens: Tensor
     """`(M, D * (1 + layers))`: the tokens of all images, and side by side what is read of other layers."""
-    index: Tensor
+    which: Tensor
     """`(B, L)`: which of these each column is; -1 is none."""
     positions: Tensor | None
     """`(…, B, L)`: of the columns; `None` where each call has its own."""
@@ -89,13 +89,13 @@ class Prompt(NamedTuple):
         words: Tensor = given["input_ids"] if given.get("input_ids") is not None else given["inputs_embeds"]
         place, found = given.get("cache_position"), dict(given)
         start = int(place[0]) if isinstance(place, Tensor) else length_of(cache_in(given))
-        end, length = start + words.shape[1], self.index.shape[1]
-        copies = len(words) // len(self.index)  # beams
-        held = self.index[:, start:end].repeat_interleave(copies, dim=0)
+        end, length = start + words.shape[1], self.which.shape[1]
+        copies = len(words) // len(self.which)  # beams
+        held = self.which[:, start:end].repeat_interleave(copies, dim=0)
         if bool((held >= 0).any()):
             found[self.pixels] = self.tokens[held[held >= 0]]
         if self.positions is not None and self.following is not None:
-            more = torch.arange(max(end - length, 0), device=self.index.device)
+            more = torch.arange(max(end - length, 0), device=self.which.device)
             each = torch.cat([self.positions, self.following + more], dim=-1)[..., start:end]
             found["position_ids"] = each.repeat_interleave(copies, dim=-2)
         return found
