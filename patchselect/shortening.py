@@ -30,7 +30,8 @@ def shorten(model: nn.Module, *, generate: bool = False, **inputs: Any) -> dict[
             whatever follows the prompt (`attention_mask`, `labels`, `token_type_ids`, `position_ids`).
 
     Returns:
-        The same, `(B, L', …)`, with `attention_mask`, `position_ids` and `mm_encoder_outputs`, without the pixels.
+        The same, `(B, L', …)`, with `attention_mask`, `position_ids` and `mm_encoder_outputs`, without the pixels. With
+        transformers 4.57 the patched model alone reads the last of these.
 
     Raises:
         ValueError: the model has no such prompts or is not patched, there are no images, or what calls of the model
