@@ -23,7 +23,7 @@ from benchmarks.common.command import add_device, add_layers, add_output, parse,
 from benchmarks.common.cost import countable
 from benchmarks.common.show import aligned, quartiles, spread
 
-from .models import LANGUAGES, TOWERS, build, load, prompts
+from .models import LANGUAGES, TOWERS, build, check_release, load, prompts
 from .stages import STAGES, answer
 
 CASES = ("unpatched", "text", "image", "random", "after the tower")
@@ -37,6 +37,7 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
         model = load(options.weights, dtype).to(options.device)
     else:
         model = build(options.tower, options.language, dtype, options.seed).to(options.device)
+    check_release(model)
     device = torch.device(options.device)
     inputs = prompts(model, options.batch, options.prompt_words, options.seed)
     width = model.config.vision_config.hidden_size

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from patchselect.prompts.encoded import takes_encoded
+
 TOWERS = {
     "tiny": dict(hidden_size=48, intermediate_size=96, num_hidden_layers=6, num_attention_heads=4, image_size=64,
                  patch_size=16),
@@ -41,6 +43,13 @@ def load(name: str, dtype: torch.dtype) -> Any:
     """Return a LLaVA that `from_pretrained` loads from a folder or its cache."""
     transformers = importlib.import_module("transformers")
     return transformers.LlavaForConditionalGeneration.from_pretrained(name).to(dtype).eval()
+
+
+def check_release(model: Any) -> None:
+    """Exit with a message where this release of transformers takes no encoded images, which the stages hand on."""
+    if not takes_encoded(model.model):
+        version = importlib.import_module("transformers").__version__
+        raise SystemExit(f"benchmarks.multimodal takes transformers 5.23 or newer, this is {version}")
 
 
 def prompts(model: Any, batch: int, words: int, seed: int) -> dict[str, Tensor]:
