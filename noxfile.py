@@ -32,6 +32,8 @@ class Lane(NamedTuple):
     packages: tuple[str, ...]
     more: tuple[str, ...] = EXTRAS
     """What tests need besides, and would skip without."""
+    tests: tuple[str, ...] = ()
+    """Which tests; none named: all."""
 
 
 NEWEST = ("torch==2.14.1", "torchvision==0.29.1", "transformers==5.24.0", "open_clip_torch==3.3.0", "timm==1.0.31")
@@ -39,6 +41,10 @@ MIDDLE = ("torch==2.7.1", "torchvision==0.22.1", "transformers==4.53.3", "open_c
 LLAVA = ("torch==2.1.2", "torchvision==0.16.2", "transformers==4.37.2", "open_clip_torch==2.24.0", "timm==0.9.12")
 LAVIS = ("torch==2.0.1", "torchvision==0.15.2", "transformers==4.33.2", "open_clip_torch==2.20.0", "timm==0.4.12")
 ALBEF = ("torch==1.13.1", "torchvision==0.14.1", "transformers==4.8.1", "timm==0.4.9")
+MULTIMODAL_457 = (*NEWEST[:2], "transformers==4.57.6", *NEWEST[3:])
+MULTIMODAL_TESTS = ("tests/test_multimodal.py", "tests/test_multimodal_packed.py", "tests/test_multimodal_calls.py",
+                    "tests/test_multimodal_stack.py", "tests/test_prompts.py")  # fmt: skip
+"""Language models that read images have two ways in, one for transformers 5.23 and newer and one for 4.57."""
 OLD = ("numpy<2",)
 """What torch before 2.2 was compiled against."""
 
@@ -50,6 +56,7 @@ LANES = {
     "bare": Lane("3.10", ("torch==2.4.1",), ()),
     "lavis": Lane("3.9", (*LAVIS, *OLD)),
     "albef": Lane("3.8", (*ALBEF, *OLD)),
+    "multimodal-457": Lane("3.11", MULTIMODAL_457, EXTRAS, MULTIMODAL_TESTS),
 }
 
 IMPORTS = "import patchselect, patchselect.adapters as a; print(patchselect.__file__, len(a.ADAPTERS), 'adapters')"
@@ -100,7 +107,7 @@ def run_lane(session: nox.Session, lane: Lane) -> None:
     session.run("python", "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--editable", str(ROOT))
     session.env["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", "1")
     workers = os.environ.get("WORKERS", "2")
-    session.run("python", "-m", "pytest", "-n", workers, "-q", "-rs", *session.posargs)
+    session.run("python", "-m", "pytest", "-n", workers, "-q", "-rs", *(session.posargs or lane.tests))
 
 
 def _session(name: str, lane: Lane) -> None:
