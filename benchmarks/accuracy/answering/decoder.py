@@ -10,16 +10,20 @@ from torch import Tensor, nn
 
 from benchmarks.accuracy.albef.model import WIDTH
 
-from .questions import WORDS, vocabulary
+from .questions import START, WORDS, vocabulary
 
 PATCHES = 100
 """Tokens of an image in the whole prompt."""
 
 
 class Answerer(nn.Module):
-    """Image tokens `(B, m, WIDTH)` through one linear layer, then the words, into transformers' Llama."""
+    """Image tokens `(B, m, WIDTH)` through one linear layer, then the words, into transformers' Llama.
 
-    def __init__(self, names: Tensor, width: int = 64, layers: int = 2, heads: int = 4) -> None:
+    Names of things are what the base's text encoder makes of them (`names`, `(concepts, WIDTH)`), through the same
+    layer: the base has learned to make patches and names alike.
+    """
+
+    def __init__(self, names: Tensor, width: int = 64, layers: int = 2, heads: int = 2) -> None:
         super().__init__()
         self.register_buffer("names", names)
         transformers = importlib.import_module("transformers")
@@ -32,15 +36,14 @@ class Answerer(nn.Module):
                 num_hidden_layers=layers,
                 num_attention_heads=heads,
                 num_key_value_heads=heads,
-                max_position_embeddings=PATCHES + WORDS,
+                max_position_embeddings=1 + PATCHES + WORDS,
                 tie_word_embeddings=True,
                 pad_token_id=None,
                 bos_token_id=None,
                 eos_token_id=None,
             )
         )
-        for layer in self.language.model.layers:  # what is alike attends from the start, as in the base
-            layer.self_attn.k_proj.weight.data.copy_(layer.self_attn.q_proj.weight.data)
+        begin(self)
 
     def forward(self, tokens: Tensor, words: Tensor, positions: Tensor) -> Tensor:
         """Return logits `(B, vocabulary)` of the answers.
@@ -58,27 +61,47 @@ class Answerer(nn.Module):
         )
         return found.logits[:, 0]
 
-    def several(self, tokens: Tensor, words: Tensor) -> Tensor:
-        """Return logits `(B, Q, vocabulary)` of the answers to `(B, Q, WORDS)`: Q prompts at the cost of little more
-        than one, for the tokens of an image do not see the question, and no question sees another.
+    def several(self, tokens: Tensor, words: Tensor) -> tuple[Tensor, Tensor]:
+        """Answer Q questions about each whole image at the cost of little more than one: the tokens of an image do not
+        see the questions, and no question sees another.
+
+        Args:
+            tokens: `(B, PATCHES, WIDTH)`
+            words: `(B, Q, WORDS)`
+
+        Returns:
+            Logits `(B, Q, vocabulary)` of the answers and `(B, PATCHES, vocabulary)` at the tokens of the image.
         """
         rows, asked, length = words.shape
-        count = tokens.shape[1]
-        embedded = self.embedded(tokens, words.flatten(1))
-        own = torch.arange(length) + PATCHES
-        positions = torch.cat([torch.arange(PATCHES - count, PATCHES), own.repeat(asked)]).expand(rows, -1)
-        part = torch.cat([torch.full((count,), -1), torch.arange(asked).repeat_interleave(length)])
+        image = 1 + tokens.shape[1]
+        positions = torch.cat([torch.arange(image), (image + torch.arange(length)).repeat(asked)])
+        part = torch.cat([torch.full((image,), -1), torch.arange(asked).repeat_interleave(length)])
         sees = ((part[None] == part[:, None]) | (part[None] < 0)).tril()
         mask = torch.zeros(sees.shape).masked_fill(~sees, torch.finfo(torch.float32).min)
-        found = self.language(
-            inputs_embeds=embedded,
+        logits = self.language(
+            inputs_embeds=self.embedded(tokens, words.flatten(1)),
             attention_mask=mask.expand(rows, 1, -1, -1),
-            position_ids=positions,
+            position_ids=positions.expand(rows, -1),
             use_cache=False,
-            logits_to_keep=count + length * (1 + torch.arange(asked)) - 1,
-        )
-        return found.logits
+        ).logits
+        return logits[:, image:].unflatten(1, (asked, length))[:, :, -1], logits[:, 1:image]
 
     def embedded(self, tokens: Tensor, words: Tensor) -> Tensor:
+        """Return `(B, 1 + m + L, width)`: the start, the image, the words."""
         table = torch.cat([self.language.get_input_embeddings().weight, self.projection(self.names)])
-        return torch.cat([self.projection(tokens), table[words]], dim=1)
+        start = table[START].expand(len(words), 1, -1)
+        return torch.cat([start, self.projection(tokens), table[words]], dim=1)
+
+
+def begin(answerer: Answerer, alike: float = 1.3) -> None:
+    """Start where learning is short: what is alike attends to each other, as in the base; `alike` says how much."""
+    language = answerer.language
+    for weight in language.model.layers.parameters():
+        if weight.dim() == 2:
+            nn.init.xavier_uniform_(weight)
+    for layer in language.model.layers:
+        nn.init.orthogonal_(layer.self_attn.q_proj.weight, alike)
+        layer.self_attn.k_proj.weight.data.copy_(layer.self_attn.q_proj.weight)
+    nn.init.normal_(language.get_input_embeddings().weight, std=0.5)
+    nn.init.constant_(language.model.norm.weight, 0.2)  # answers begin about equally likely
+    nn.init.orthogonal_(answerer.projection.weight)

@@ -28,6 +28,8 @@ ANSWERS = {
 COPIES = (2, 4)
 """Every scene has one concept so many times, so that counting looks at the named one and not at what repeats."""
 LAYOUT = Layout(copies=COPIES)
+START = 0
+"""The token that a prompt begins with."""
 WORDS = 3
 """Of a question: its kind in two words, and the name of the thing, behind which the answer comes."""
 
@@ -35,7 +37,7 @@ WORDS = 3
 @lru_cache(maxsize=None)
 def vocabulary() -> dict[str, int]:
     """Return token ids: the words of questions and answers; the concepts, by their number, come after them."""
-    words = [word for kind in ANSWERS for word in kind.split()]
+    words = ["", *(word for kind in ANSWERS for word in kind.split())]
     return {word: i for i, word in enumerate(dict.fromkeys([*words, *(a for each in ANSWERS.values() for a in each)]))}
 
 
