@@ -207,12 +207,12 @@ def test_the_command_ends_in_tables_and_a_plot(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(study, "run_all", lambda work, tasks, name, workers: [work(task) for task in tasks])
     monkeypatch.setattr(study, "asked", lambda validation: (scenes(), balanced(scenes(), ONCE, 0)))
     monkeypatch.setattr(study, "TRAINING", 12)
-    arguments = ["answering", "--seed", "0", "1", "--keep-rate", "0.3", "0.07", "--steps", "3"]
+    arguments = ["answering", "--seed", "0", "1", "--keep-rate", "0.3", "0.07", "--steps", "8"]
     monkeypatch.setattr("sys.argv", ["accuracy", *arguments, "--output", str(tmp_path)])
     command.main()
     told = capsys.readouterr().out
     report = json.loads((tmp_path / "answering.json").read_text())
-    assert report["settings"]["command"] == "python -m benchmarks.accuracy answering --seed 0 1 --steps 3"
+    assert report["settings"]["command"] == "python -m benchmarks.accuracy answering --seed 0 1 --steps 8"
     found = report["results"]
     assert len(found) == 2 * len(ANSWERS) * (2 + len(ARMS) * 2 * 2)
     for record in found:
@@ -223,5 +223,5 @@ def test_the_command_ends_in_tables_and_a_plot(monkeypatch, tmp_path, capsys):
         assert f"| {label}" in told
     assert "renumbered positions" in told and "±" in told
     assert (tmp_path / "answering.png").stat().st_size > 5000
-    again = study.measured(0, (0.3, 0.07), 3, False, tmp_path)
+    again = study.measured(0, (0.3, 0.07), 8, False, tmp_path)
     assert again == [record for record in found if record["seed"] == 0], "read, not made again"
