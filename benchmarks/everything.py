@@ -56,7 +56,7 @@ FILES = ("estimators", "last-block", "sized-attention", "arithmetic", "processes
 CPU_ALONE = ("estimators", "arithmetic", "processes", "blip", "albef")
 NOT_ASKED = ("estimators", "albef")
 """Only where `--only` names them: one wants a busy machine, the other a checkout."""
-STUDIES = ("quick", "clip")
+STUDIES = ("quick", "clip", "answering")
 """Files of results that a command of `benchmarks.accuracy` has written."""
 
 

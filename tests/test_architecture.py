@@ -103,7 +103,7 @@ LEVELS = (
     ("benchmarks.common",),
     ("benchmarks.models", "benchmarks.accuracy.world"),
     ("benchmarks.speed", "benchmarks.accuracy.albef", "benchmarks.accuracy.yours"),
-    ("benchmarks.accuracy.clip",),
+    ("benchmarks.accuracy.clip", "benchmarks.accuracy.answering"),
     ("benchmarks.accuracy.leaks",),
 )
 """Folders of benchmarks/, each of which may import those of the levels before its own."""

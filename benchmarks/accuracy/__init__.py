@@ -2,6 +2,7 @@
 
 - `__main__` and `align` are the command lines.
 - `albef/` and `clip/` train and ask two small models on scenes whose contents are known: the studies.
+- `answering/` puts a tiny language model behind the tower of the first: what is there, how many, where.
 - `leaks/` asks the same questions without the picture: what do texts, or the places of kept patches, give away?
 - `world/` draws those scenes, writes their captions and the wrong candidates, and answers from texts alone.
 - `yours/` is for your own weights and data: zero-shot accuracy and a short alignment under selection.

@@ -16,6 +16,7 @@ from .albef.report import asked, curve_report, draw_curves, write
 from .albef.studies import FROM_STAGE_1, QUERIES, STUDIES
 from .albef.throughput import throughput
 from .albef.train import Arm
+from .answering import study as answering
 from .clip import study as clip
 from .leaks import study as leaks
 from .yours import retrieval, zeroshot
@@ -51,6 +52,7 @@ def main() -> None:
     others = {
         "clip": (clip, "frozen small CLIP: relevances and rivals at equal tokens"),
         "leaks": (leaks, "what texts alone, or the places of kept patches alone, answer of the questions"),
+        "answering": (answering, "a tiny language model on what a tower has left, with old and new positions"),
         "align": (align, "a short alignment under selection, of the small CLIP or of your model and data"),
         "methods": (methods, "methods side by side at equal FLOPs, as a leaderboard"),
         "retrieval": (retrieval, "any CLIP on Flickr30K or COCO, in two passes, with and without selection"),

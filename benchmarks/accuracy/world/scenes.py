@@ -110,6 +110,8 @@ class Layout:
     """Largest rotation, degrees."""
     varied: bool = False
     """Backgrounds turned, mixed and recoloured: few photographs must stand for many."""
+    copies: tuple[int, int] = (1, 1)
+    """Fewest and most drawings of one of a scene's concepts; each other concept is drawn once."""
 
 
 PLAIN = Layout()
@@ -123,7 +125,7 @@ class Scenes:
     pixels: Tensor
     """`(N, 3, S, S)` uint8"""
     objects: tuple[tuple[int, ...], ...]
-    """The concepts of each scene, no concept twice."""
+    """The concept of each drawing of each scene; no concept twice, unless the layout has `copies`."""
     boxes: tuple[tuple[tuple[int, int, int, int], ...], ...]
     """Left, top, right, bottom of each of them, in pixels."""
 
@@ -170,6 +172,8 @@ def _scene(
     number = int(random.integers(layout.objects[0], layout.objects[1] + 1))
     chosen = random.permutation(len(EMOJI))[:number]
     cells = random.permutation(9)[:number]
+    if layout.copies != (1, 1):
+        chosen[: int(random.integers(layout.copies[0], layout.copies[1] + 1))] = chosen[0]
     cell, scale, boxes = layout.size / 3, layout.size / 80, []
     for concept, place in zip(chosen.tolist(), cells.tolist()):
         drawing = drawings(layout.style)[concept].rotate(
