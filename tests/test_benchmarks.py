@@ -1,6 +1,7 @@
 """The speed benchmark: it runs, it counts right, and its rival is what the paper says. No wall-clock assertion."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from benchmarks.models.loading import load
 from benchmarks.speed.__main__ import main
 from benchmarks.speed.cases import MERGED, Case, Inputs, Selection
 from benchmarks.speed.counting import FlopBook
-from benchmarks.speed.run import inputs_of
+from benchmarks.speed.run import cases_of, inputs_of
 from patchselect.functional import as_ratio, merge_schedule, num_kept
 
 
@@ -270,6 +271,45 @@ def test_tome_in_a_model(tiny, library, fused):
         assert torch.equal(host.encode_image(images), before)
     for hook in hooks:
         hook.remove()
+
+
+@pytest.mark.parametrize("kind", ["Dinov2", "ViT"])
+def test_tome_in_a_plain_vit_of_transformers(kind):
+    """Without a removal it is the model itself."""
+    needs("plain layers")
+    sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2)
+    config = getattr(transformers, f"{kind}Config")(**sizes, image_size=32, patch_size=8)
+    model, images = getattr(transformers, f"{kind}Model")(config).eval(), torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        plain = model(images).last_hidden_state
+        with token_merging(model, 0):
+            torch.testing.assert_close(model(images).last_hidden_state, plain, atol=1e-5, rtol=1e-4)
+        with token_merging(model, 6):
+            assert model(images).last_hidden_state.shape[1] == 17 - 6
+
+
+def test_what_a_model_does_not_take_is_left_out_with_a_note():
+    """Merging alone has no place for its tokens in a rotary tower; the rest of the comparison goes on."""
+    needs("rotary towers")
+    from timm.models.eva import Eva
+
+    sizes = dict(img_size=32, patch_size=8, embed_dim=32, depth=4, num_heads=2, num_classes=0, use_rot_pos_emb=True)
+    tower, notes = Eva(**sizes).eval(), []
+
+    def removals(case, method):
+        with token_merging(tower, 4), torch.no_grad():
+            return tower(torch.randn(1, 3, 32, 32))
+
+    book = SimpleNamespace(tome_removals=removals, merged_rate=lambda text: 0.4)
+    options = SimpleNamespace(
+        guidance=["text"], keep_rate=[0.5], merge=0.5, merge_at=None, tome=["front"], text_encoder=False
+    )
+    found = [case.method for case in cases_of(options, book, "tower", notes)]
+    assert found == ["unpatched", "text", MERGED]
+    assert notes == [
+        "ToMe-front, fused attention is left out: ToMe does not say where a merged token stands, which rotary "
+        "positions ask"
+    ]
 
 
 def test_proportional_attention_counts_copies():

@@ -191,3 +191,14 @@ def test_a_patched_model_answers_for_its_own_layers():
     patchselect.apply(case.model, 0.9, layers=[0, 1])
     assert patchselect.keep_rate_for_budget(case.model, 0.7) == unpatched
     assert patchselect.keep_rate_for_budget(case.model, 0.7, layers=[0, 1]) == unpatched
+
+
+def test_a_pool_that_is_given_a_parameter_is_counted():
+    """Torch's counter by module fails there while no gradients are taken, as long as the weights can be trained."""
+    needs("registers")
+    from timm.models.vision_transformer import VisionTransformer
+
+    sizes = dict(img_size=32, patch_size=8, embed_dim=32, depth=4, num_heads=2, num_classes=0)
+    tower = VisionTransformer(**sizes, global_pool="map")
+    found = patchselect.keep_rate_for_budget(tower, 0.7, layers=[1])
+    assert 0 < found < 1 and found == patchselect.keep_rate_for_budget(tower.requires_grad_(False), 0.7, layers=[1])

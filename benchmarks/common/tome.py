@@ -90,12 +90,25 @@ def front(depth: int) -> int:
 
 
 def projected(attention: Any, normed: Tensor) -> tuple[Sequence[Tensor], nn.Module]:
-    """Return queries, keys and values `(B, N, D)` of a host's attention, and its output projection."""
+    """Return queries, keys and values `(B, N, D)` of a host's attention, and its output projection.
+
+    Raises:
+        TypeError: its layers have other names.
+    """
     if getattr(attention, "in_proj_weight", None) is not None:  # nn.MultiheadAttention, and open_clip's own
         return F.linear(normed, attention.in_proj_weight, attention.in_proj_bias).chunk(3, dim=-1), attention.out_proj
-    if hasattr(attention, "qkv"):  # timm
+    if getattr(attention, "qkv", None) is not None:  # timm
         return attention.qkv(normed).chunk(3, dim=-1), attention.proj
-    return [getattr(attention, f"{x}_proj")(normed) for x in "qkv"], attention.out_proj  # transformers
+    if not hasattr(attention, "q_proj"):
+        raise TypeError(f"this ToMe baseline does not know the layers of {type(attention).__name__}")
+    output = getattr(attention, "out_proj", None) or attention.o_proj
+    return [getattr(attention, f"{x}_proj")(normed) for x in "qkv"], output  # transformers
+
+
+def attention_of(block: Any) -> Any:
+    """Return the attention of a block of open_clip or timm, of CLIP and its like, or of a plain ViT of transformers."""
+    found = getattr(block, "attn", None) or getattr(block, "self_attn", None) or getattr(block, "attention", None)
+    return getattr(found, "attention", found)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, scale: float, sizes: Tensor | None, fused: bool) -> Tensor:
@@ -121,9 +134,11 @@ def run_block(
     x: Tensor = args[0] if tower.batch_first else args[0].transpose(0, 1)
     weights = tower.adapter.projections(block)
     if weights.key_norm is not None:
-        raise TypeError("this ToMe baseline does not know query and key norms: leave it out (an empty --tome)")
+        raise TypeError("this ToMe baseline does not know query and key norms")
+    if tower.rotary:
+        raise TypeError("ToMe does not say where a merged token stands, which rotary positions ask")
     sizes = None if first else state["sizes"]
-    (query, key, value), output = projected(getattr(block, "attn", None) or block.self_attn, weights.norm(x))
+    (query, key, value), output = projected(attention_of(block), weights.norm(x))
     query, key, value = (rearrange(t, "b n (h e) -> b h n e", h=weights.num_heads) for t in (query, key, value))
     mixed = attend(query, key, value, float(weights.scale), sizes, fused)
     branch = output(rearrange(mixed, "b h n e -> b n (h e)"))

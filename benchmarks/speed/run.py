@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
@@ -13,7 +13,7 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.common.photographs import Photo, batch_of, load_photos
-from benchmarks.models.host import Host
+from benchmarks.models.host import Host, first_line
 from benchmarks.models.loading import load
 from patchselect.wiring.plan import check_layers
 from patchselect.wiring.towers import find_towers
@@ -55,7 +55,7 @@ def run(options: argparse.Namespace, bar: tqdm[Any]) -> Found:
         describe(host, options, found)
         bar.set_description_str("counting FLOPs")
         book = FlopBook(host, selection, inputs_of(host, photos, 1))
-        cases = {view: cases_of(options, book, view) for view in options.view}
+        cases = {view: cases_of(options, book, view, found.notes) for view in options.view}
         for view in options.view:
             found.limits[f"{host.image_size}/{view}"] = book.limit(options.keep_rate, view)
             found.flops.update({(host.image_size, view, case): book.of(case, view) for case in cases[view]})
@@ -120,17 +120,24 @@ def describe(host: Host, options: argparse.Namespace, found: Found) -> None:
     found.notes += [note for note in host.notes if note not in found.notes]
 
 
-def cases_of(options: argparse.Namespace, book: FlopBook, view: str) -> list[Case]:
-    """List unpatched first, each guidance at each rate, then merging, with and without one selection, at their cost."""
+def cases_of(options: argparse.Namespace, book: FlopBook, view: str, notes: list[str]) -> list[Case]:
+    """List unpatched first, each guidance at each rate, then merging, with and without one selection, at their cost.
+
+    What a model does not take is left out, and `notes` say so.
+    """
     cases = [Case("unpatched"), *(Case(g, rate) for g in options.guidance for rate in options.keep_rate)]
+    kinds: dict[str, Callable[[Case], Case]] = {}
+    if options.merge:
+        kinds[MERGED] = lambda text: Case(MERGED, text.keep_rate, own_rate=book.merged_rate(text))
+    for name, kind in KINDS.items():
+        if kind in options.tome:
+            kinds[name] = lambda text, name=name: Case(name, text.keep_rate, book.tome_removals(text, name))
     if view == "tower":
-        for rate in options.merge_at or options.keep_rate:
-            text = Case("text", rate)
-            if options.merge:
-                cases.append(Case(MERGED, rate, own_rate=book.merged_rate(text)))
-            for name, kind in KINDS.items():
-                if kind in options.tome:
-                    cases.append(Case(name, rate, book.tome_removals(text, name)))
+        for name, made in kinds.items():
+            try:
+                cases += [made(Case("text", rate)) for rate in options.merge_at or options.keep_rate]
+            except (TypeError, ValueError) as error:
+                notes.append(f"{TOME.get(name, 'merging before one selection')} is left out: {first_line(error)}")
         if options.text_encoder:
             cases.append(Case("text encoder"))
     return cases

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter import Tower, Turn
-from ..compat import FlopCounterMode
+from ..compat import flop_counter
 from ..weights import Projections, mean_key, place_of
 from .kernels import combine_attention, in_tiles, standardise
 
@@ -171,7 +171,7 @@ class Relevance:
         """
         counts = []
         for patches in (8, 16):
-            with FlopCounterMode(display=False) as counter:
+            with flop_counter() as counter:
                 self._scored(tower, index, patches, guidance)
             counts.append(counter.get_total_flops() // 2)
         each = (counts[1] - counts[0]) // 8
@@ -247,7 +247,7 @@ def check_projects(tower: Tower, name: str, guidance: str) -> None:
 
 def multiply_adds(run: Any) -> int:
     """Count the multiply-adds of something small that each adapter does in its own way."""
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), flop_counter() as counter:
         run()
     return counter.get_total_flops() // 2
 
