@@ -101,6 +101,17 @@ def merging(report: Report) -> str:
     return markdown(rows)
 
 
+def tower(report: Report) -> str:
+    """Write text guidance in another tower beside what its FLOPs allow."""
+    rows = [["keep rate", "FLOP ratio (the limit)", "speed-up, median [quartiles]", "efficiency"]]
+    for r in report["results"]:
+        if r["method"] == "text":
+            found = ratio(r["speed_up"], 3)
+            rows.append([f"{r['keep_rate']:g}", f"{r['flop_ratio']:.3f}", found, f"{r['efficiency']:.3f}"])
+    model = report["model"]
+    return f"{markdown(rows)}\n\n{model['name']} ({model['library']}), batch {report['results'][0]['batch']}"
+
+
 def processes(report: Report) -> str:
     """Write time and equality of scores over processes."""
     rows = [["processes", "seconds, median [quartiles]", "times as fast", "scores apart by at most"]]
@@ -113,4 +124,5 @@ def processes(report: Report) -> str:
 TABLES = {
     "whole": whole, "parts": parts, "resolution": resolution, "last-block": last_block, "classes": classes,
     "sized-attention": sized_attention, "pairs": pairs, "merging": merging, "processes": processes,
+    "tower": tower,
 }  # fmt: skip
