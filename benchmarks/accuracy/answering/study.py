@@ -33,7 +33,7 @@ from .report import OLD, RENUMBERED, document, draw
 from .training import learn
 
 RATES = (0.5, 0.3, 0.15, 0.07)
-STEPS, BLIND = 1600, 4
+STEPS, BLIND = 4000, 4
 """Of training, and how many times fewer where no image is read, which leaves a sixth of the tokens."""
 TRAINING, ASKED = 3000, 1500
 """Scenes that are learned from, by each seed its own, and that questions are asked of."""
