@@ -16,6 +16,7 @@ from typing import Any
 from benchmarks import pages
 from benchmarks.common import results
 from benchmarks.common.command import add_device, add_output, parse
+from benchmarks.multimodal import __main__ as multimodal
 from benchmarks.speed import __main__ as speed
 from benchmarks.speed import (
     arithmetic,
@@ -51,11 +52,12 @@ QUESTIONS: dict[str, tuple[Callable[[Sequence[str]], dict[str, Any]], str]] = {
     "sized-attention": (sized_attention.main, "--tokens 197"),
     "arithmetic": (arithmetic.main, ""),
     "processes": (processes.main, ""),
+    "multimodal": (multimodal.main, "--rounds 7 --words 16"),
     "blip": (whole_model.main, "--host blip --work pair --image-size 384 --batch 1 --rounds 3"),
     "albef": (whole_model.main, "--host albef --work pair --batch 1 --rounds 3 --profile"),
 }
 """The command behind each question."""
-FILES = ("estimators", "last-block", "sized-attention", "arithmetic", "processes", "blip", "albef")
+FILES = ("estimators", "last-block", "sized-attention", "arithmetic", "processes", "multimodal", "blip", "albef")
 """Questions whose command wants a file for its output, others a folder."""
 CPU_ALONE = ("estimators", "arithmetic", "processes", "blip", "albef")
 NOT_ASKED = ("estimators", "albef")

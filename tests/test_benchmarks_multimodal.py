@@ -18,12 +18,12 @@ def test_every_stage_of_every_case_is_measured(tmp_path, capsys):
     arguments = ["--tower", "tiny", "--language", "tiny", "--layers", "1", "--keep-rate", "0.25", "--words", "3"]
     arguments += ["--rounds", "2", "--threads", "1", "--prompt-words", "5", "--batch", "2", "--output", str(output)]
     found = multimodal.main(arguments)
-    assert json.loads(output.read_text())["records"] == found["records"]
-    records = {record["method"]: record for record in found["records"]}
+    assert json.loads(output.read_text())["results"] == found["results"]
+    records = {record["method"]: record for record in found["results"]}
     assert tuple(records) == multimodal.CASES
-    assert [record["prompt_tokens"] for record in found["records"]] == [5 + 16, *[5 + 5] * 4]
+    assert [record["prompt_tokens"] for record in found["results"]] == [5 + 16, *[5 + 5] * 4]
     bytes_of_a_token = 2 * 2 * 2 * 8 * 4 * 2  # layers, keys and values, heads, width, float32, rows
-    for record in found["records"]:
+    for record in found["results"]:
         assert record["cache_bytes"] == (record["prompt_tokens"] + 3) * bytes_of_a_token
         assert all(len(seconds) == 2 for seconds in record["seconds"].values())
     ratios = {name: record["flop_ratio"] for name, record in records.items()}

@@ -21,7 +21,7 @@ import patchselect
 from benchmarks.common.clock import timed, turns
 from benchmarks.common.command import add_device, add_layers, add_output, parse, report_on, write
 from benchmarks.common.cost import countable
-from benchmarks.common.show import aligned, quartiles, spread
+from benchmarks.common.show import aligned, quartiles, spread, threads
 
 from .models import LANGUAGES, TOWERS, build, check_release, load, prompts
 from .stages import STAGES, answer
@@ -153,11 +153,12 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     warnings.simplefilter("ignore")
     torch.set_num_threads(options.threads)
     report = report_on(options, options.device)
-    report.update(weights=options.weights or "random", records=measure(options))
+    report.update(weights=options.weights or "random", results=measure(options))
     text = (
-        f"{table(report['records'])}\n\nweights: {report['weights']}; ms: medians of {options.rounds} rounds; speed-"
+        f"{table(report['results'])}\n\nweights: {report['weights']}; ms: medians of {options.rounds} rounds; speed-"
         "up: median [quartiles] against unpatched; efficiency: speed-up over FLOP ratio; an answer: tower, prefill and "
-        f"{options.words} words\n{report['machine']}, torch {report['versions']['torch']}"
+        f"{options.words} words\n{report['machine']['processor']}, {threads(report['machine']['threads'])}, torch "
+        f"{report['versions']['torch']}"
     )
     write(options.output, report, text)
     return report

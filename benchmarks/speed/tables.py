@@ -112,6 +112,25 @@ def tower(report: Report) -> str:
     return f"{markdown(rows)}\n\n{model['name']} ({model['library']}), batch {report['results'][0]['batch']}"
 
 
+def multimodal(report: Report) -> str:
+    """Write what each stage of an answer saves."""
+    rows = [
+        ["", "tokens of the prompt", "cache, MB", "stage", "FLOP ratio (the limit)", "speed-up, median [quartiles]"]
+    ]
+    for r in report["results"]:
+        if r["method"] != "unpatched":
+            head = [r["method"], str(r["prompt_tokens"]), f"{r['cache_bytes'] / 1e6:.1f}"]
+            for stage, found in r["speed_up"].items():
+                named = "decoding, a word" if stage == "decode" else stage
+                rows.append([*head, named, f"{r['flop_ratio'][stage]:.2f}", quartiles(found, 2)])
+                head = ["", "", ""]
+    plain = next(r for r in report["results"] if r["method"] == "unpatched")
+    return (
+        f"{markdown(rows)}\n\nUnpatched: {plain['prompt_tokens']} tokens, {plain['cache_bytes'] / 1e6:.1f} MB; an "
+        f"answer is the tower, the prefill and {report['settings']['words']} words"
+    )
+
+
 def processes(report: Report) -> str:
     """Write time and equality of scores over processes."""
     rows = [["processes", "seconds, median [quartiles]", "times as fast", "scores apart by at most"]]
@@ -124,5 +143,5 @@ def processes(report: Report) -> str:
 TABLES = {
     "whole": whole, "parts": parts, "resolution": resolution, "last-block": last_block, "classes": classes,
     "sized-attention": sized_attention, "pairs": pairs, "merging": merging, "processes": processes,
-    "tower": tower,
+    "tower": tower, "multimodal": multimodal,
 }  # fmt: skip
