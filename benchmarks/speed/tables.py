@@ -120,9 +120,9 @@ def multimodal(report: Report) -> str:
     for r in report["results"]:
         if r["method"] != "unpatched":
             head = [r["method"], str(r["prompt_tokens"]), f"{r['cache_bytes'] / 1e6:.1f}"]
-            for stage, found in r["speed_up"].items():
+            for stage, speed_up in r["speed_up"].items():
                 named = "decoding, a word" if stage == "decode" else stage
-                rows.append([*head, named, f"{r['flop_ratio'][stage]:.2f}", quartiles(found, 2)])
+                rows.append([*head, named, f"{r['flop_ratio'][stage]:.2f}", quartiles(speed_up, 2)])
                 head = ["", "", ""]
     plain = next(r for r in report["results"] if r["method"] == "unpatched")
     return (
