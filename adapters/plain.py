@@ -21,6 +21,7 @@ from patchselect.wiring.wording import refuse_masks
 
 from .joint import pooled_alone
 from .layouts import blocks_of, final_norm_of, is_tower, linears_of, norms_of, num_prefix, patches_of, rotary
+from .strangers import refuse_strangers
 from .transformers import TransformersClip, takes_return_dict
 
 HEADS = {"classifier", "cls_classifier", "distillation_classifier"}
@@ -82,13 +83,14 @@ class TransformersPlain(TransformersClip):
         """Return the tower of `model`, and the model if it has a joint space; `None` twice if it is not of this kind.
 
         Raises:
-            TypeError: something beside the tower may read a fixed number of patches.
+            TypeError: something beside the tower may read a fixed number of patches, or the tower is known not to work.
         """
         if self.knows(model):
             return model, None
         names = {name for name, _ in model.named_children()}
         found = [name for name, part in model.named_children() if self.knows(part)]
         if len(found) != 1:
+            refuse_strangers(model)
             return None, None
         if names == DUAL_PARTS:
             return getattr(model, found[0]), model
