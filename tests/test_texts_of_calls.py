@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from doubles import albef
 from doubles.text import pictures, sentences
 from hosts import HOSTS, build, ids, take, texts
-from hosts.of_transformers import TEXT
 from since import needs
 
 import patchselect
