@@ -7,7 +7,6 @@ tokens, pre-norm blocks, a final norm.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,7 +21,7 @@ from patchselect.wiring.wording import refuse_masks
 from .joint import pooled_alone
 from .layouts import blocks_of, final_norm_of, is_tower, linears_of, norms_of, num_prefix, patches_of, rotary
 from .strangers import refuse_strangers
-from .transformers import TransformersClip, takes_return_dict
+from .transformers import TransformersClip, calls_of
 
 HEADS = {"classifier", "cls_classifier", "distillation_classifier"}
 DUAL_PARTS = {"vision_model", "text_model", "visual_projection", "text_projection"}
@@ -59,7 +58,6 @@ class TransformersPlain(TransformersClip):
             return []
         block, norms = blocks_of(core)[0], norms_of(blocks_of(core)[0])
         assert norms is not None
-        signature = inspect.signature(getattr(type(block), "_patchselect_base", type(block)).forward)
         return [
             Tower(
                 adapter=self,
@@ -70,12 +68,7 @@ class TransformersPlain(TransformersClip):
                 width=linears_of(block.attention)[0].in_features,
                 head=head,
                 final_norm=final_norm_of(core),
-                parts={
-                    "block_call": tuple(signature.parameters)[1:],
-                    "call": tuple(inspect.signature(type(model).forward).parameters)[1:],
-                    "returns_tuple": "output_attentions" in signature.parameters,
-                    "text_flags": takes_return_dict(getattr(model, "text_model", None)),
-                },
+                parts=calls_of(model, block),
             )
         ]
 
