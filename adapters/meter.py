@@ -99,7 +99,8 @@ class MeterHead(Reader):
     def score(self, model: Any, tower: Tower, rows: Tensor, texts: Texts) -> Tensor:
         """Score by `rank_output`, where the head was made to rank, else by the probability of a match."""
         head = self.module
-        rank, match = getattr(head, "rank_output", None), getattr(head, "itm_score", None)
+        rank: Any = getattr(head, "rank_output", None)
+        match: Any = getattr(head, "itm_score", None)
         if rank is None and match is None:
             raise ValueError(
                 f"{type(head).__name__} has neither rank_output nor itm_score, so its pairs have no score: build it "

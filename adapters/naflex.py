@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from patchselect.adapter import Arguments, Attended, Images, Tower, Wrapper, bound
 from patchselect.compat import is_compiling
 from patchselect.wiring.journey import call_tower, parts_of_call
-from patchselect.wiring.padding import knows_padding, real_tokens
+from patchselect.wiring.padding import knows_padding, mask_over, real_tokens
 from patchselect.wiring.text_calls import Original
 from patchselect.wiring.wording import refuse_masks
 
@@ -119,10 +119,8 @@ class Naflex(TimmViT):
 
     def fit_masks(self, tower: Tower, block: nn.Module, real: Tensor, *args: Any, **kwargs: Any) -> Arguments:
         given = bound(BLOCK_CALLS[self.of_eva], args, kwargs)
-        mask: Tensor | None = given.get("attn_mask")
-        if mask is not None:
-            nothing = torch.zeros_like(real[:, None, None], dtype=mask.dtype)
-            given["attn_mask"] = nothing.masked_fill(~real[:, None, None], torch.finfo(mask.dtype).min)
+        if given.get("attn_mask") is not None:
+            given["attn_mask"] = mask_over(real, given["attn_mask"])
         return (given.pop("x"),), given
 
     def attend(self, tower: Tower, block: Any, *args: Any, **kwargs: Any) -> Attended:

@@ -139,7 +139,8 @@ class PerceptionEncoder(Paired):
         return out_of_joint(tower.module, text)
 
     def read_back(self, tower: Tower, text: Tensor) -> Tensor:
-        text, pool = self.lift(tower, text), tower.module.attn_pool
+        pool: Any = tower.module.attn_pool
+        text = self.lift(tower, text)
         return through_norm(text if pool is None else through_pool(pool.attn, text), tower.final_norm)
 
     def project(self, tower: Tower, patches: Tensor) -> Tensor:

@@ -7,7 +7,6 @@ tokens, pre-norm blocks, a final norm.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,7 +20,8 @@ from patchselect.wiring.wording import refuse_masks
 
 from .joint import pooled_alone
 from .layouts import blocks_of, final_norm_of, is_tower, linears_of, norms_of, num_prefix, patches_of, rotary
-from .transformers import TransformersClip, takes_return_dict
+from .strangers import refuse_strangers
+from .transformers import TransformersClip, calls_of
 
 HEADS = {"classifier", "cls_classifier", "distillation_classifier"}
 DUAL_PARTS = {"vision_model", "text_model", "visual_projection", "text_projection"}
@@ -58,7 +58,6 @@ class TransformersPlain(TransformersClip):
             return []
         block, norms = blocks_of(core)[0], norms_of(blocks_of(core)[0])
         assert norms is not None
-        signature = inspect.signature(getattr(type(block), "_patchselect_base", type(block)).forward)
         return [
             Tower(
                 adapter=self,
@@ -69,12 +68,7 @@ class TransformersPlain(TransformersClip):
                 width=linears_of(block.attention)[0].in_features,
                 head=head,
                 final_norm=final_norm_of(core),
-                parts={
-                    "block_call": tuple(signature.parameters)[1:],
-                    "call": tuple(inspect.signature(type(model).forward).parameters)[1:],
-                    "returns_tuple": "output_attentions" in signature.parameters,
-                    "text_flags": takes_return_dict(getattr(model, "text_model", None)),
-                },
+                parts=calls_of(model, block),
             )
         ]
 
@@ -82,13 +76,14 @@ class TransformersPlain(TransformersClip):
         """Return the tower of `model`, and the model if it has a joint space; `None` twice if it is not of this kind.
 
         Raises:
-            TypeError: something beside the tower may read a fixed number of patches.
+            TypeError: something beside the tower may read a fixed number of patches, or the tower is known not to work.
         """
         if self.knows(model):
             return model, None
         names = {name for name, _ in model.named_children()}
         found = [name for name, part in model.named_children() if self.knows(part)]
         if len(found) != 1:
+            refuse_strangers(model)
             return None, None
         if names == DUAL_PARTS:
             return getattr(model, found[0]), model

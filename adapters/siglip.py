@@ -12,7 +12,7 @@ from patchselect.adapter import Arguments, Images, Tower, Wrapper, bound
 from patchselect.compat import is_compiling
 from patchselect.weights import is_linear, pool_cost, through_norm
 from patchselect.wiring.journey import call_tower, parts_of_call
-from patchselect.wiring.padding import real_tokens
+from patchselect.wiring.padding import mask_over, real_tokens
 from patchselect.wiring.text_calls import Original
 
 from .joint import pooled_alone, through_pool
@@ -94,14 +94,8 @@ class TransformersSiglip(TransformersClip):
 
     def fit_masks(self, tower: Tower, block: nn.Module, real: Tensor, *args: Any, **kwargs: Any) -> Arguments:
         given = bound(tower.parts["block_call"], args, kwargs)
-        mask: Tensor | None = given.get("attention_mask")
-        if mask is not None:
-            shown = real if mask.dim() == 2 else real[:, None, None].expand(-1, 1, real.shape[1], -1)
-            hidden = torch.zeros_like(shown, dtype=mask.dtype)
-            floating = mask.is_floating_point()
-            given["attention_mask"] = (
-                hidden.masked_fill(~shown, torch.finfo(mask.dtype).min) if floating else shown.to(mask.dtype)
-            )
+        if given.get("attention_mask") is not None:
+            given["attention_mask"] = mask_over(real, given["attention_mask"])
         return (given.pop("hidden_states"),), given
 
     def takes_flat_patches(self, tower: Tower) -> bool:

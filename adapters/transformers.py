@@ -59,6 +59,17 @@ def takes_return_dict(encoder: nn.Module | None) -> dict[str, bool]:
     return {"return_dict": True} if named else {}
 
 
+def calls_of(model: nn.Module, block: nn.Module) -> dict[str, Any]:
+    """Return how a model, its blocks and its text encoder are called and what blocks return, release by release."""
+    of_block = inspect.signature(getattr(type(block), "_patchselect_base", type(block)).forward).parameters
+    return {
+        "block_call": tuple(of_block)[1:],
+        "call": tuple(inspect.signature(type(model).forward).parameters)[1:],
+        "returns_tuple": "output_attentions" in of_block,
+        "text_flags": takes_return_dict(getattr(model, "text_model", None)),
+    }
+
+
 class TransformersClip(Adapter):
     """`CLIPModel`, `CLIPVisionModel(WithProjection)`, `ChineseCLIPModel`, `AltCLIPModel`, `MetaClip2Model`, …"""
 
@@ -98,13 +109,6 @@ class TransformersClip(Adapter):
             why = f"is called with {' and '.join(packed)} (images packed into one sequence, or rotary positions)"
             why = why if packed else "is not that of CLIP or SigLIP: it has no scale"
             raise TypeError(f"{type(core).__name__} cannot be patched: its {type(block.self_attn).__name__} {why}")
-        signature = inspect.signature(getattr(type(block), "_patchselect_base", type(block)).forward)
-        parts = {
-            "block_call": tuple(signature.parameters)[1:],
-            "call": tuple(inspect.signature(type(model).forward).parameters)[1:],
-            "returns_tuple": "output_attentions" in signature.parameters,
-            "text_flags": takes_return_dict(getattr(model, "text_model", None)),
-        }
         has_class_token = hasattr(core.embeddings, "class_embedding")
         return [
             Tower(
@@ -116,7 +120,7 @@ class TransformersClip(Adapter):
                 width=block.self_attn.q_proj.in_features,
                 head=model if is_linear(getattr(model, "visual_projection", None)) else None,
                 final_norm=core.post_layernorm,
-                parts=parts,
+                parts=calls_of(model, block),
             )
         ]
 

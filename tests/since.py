@@ -121,6 +121,10 @@ TRANSFORMERS = {
         "transformers", "4.53", "BEiT reads numbers while it is built, and there are none on meta (4.37: measured)"
     ),
     "ViViT": Feature("transformers", "4.32", "there is no ViViT", "transformers:VivitModel"),
+    "VideoMAE": Feature("transformers", "4.22", "there is no VideoMAE", "transformers:VideoMAEModel"),
+    "TimeSformer": Feature("transformers", "4.26", "there is no TimeSformer", "transformers:TimesformerModel"),
+    "V-JEPA 2": Feature("transformers", "4.53", "there is no V-JEPA 2", "transformers:VJEPA2Model"),
+    "Sapiens 2": Feature("transformers", "5.24", "there is no Sapiens 2 (5.24: measured)"),
     "GroupViT": Feature("transformers", "4.21", "there is no GroupViT", "transformers:GroupViTModel"),
     "X-CLIP": Feature("transformers", "4.22", "there is no X-CLIP", "transformers:XCLIPModel"),
     "RF-DETR": Feature(

@@ -120,6 +120,23 @@ def dinov2() -> nn.Module:
     return transformers.Dinov2WithRegistersModel(config).eval()
 
 
+def dinov3() -> nn.Module:
+    """A DINOv3 with three registers, for images of 64 x 64 in patches of 16."""
+    transformers = _host("transformers")
+    needs("DINOv3")
+    sizes = dict(hidden_size=48, intermediate_size=96, num_hidden_layers=6, num_attention_heads=4)
+    config = transformers.DINOv3ViTConfig(**sizes, image_size=64, patch_size=16, num_register_tokens=3)
+    return transformers.DINOv3ViTModel(config).eval()
+
+
+def perception_encoder() -> nn.Module:
+    """A PE-Core of timm, for images of 64 x 64 in patches of 16: rotary positions, pooled by attention."""
+    timm = _host("timm")
+    needs("perception encoders")
+    sizes = dict(img_size=64, embed_dim=48, depth=6, num_heads=4, num_classes=24)
+    return timm.create_model("vit_pe_core_base_patch16_224", pretrained=False, **sizes).eval()
+
+
 def _named(model: nn.Module, **names: nn.Module) -> nn.Module:
     """The parts of a double under the names of the real code too, without registering them twice."""
     for name, part in names.items():

@@ -22,6 +22,7 @@ BARE = {
     "timm_naflex_rotary",
     "albef_tower",
     "meter_tower",
+    "lavis_clip_vit",
     "vit",
     "dinov2_registers",
     "dinov3",

@@ -7,8 +7,7 @@ import torch
 import torch.nn.functional as F
 from doubles import albef
 from doubles.text import pictures, sentences
-from hosts import HOSTS, VISION, build, ids, take, texts
-from hosts.of_transformers import TEXT
+from hosts import HOSTS, build, ids, take, texts
 from since import needs
 
 import patchselect
@@ -229,60 +228,3 @@ def _tokenizer(transformers, vocabulary):
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=made, pad_token="!", unk_token="!", model_input_names=names
     )
-
-
-# The joint space of a dual encoder that is put together from two others.
-
-
-@pytest.mark.parametrize("kind", ["SiglipVision", "CLIPVision"])
-def test_the_own_projection_of_a_text_and_vision_pair_is_its_joint_space(kind):
-    """Turning its joint space turns its texts: the same patches stay, and other ones if only the one is turned."""
-    needs("SigLIP")
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    vision = getattr(transformers, f"{kind}Config")(**VISION)
-    config = transformers.VisionTextDualEncoderConfig.from_vision_text_configs(
-        vision, transformers.BertConfig(**TEXT), projection_dim=48
-    )
-    model = transformers.VisionTextDualEncoderModel(config).eval()
-    turn = torch.linalg.qr(torch.randn(48, 48))[0]
-    text, pixels = torch.randn(3, 48), torch.randn(3, 3, 64, 64)
-
-    def kept(matrix, features, relevance):
-        with torch.no_grad():
-            model.visual_projection.weight.copy_(matrix)
-            handle = patchselect.apply(model, 0.5, [3], relevance=relevance)
-            with handle.record() as trace, patchselect.guide(model, features):
-                model.get_image_features(pixel_values=pixels)
-        return trace[0].relevance
-
-    for relevance in ("values", "joint", "keys"):
-        plain = kept(torch.eye(48), text, relevance)
-        torch.testing.assert_close(kept(turn, text @ turn.T, relevance), plain, rtol=1e-3, atol=1e-5)
-        assert (kept(turn, text, relevance) - plain).abs().max() > 1e-4, f"{relevance} does not read the projection"
-
-
-@pytest.mark.parametrize("kind", ["SiglipVision", "CLIPVision"])
-def test_a_joint_space_of_another_width_than_the_tower(kind):
-    needs("SigLIP")
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    vision = getattr(transformers, f"{kind}Config")(**VISION)
-    config = transformers.VisionTextDualEncoderConfig.from_vision_text_configs(
-        vision, transformers.BertConfig(**TEXT), projection_dim=24
-    )
-    model = transformers.VisionTextDualEncoderModel(config).eval()
-    given = dict(input_ids=ids(3), pixel_values=torch.randn(3, 3, 64, 64))
-    for relevance in ("keys", "features", "values", "joint"):
-        patchselect.apply(model, 0.5, relevance=relevance, pairing="paired")
-        with torch.no_grad():
-            found = model(**given)
-            features = model.get_text_features(given["input_ids"])
-            with patchselect.guide(model, getattr(features, "pooler_output", features)):
-                again = model(**given)
-        torch.testing.assert_close(found.image_embeds, again.image_embeds, rtol=1e-4, atol=1e-5)
-        scores = patchselect.score_pairs(
-            model, given["pixel_values"], {"input_ids": given["input_ids"]}, progress=False
-        )
-        own = (found.image_embeds * found.text_embeds).sum(-1)
-        torch.testing.assert_close(scores.diagonal(), own, rtol=1e-3, atol=1e-4)

@@ -80,6 +80,17 @@ def real_tokens(parts: list[Part], tower: Tower, tokens: Tensor) -> Tensor:
     return (places < counts[:, None] + tower.num_prefix_tokens).to(tokens.device)
 
 
+def mask_over(real: Tensor, mask: Tensor) -> Tensor:
+    """Return `real` `(B, N)`, which tokens are no padding, in the kind of the host's own `mask`.
+
+    That is `(B, N)` like it, or `(B, 1, 1, N)` where it has four dimensions; floats are added to attention.
+    """
+    shown = real if mask.dim() == 2 else real[:, None, None]
+    if not mask.is_floating_point():
+        return shown.to(mask.dtype)
+    return torch.zeros_like(shown, dtype=mask.dtype).masked_fill(~shown, torch.finfo(mask.dtype).min)
+
+
 def places_in(parts: list[Part], tokens: Tensor) -> Tensor:
     """Return the place `(B, N)` of each of the first N patch tokens in the grid of its image; -1 is none, or padding.
 

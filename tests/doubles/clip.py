@@ -75,6 +75,17 @@ class VisualTower(nn.Module):
         return self.ln_post(tokens[:, 0]) @ self.proj
 
 
+class BareTower(VisualTower):
+    """As LAVIS' `clip_vit`: all tokens as they leave the last block, without norm and projection."""
+
+    def __init__(self, width: int = 32, depth: int = 6) -> None:
+        super().__init__(width, depth)
+        del self.ln_post, self.proj
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.transformer(self.embed(image).transpose(0, 1)).transpose(0, 1)
+
+
 class CheckpointedTower(VisualTower):
     def __init__(self, width: int = 32, depth: int = 6) -> None:
         super().__init__(width, depth)

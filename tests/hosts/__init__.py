@@ -58,6 +58,7 @@ SELDOM: dict[str, Callable[[], Case]] = {
         of_open_clip.open_clip_naflex,
         of_doubles.perception,
         of_doubles.meter_tower,
+        of_doubles.lavis_clip_vit,
     )
 }
 """Hosts whose blocks are those of others above: every promise is tested on them with PATCHSELECT_SLOW=1."""

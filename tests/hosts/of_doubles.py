@@ -1,11 +1,11 @@
-"""Structural doubles of hosts that no package ships: OpenAI CLIP, Perception Encoder, ALBEF, mPLUG and METER."""
+"""Structural doubles of hosts that no package ships: OpenAI CLIP, LAVIS' `clip_vit`, PE, ALBEF, mPLUG and METER."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from doubles.albef import Retrieval, Vit
-from doubles.clip import Clip
+from doubles.clip import BareTower, Clip
 from doubles.meter import Fusing, Tower
 from doubles.mplug import Answering
 from doubles.perception import Clip as PerceptionClip
@@ -24,6 +24,10 @@ def openai_clip() -> Case:
     case = _double(Clip(), "visual", 24, lambda m, x: m.encode_image(x), *relevances)
     case.text_side, case.pair = lambda m, t: m.encode_text(t), lambda m, x, t: m(x, t)[0]
     return case
+
+
+def lavis_clip_vit() -> Case:
+    return _double(BareTower(), "", 32, lambda m, x: m(x)[:, 0], "keys", "features", "values", "joint")
 
 
 def perception() -> Case:
