@@ -36,8 +36,9 @@ def has_own_forward(module: nn.Module) -> bool:
     held = vars(module).get("forward")
     if held is None:
         return False
-    of_class = any(vars(kind).get("forward") is getattr(held, "__func__", held) for kind in type(module).__mro__)
-    return getattr(held, "__self__", None) is not module or not of_class
+    kind = type(module)
+    of_class = getattr(vars(kind).get("_patchselect_base", kind), "forward", None)
+    return getattr(held, "__self__", None) is not module or getattr(held, "__func__", None) is not of_class
 
 
 def asks_hooks(module: nn.Module) -> bool:

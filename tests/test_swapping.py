@@ -5,8 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from hosts import build, ids
+from torch import nn
 
 import patchselect
+from patchselect.hooked import has_own_forward
+from patchselect.wiring.swapping import swap, unswap
 
 
 @pytest.mark.parametrize("name", ["open_clip", "openai_clip"])
@@ -41,3 +44,26 @@ def test_a_new_model_of_a_patched_class_is_a_plain_one():
         assert len(trace) == 2
         handle.remove()
         assert type(twin) is plain and torch.equal(case.pair(twin, images, ids(2)), paired)
+
+
+def test_whose_forward_a_module_carries():
+    """The one of its own class, bound to it, is none; that of a parent, of another module or a function is."""
+
+    class Twice(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    module, other = Twice(3, 3), Twice(3, 3)
+    assert not has_own_forward(module)
+    for forward, own in (
+        (module.forward, False),
+        (nn.Linear.forward.__get__(module), True),
+        (other.forward, True),
+        (lambda x: x, True),
+    ):
+        module.forward = forward
+        assert has_own_forward(module) is own
+        swap(module, {"extra_repr": lambda module, name, original: original()})
+        assert has_own_forward(module) is own and ("forward" in vars(module)) is own
+        unswap(module)
+        assert ("forward" in vars(module)) is own
