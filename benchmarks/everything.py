@@ -37,7 +37,7 @@ QUESTIONS: dict[str, tuple[Callable[[Sequence[str]], dict[str, Any]], str]] = {
     "precision": (speed.main, f"{PLAIN} --batch 1 --precision fp32 bf16 --rounds 7"),
     "compiled": (speed.main, f"{PLAIN} --batch 1 --precision fp32 bf16 --rounds 7 --compile"),
     **{
-        model.lower(): (speed.main, f"--model {model} --batch 8 --merge 0 --tome --rounds 5")
+        model.lower(): (speed.main, f"--model {model} --batch 8 --merge 0 --tome --rounds 9")
         for model in ("EVA02-B-16", "PE-Core-B-16", "dinov2-base")
     },
     "scale": (scale.main, ""),
