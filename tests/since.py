@@ -110,6 +110,9 @@ TRANSFORMERS = {
     "ViT-MSN": Feature("transformers", "4.23", "there is no ViT-MSN", "transformers:ViTMSNModel"),
     "ViTMAE": Feature("transformers", "4.17", "there is no ViTMAE", "transformers:ViTMAEModel"),
     "FLAVA": Feature("transformers", "4.20", "there is no FLAVA", "transformers:FlavaModel"),
+    "FLAVA in two halves": Feature(
+        "transformers", "5.24", "FLAVA's image side has no name among configurations (4.33: measured)"
+    ),
     "I-JEPA": Feature("transformers", "4.48", "there is no I-JEPA", "transformers:IJepaModel"),
     "AIMv2": Feature("transformers", "4.54", "there is no AIMv2", "transformers:Aimv2VisionModel"),
     "TIPSv2": Feature("transformers", "5.14", "there is no TIPSv2", "transformers:Tipsv2Model"),
@@ -122,7 +125,9 @@ TRANSFORMERS = {
     ),
     "ViViT": Feature("transformers", "4.32", "there is no ViViT", "transformers:VivitModel"),
     "VideoMAE": Feature("transformers", "4.22", "there is no VideoMAE", "transformers:VideoMAEModel"),
-    "TimeSformer": Feature("transformers", "4.26", "there is no TimeSformer", "transformers:TimesformerModel"),
+    "TimeSformer": Feature(
+        "transformers", "5.24", "TimeSformer reads numbers while it is built, which meta has none of (4.33: measured)"
+    ),
     "V-JEPA 2": Feature("transformers", "4.53", "there is no V-JEPA 2", "transformers:VJEPA2Model"),
     "Sapiens 2": Feature("transformers", "5.24", "there is no Sapiens 2 (5.24: measured)"),
     "GroupViT": Feature("transformers", "4.21", "there is no GroupViT", "transformers:GroupViTModel"),

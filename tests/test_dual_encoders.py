@@ -33,7 +33,7 @@ SIDES = {
     "DeiTConfig": Side(WIDE),
     "Dinov2Config": Side(GATED, "DINOv2"),
     "Dinov2WithRegistersConfig": Side(GATED, "DINOv2 with registers"),
-    "FlavaImageConfig": Side(WIDE, "FLAVA", made_by="FlavaImageModel"),
+    "FlavaImageConfig": Side(WIDE, "FLAVA in two halves", made_by="FlavaImageModel"),
     "Aimv2VisionConfig": Side(WIDE, "AIMv2", ("keys", "features", "joint")),
     "Tipsv2VisionConfig": Side(GATED, "TIPSv2"),
     "DINOv3ViTConfig": Side(WIDE, "DINOv3"),
