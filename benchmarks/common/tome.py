@@ -11,7 +11,7 @@ The attention runs either as the published equation says, as a map in plain torc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -89,28 +89,6 @@ def front(depth: int) -> int:
     return max(1, round(depth / 3))
 
 
-def projected(attention: Any, normed: Tensor) -> tuple[Sequence[Tensor], nn.Module]:
-    """Return queries, keys and values `(B, N, D)` of a host's attention, and its output projection.
-
-    Raises:
-        TypeError: its layers have other names.
-    """
-    if getattr(attention, "in_proj_weight", None) is not None:  # nn.MultiheadAttention, and open_clip's own
-        return F.linear(normed, attention.in_proj_weight, attention.in_proj_bias).chunk(3, dim=-1), attention.out_proj
-    if getattr(attention, "qkv", None) is not None:  # timm
-        return attention.qkv(normed).chunk(3, dim=-1), attention.proj
-    if not hasattr(attention, "q_proj"):
-        raise TypeError(f"this ToMe baseline does not know the layers of {type(attention).__name__}")
-    output = getattr(attention, "out_proj", None) or attention.o_proj
-    return [getattr(attention, f"{x}_proj")(normed) for x in "qkv"], output  # transformers
-
-
-def attention_of(block: Any) -> Any:
-    """Return the attention of a block of open_clip or timm, of CLIP and its like, or of a plain ViT of transformers."""
-    found = getattr(block, "attn", None) or getattr(block, "self_attn", None) or getattr(block, "attention", None)
-    return getattr(found, "attention", found)
-
-
 def attend(query: Tensor, key: Tensor, value: Tensor, scale: float, sizes: Tensor | None, fused: bool) -> Tensor:
     """Attend in proportion, `softmax(Q K^T * scale + log s) V`, on `(B, H, N, E)`; `sizes` `(B, N, 1)`, or all 1."""
     bias = None if sizes is None else sizes.log().to(query.dtype).transpose(1, 2).unsqueeze(1)
@@ -137,11 +115,13 @@ def run_block(
         raise TypeError("this ToMe baseline does not know query and key norms")
     if tower.rotary:
         raise TypeError("ToMe does not say where a merged token stands, which rotary positions ask")
+    if weights.qkv is None or weights.out is None:
+        raise TypeError(f"this ToMe baseline does not know the attention of {type(block).__name__}")
     sizes = None if first else state["sizes"]
-    (query, key, value), output = projected(attention_of(block), weights.norm(x))
-    query, key, value = (rearrange(t, "b n (h e) -> b h n e", h=weights.num_heads) for t in (query, key, value))
+    parts = weights.qkv(weights.norm(x))
+    query, key, value = (rearrange(part, "b n (h e) -> b h n e", h=weights.num_heads) for part in parts)
     mixed = attend(query, key, value, float(weights.scale), sizes, fused)
-    branch = output(rearrange(mixed, "b h n e -> b n (h e)"))
+    branch = weights.out(rearrange(mixed, "b h n e -> b n (h e)"))
     x = x + (branch if weights.output_scale is None else branch * weights.output_scale)
     if removed:
         sizes = torch.ones_like(x[..., :1]) if sizes is None else sizes
