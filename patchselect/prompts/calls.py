@@ -13,7 +13,7 @@ from torch import Tensor
 from ..calls import bound
 from ..wiring.state import Wiring
 from .columns import rows_of_images
-from .encoded import cache_in, call_encoded, length_of, prompt_of
+from .encoded import ENCODED, cache_in, call_encoded, length_of, prompt_of
 from .host import Prompted
 from .shorten import Short, shorten_call
 
@@ -43,7 +43,7 @@ def call_prompted(module: Any, name: str, original: Any, *args: Any, **kwargs: A
     prompt = prompt_of(core)
     if prompt is not None:
         return original(**prompt.step(_bound(original, args, kwargs)))
-    if not wiring.plan.selects and not kwargs.get("mm_encoder_outputs"):
+    if not wiring.plan.selects and not kwargs.get(ENCODED):
         return original(*args, **kwargs)
     given = _bound(original, args, kwargs)
     if given.get(host.image_arguments[0]) is None:
@@ -104,7 +104,7 @@ def _bound(original: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> d
 
 def encoded_call(short: Short) -> dict[str, Any]:
     """Return the arguments of a call that takes encoded images."""
-    return {**short.given, "mm_encoder_outputs": {"image": short.encoded}}
+    return {**short.given, ENCODED: {"image": short.encoded}}
 
 
 def _with_whole_prompt(sequences: Tensor, ids: Tensor, short: Short) -> Tensor:
@@ -154,11 +154,11 @@ def _lengths(model: Any, given: dict[str, Any], removed: int) -> dict[str, Any]:
 
 def _check_encoded(wiring: Wiring, given: Mapping[str, Any]) -> None:
     """Raise a ValueError if a row has another number of placeholders than the images that come encoded."""
-    if (given.get("mm_encoder_outputs") or {}).get("image") is None:
+    if (given.get(ENCODED) or {}).get("image") is None:
         return
     host: Prompted = wiring.towers[0].adapter  # type: ignore[assignment]
     core = host.core(wiring.model)
-    lengths = [len(each) for each in host.tokens_of(given["mm_encoder_outputs"]["image"])]
+    lengths = [len(each) for each in host.tokens_of(given[ENCODED]["image"])]
     counts = host.placeholders(core, given).sum(dim=1).tolist()
     if sum(counts) == 0 and cache_in(given) is not None:
         return
@@ -172,7 +172,7 @@ def _check_encoded(wiring: Wiring, given: Mapping[str, Any]) -> None:
 
 
 def _refuse_both(given: Mapping[str, Any]) -> None:
-    if given.get("mm_encoder_outputs"):
+    if given.get(ENCODED):
         raise ValueError("give pixel_values or mm_encoder_outputs, not both")
     if given.get("input_ids") is None and given.get("inputs") is None and given.get("inputs_embeds") is None:
         raise ValueError("pixel_values came without a prompt: give input_ids or inputs_embeds")

@@ -17,14 +17,14 @@ from torch import Tensor
 
 from ..calls import bound
 
-NAME = "mm_encoder_outputs"
+ENCODED = "mm_encoder_outputs"
 NAMES_OF_CACHES = ("past_key_values", "cache")
 """What calls and outputs name a cache, up to transformers 5.23 and from 5.24 on."""
 
 
 def takes_encoded(core: Any) -> bool:
     """Tell whether this release of a host takes encoded images."""
-    return NAME in inspect.signature(type(core).forward).parameters
+    return ENCODED in inspect.signature(type(core).forward).parameters
 
 
 def cache_in(found: Any) -> Any:
@@ -69,7 +69,7 @@ class Prompt(NamedTuple):
     @classmethod
     def of(cls, core: Any, pixels: str, placeholders: Tensor, given: Mapping[str, Any], first: int) -> Prompt:
         """Return the prompt of a call with `placeholders` `(B, L)`, whose positions begin with `first`."""
-        encoded = given[NAME]["image"]
+        encoded = given[ENCODED]["image"]
         tokens = torch.cat([*tokens_in(encoded)])
         if has_layers(encoded):
             tokens = torch.cat([tokens, *encoded[1]], dim=-1)
@@ -133,11 +133,11 @@ def call_encoded(original: Callable[..., Any], host: Any, core: Any, given: Mapp
         given: the arguments by their names; encoded images as `mm_encoder_outputs`.
         first: what the host adds to positions that `generate` is given.
     """
-    if (given.get(NAME) or {}).get("image") is None or takes_encoded(core):
+    if (given.get(ENCODED) or {}).get("image") is None or takes_encoded(core):
         return original(**given)
     prompt = Prompt.of(core, host.image_arguments[0], host.placeholders(core, given), given, first)
     token = _prompt.set(prompt)
     try:
-        return original(**{name: value for name, value in given.items() if name not in (NAME, "position_ids")})
+        return original(**{name: value for name, value in given.items() if name not in (ENCODED, "position_ids")})
     finally:
         _prompt.reset(token)

@@ -11,6 +11,8 @@ from typing import Any, Collection, NamedTuple
 
 from torch import Tensor, nn
 
+from ..hooked import hooks_of_users
+
 
 class Held(NamedTuple):
     """A parameter, how often autograd saw it written to, and where and how it lies in memory."""
@@ -54,12 +56,12 @@ class Standing(NamedTuple):
         return cls(module, owns, type(module), module.__dict__.get("forward"), *own)
 
     def stands(self) -> bool:
-        """Tell whether it has the same class, `forward`, parts and parameters, and no hooks where they matter."""
+        """Tell whether class, `forward`, parts and parameters are the same, without hooks of users where they matter."""
         module = self.module
         return (
             type(module) is self.kind
             and module.__dict__.get("forward") is self.forward
-            and not (self.owns and (module._forward_hooks or module._forward_pre_hooks))
+            and not (self.owns and hooks_of_users(module))
             and all_same(module._modules.values(), self.children)
             and all_same(module._parameters.values(), self.parameters)
         )
