@@ -56,7 +56,7 @@ class Standing(NamedTuple):
         return cls(module, owns, type(module), module.__dict__.get("forward"), *own)
 
     def stands(self) -> bool:
-        """Tell whether class, `forward`, parts and parameters are the same, without hooks of users where they matter."""
+        """Tell whether class, `forward`, parts and parameters are the same, and no hook of a user counts."""
         module = self.module
         return (
             type(module) is self.kind
