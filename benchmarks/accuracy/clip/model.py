@@ -15,6 +15,7 @@ from benchmarks.accuracy import CHECKPOINTS
 from benchmarks.accuracy.world.captions import PAD, caption_ids, vocabulary_size
 
 SIZE, PATCH, WIDTH, DEPTH, HEADS = 64, 8, 64, 6, 4
+"""`SIZE`, in pixels, is that of the committed weights; others are trained and loaded with `--size`."""
 LAYERS = (2, 4)
 """Selection inside the 3rd and the 5th of 6 blocks."""
 CONTEXT = 25
@@ -35,15 +36,24 @@ class Stem(nn.Sequential):
         super().__init__(convolutions[0], nn.GELU(), convolutions[1], nn.GELU(), convolutions[2])
 
 
-def build() -> Any:
-    """Build an `open_clip.model.CLIP`: ViT of 6 blocks, width 64, 64 patches; text of 2 layers; 0.44 M parameters."""
+def build(size: int = SIZE) -> Any:
+    """Build an `open_clip.model.CLIP`: ViT of 6 blocks, width 64, 64 patches; text of 2 layers; 0.44 M parameters.
+
+    Args:
+        size: of its images in pixels, a multiple of 8; the number of patches follows.
+    """
     from open_clip.model import CLIP
 
-    vision = dict(layers=DEPTH, width=WIDTH, head_width=WIDTH // HEADS, patch_size=PATCH, image_size=SIZE)
+    vision = dict(layers=DEPTH, width=WIDTH, head_width=WIDTH // HEADS, patch_size=PATCH, image_size=size)
     text = dict(context_length=CONTEXT, vocab_size=END + 1, width=WIDTH, heads=HEADS, layers=2)
     model = CLIP(WIDTH, vision, text)
     model.visual.conv1 = Stem(WIDTH)
     return model
+
+
+def size_of(model: Any) -> int:
+    """Return how many pixels the images of a model have, each way."""
+    return int(model.visual.image_size[0])
 
 
 def tokenize(named: Sequence[Sequence[int]]) -> Tensor:
@@ -68,8 +78,9 @@ def load(seed: int, folder: Path = CHECKPOINTS) -> Any:
     path = folder / f"clip-{seed}.pt"
     if not path.is_file():
         raise FileNotFoundError(f"no {path}: make it with python -m benchmarks.accuracy clip --train --seed {seed}")
-    model = build()
-    model.load_state_dict(torch.load(path, weights_only=True))
+    weights = torch.load(path, weights_only=True)
+    model = build(PATCH * round((len(weights["visual.positional_embedding"]) - 1) ** 0.5))
+    model.load_state_dict(weights)
     return model.float().eval()
 
 

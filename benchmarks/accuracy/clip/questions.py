@@ -16,7 +16,7 @@ from benchmarks.accuracy.world.captions import name_some
 from benchmarks.accuracy.world.scenes import Layout, Scenes, make_scenes
 from patchselect.metrics import retrieval_recall
 
-from .model import SIZE, tokenize
+from .model import SIZE, size_of, tokenize
 
 VALIDATION, TEST, LEARNING = "validation", "test", "learning"
 SEEDS = {VALIDATION: 7001, TEST: 9001, LEARNING: 11001}
@@ -48,7 +48,7 @@ class Questions:
 
 
 @lru_cache(maxsize=None)
-def make_questions(count: int, split: str, named: int = 2, kind: str = GRID) -> Questions:
+def make_questions(count: int, split: str, named: int = 2, kind: str = GRID, size: int = SIZE) -> Questions:
     """Make questions on scenes that training never sees.
 
     Args:
@@ -56,8 +56,9 @@ def make_questions(count: int, split: str, named: int = 2, kind: str = GRID) -> 
         split: one of `SEEDS`.
         named: most objects that a caption names.
         kind: one of `KINDS`.
+        size: of the images, in pixels: the same scenes, drawn larger or smaller.
     """
-    scenes = make_scenes(count, SEEDS[split], test=split != VALIDATION, layout=Layout(size=SIZE))
+    scenes = make_scenes(count, SEEDS[split], test=split != VALIDATION, layout=Layout(size=size))
     random = np.random.default_rng([SEEDS[split], count])
     asked = (KINDS[kind](name_some(objects, random, named), objects, random) for objects in scenes.objects)
     return Questions(scenes, tuple(asked), kind)
@@ -85,7 +86,7 @@ def encode(model: Any, images: Tensor, batch: int = 256) -> Tensor:
 @torch.no_grad()
 def score(model: Any, count: int = 1024, split: str = VALIDATION) -> dict[str, float]:
     """Return accuracy among 16 captions, its standard error, and R@1 in percent over half as many scenes."""
-    questions = make_questions(count, split)
+    questions = make_questions(count, split, size=size_of(model))
     features = encode(model.eval(), questions.images())
     accuracy = float(right(features, questions.texts(model)).float().mean())
     pool = count // 2

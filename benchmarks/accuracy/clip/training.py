@@ -11,7 +11,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from benchmarks.accuracy.world.scenes import Layout, make_scenes
 from benchmarks.common.machine import commit, machine, versions
 from patchselect.losses import itc_loss
 
-from .model import MOST, SIZE, build, load, save, tokenize
+from .model import MOST, PATCH, SIZE, build, load, save, tokenize
 from .questions import score
 
 
@@ -42,12 +42,12 @@ class Stage:
 
 
 STAGES = (
-    Stage(0.11, 3000, Layout(size=SIZE, objects=(1, 1), glyph=(17, 70), varied=True), 1),
-    Stage(0.30, 5000, Layout(size=SIZE, objects=(1, 4), varied=True), 4),
-    Stage(0.45, 5000, Layout(size=SIZE, objects=(3, 6), varied=True), 4),
-    Stage(1.00, 12000, Layout(size=SIZE, varied=True), 2),
+    Stage(0.11, 3000, Layout(objects=(1, 1), glyph=(17, 70), varied=True), 1),
+    Stage(0.30, 5000, Layout(objects=(1, 4), varied=True), 4),
+    Stage(0.45, 5000, Layout(objects=(3, 6), varied=True), 4),
+    Stage(1.00, 12000, Layout(varied=True), 2),
 )
-"""From one drawing of any size to scenes as in the questions: InfoNCE on full scenes stays at chance for long. All are
+"""Their layouts are drawn at the size of the model. From one drawing of any size to scenes as in the questions: InfoNCE on full scenes stays at chance for long. All are
 recoloured and mixed, for photographs are few."""
 
 
@@ -56,6 +56,8 @@ class Training:
     """What a run was told and what came of it."""
 
     seed: int
+    size: int = SIZE
+    """Of the images, in pixels."""
     steps: int = 2200
     batch: int = 128
     rate: float = 2e-3
@@ -76,8 +78,9 @@ def named_in(objects: Sequence[int], fewest: int, random: np.random.Generator) -
 
 def varied(images: Tensor, random: np.random.Generator) -> Tensor:
     """Move the batch by up to 4 pixels, and mirror it every other time."""
+    size = images.shape[-1]
     down, across = random.integers(0, 9, 2)
-    moved = F.pad(images, (4, 4, 4, 4), mode="reflect")[..., down : down + SIZE, across : across + SIZE]
+    moved = F.pad(images, (4, 4, 4, 4), mode="reflect")[..., down : down + size, across : across + size]
     return moved.flip(-1) if random.random() < 0.5 else moved
 
 
@@ -85,7 +88,7 @@ def train(plan: Training, stages: Sequence[Stage] = STAGES, watch: Callable[[Any
     """Train a model with InfoNCE alone; `plan.losses` and `plan.watched` (what `watch` said) are filled in."""
     torch.manual_seed(plan.seed)
     random = np.random.default_rng(plan.seed)
-    model = build()
+    model = build(plan.size)
     model.logit_scale.data.fill_(float(np.log(1 / plan.temperature)))
     weights = list(model.parameters())
     groups = [
@@ -99,7 +102,7 @@ def train(plan: Training, stages: Sequence[Stage] = STAGES, watch: Callable[[Any
     with tqdm(total=plan.steps, desc=f"seed {plan.seed}", mininterval=10, file=sys.stderr) as bar:
         for number, stage in enumerate(stages):
             bar.set_description_str(f"seed {plan.seed}: drawing {stage.scenes} scenes")
-            scenes = make_scenes(stage.scenes, 100 * plan.seed + number, layout=stage.layout)
+            scenes = make_scenes(stage.scenes, 100 * plan.seed + number, layout=replace(stage.layout, size=plan.size))
             bar.set_description_str(f"seed {plan.seed}: stage {number + 1}")
             while bar.n < round(stage.until * plan.steps):
                 rows = torch.from_numpy(random.integers(0, len(scenes), plan.batch))
@@ -122,10 +125,19 @@ def train(plan: Training, stages: Sequence[Stage] = STAGES, watch: Callable[[Any
     return model.eval()
 
 
+def pixels(value: str) -> int:
+    """Read `--size`."""
+    size = int(value)
+    if size < 2 * PATCH or size % PATCH:
+        raise argparse.ArgumentTypeError(f"takes a multiple of {PATCH} from {2 * PATCH}, got {size}")
+    return size
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--train", action="store_true", help="train a checkpoint")
     add("--seed", type=int, default=0, help="of the checkpoint to train")
+    add("--size", type=pixels, default=SIZE, help=f"of its images, in pixels; {PATCH} to a patch")
     add("--steps", type=int, default=Training.steps)
     add("--threads", type=int, default=torch.get_num_threads())
     add("--checkpoints", type=Path, default=CHECKPOINTS, help="folder of the checkpoints")
@@ -134,10 +146,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(options: argparse.Namespace) -> dict[str, Any]:
     """Train, save, load again and score on the validation scenes."""
     torch.set_num_threads(options.threads)
-    plan, began, source = Training(options.seed, options.steps), (time.time(), time.process_time()), commit()
+    plan, began, source = (
+        Training(options.seed, options.size, options.steps),
+        (time.time(), time.process_time()),
+        commit(),
+    )
     model = train(plan, watch=lambda model: score(model, 512)["accuracy"])
     about: dict[str, Any] = {
-        "command": f"python -m benchmarks.accuracy clip --train --seed {plan.seed} --steps {plan.steps}",
+        "command": f"python -m benchmarks.accuracy clip --train --seed {plan.seed} --steps {plan.steps}"
+        + (f" --size {plan.size}" if plan.size != SIZE else ""),
         "commit": source,
         "seconds": round(time.time() - began[0]),
         "cpu_seconds": round(time.process_time() - began[1]),
