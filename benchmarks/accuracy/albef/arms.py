@@ -16,7 +16,7 @@ from benchmarks.common.cost import count_flops
 from benchmarks.common.lengths import Lengthwise
 from benchmarks.common.tome import front, token_merging
 
-from .model import HEADS, LAYERS, PATCH, WIDTH, MiniAlbef
+from .model import HEADS, PATCH, USUAL, WIDTH, MiniAlbef, Shape
 
 Encode = Callable[[Tensor, Tensor], Tensor]
 """Images `(B, 3, S, S)` and the text [CLS] of their pairs `(B, D)` to image tokens `(B, N, D)`."""
@@ -26,9 +26,9 @@ RELEVANCE = {"text": "keys", "values": "values", "once": "keys", "merged": "keys
 """Of the methods that are guided by text."""
 MERGE = {"once": 0.0, "merged": 0.5}
 """Of the methods that select once and count sizes: the share of the removed patches that merges before."""
-DEPTH = 6
-FIRST = {"tome": None, "front": front(DEPTH)}
-"""In how many blocks each of the two mergings merges: all, or the first third."""
+EVEN, FRONT = "tome", "front"
+MERGING = (EVEN, FRONT)
+"""Methods that merge without a text: in all blocks, or in the first third of them."""
 LABELS = {
     "words": "text alone, no image",
     "none": "no reduction",
@@ -49,7 +49,7 @@ def reduced(
     model: MiniAlbef,
     method: str,
     keep_rate: float = 1.0,
-    layers: tuple[int, ...] = LAYERS,
+    layers: tuple[int, ...] | None = None,
     share: float | None = None,
 ) -> Iterator[Encode]:
     """Let the model's image encoder run under one method; the model is itself again afterwards.
@@ -57,8 +57,8 @@ def reduced(
     Args:
         model: unpatched.
         method: `none`, `values` or one of `METHODS`; `text` ranks by the paper's `keys`.
-        keep_rate: of each selection layer; the others spend what text guidance at this rate spends in `LAYERS`.
-        layers: where text, image and random guidance select.
+        keep_rate: of each selection layer; the others spend what text guidance spends at this rate.
+        layers: where text, image and random guidance select; `None`: in those of its shape.
         share: of the blocks' FLOPs, which merging or one selection spends instead.
     """
 
@@ -70,17 +70,17 @@ def reduced(
             return model.encode_image(images)
 
     def smaller(images: Tensor, text: Tensor) -> Tensor:
-        side = smaller_side(images.shape[-1], keep_rate)
+        side = smaller_side(images.shape[-1], keep_rate, model.shape)
         return model.encode_image(F.interpolate(images, (side, side), mode="bilinear", antialias=True))
 
     if method == "none":
         yield plain
     elif method == "downsampled":
         yield smaller
-    elif method in FIRST:
-        tower = lengthwise(model.vision.patch_embed.num_patches)
-        removed = tower.merged_like(spent(tower, keep_rate) if share is None else share, FIRST[method])
-        with token_merging(model.vision, removed, first=FIRST[method]):
+    elif method in MERGING:
+        tower, first = lengthwise(model.vision.patch_embed.num_patches, model.shape), first_of(method, model.shape)
+        removed = tower.merged_like(spent(tower, keep_rate) if share is None else share, first)
+        with token_merging(model.vision, removed, first=first):
             yield plain
     else:
         handle = selecting(model, method, keep_rate, layers, share)
@@ -91,18 +91,23 @@ def reduced(
 
 
 def selecting(
-    model: MiniAlbef, method: str, keep_rate: float, layers: tuple[int, ...] = LAYERS, share: float | None = None
+    model: MiniAlbef,
+    method: str,
+    keep_rate: float,
+    layers: tuple[int, ...] | None = None,
+    share: float | None = None,
 ) -> patchselect.Handle:
     """Put the selection of one method into the image encoder; arguments as of `reduced`."""
+    whole = model.shape.layers
     if method in MERGE:
-        tower, merge = lengthwise(model.vision.patch_embed.num_patches), MERGE[method]
+        tower, merge = lengthwise(model.vision.patch_embed.num_patches, model.shape), MERGE[method]
         own = tower.rate_like(spent(tower, keep_rate) if share is None else share, merge)
         relevance = RELEVANCE[method]
-        return patchselect.apply(model.vision, own, LAYERS[:1], "text", relevance, merge=merge, sizes=True)
+        return patchselect.apply(model.vision, own, whole[:1], "text", relevance, merge=merge, sizes=True)
     if method not in ("text", "values", "image", "random"):
         raise ValueError(f"method must be one of none, {', '.join(METHODS)} or values; got {method!r}")
     relevance = RELEVANCE.get(method)
-    return patchselect.apply(model.vision, keep_rate, layers, "text" if relevance else method, relevance)
+    return patchselect.apply(model.vision, keep_rate, layers or whole, "text" if relevance else method, relevance)
 
 
 def lifted(model: MiniAlbef, method: str, text: Tensor) -> Tensor:
@@ -111,9 +116,14 @@ def lifted(model: MiniAlbef, method: str, text: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=None)
-def lengthwise(patches: int) -> Lengthwise:
+def lengthwise(patches: int, shape: Shape = USUAL) -> Lengthwise:
     """Return the image encoder as its lengths are reckoned."""
-    return Lengthwise(patches, DEPTH, WIDTH, LAYERS, HEADS)
+    return Lengthwise(patches, shape.depth, WIDTH, shape.layers, HEADS, shape.prefix)
+
+
+def first_of(method: str, shape: Shape = USUAL) -> int | None:
+    """Return in how many blocks one of `MERGING` merges; `None`: in all."""
+    return front(shape.depth) if method == FRONT else None
 
 
 def spent(tower: Lengthwise, keep_rate: float) -> float:
@@ -125,12 +135,13 @@ def spent(tower: Lengthwise, keep_rate: float) -> float:
 def vision_flops(
     image_size: int,
     keep_rate: float,
-    layers: tuple[int, ...] = LAYERS,
+    layers: tuple[int, ...] | None = None,
     method: str = "text",
     share: float | None = None,
+    shape: Shape = USUAL,
 ) -> int:
     """Count the FLOPs of encoding one image by one of `METHODS`; at keep rate 1 those of the unpatched encoder."""
-    model = MiniAlbef(image_size).eval()
+    model = MiniAlbef(image_size, shape).eval()
 
     with reduced(model, "none" if keep_rate == 1 and share is None else method, keep_rate, layers, share) as encode:
         return count_flops(
@@ -139,7 +150,8 @@ def vision_flops(
 
 
 @lru_cache(maxsize=None)
-def smaller_side(image_size: int, keep_rate: float) -> int:
+def smaller_side(image_size: int, keep_rate: float, shape: Shape = USUAL) -> int:
     """Return the side whose unpatched FLOPs come closest to those of the selection, whole patches only."""
-    target = vision_flops(image_size, keep_rate)
-    return min(range(2 * PATCH, image_size + 1, PATCH), key=lambda side: abs(vision_flops(side, 1.0) - target))
+    target = vision_flops(image_size, keep_rate, shape=shape)
+    sides = range(2 * PATCH, image_size + 1, PATCH)
+    return min(sides, key=lambda side: abs(vision_flops(side, 1.0, shape=shape) - target))

@@ -16,7 +16,7 @@ from benchmarks.accuracy.world.sampling import Sampler
 from benchmarks.accuracy.world.scenes import VARIED, Layout, make_scenes
 from benchmarks.common.machine import commit
 
-from .model import PATCH, MiniAlbef
+from .model import PATCH, USUAL, MiniAlbef, Shape
 from .train import pretrain
 
 RESULTS = Path("results/accuracy")
@@ -34,20 +34,20 @@ def train_sampler(seed: int, layout: Layout = VARIED, count: int = TRAIN_SCENES)
     return Sampler(make_scenes(count, 1000 + seed, False, layout), layout.size // PATCH, seed)
 
 
-def train_base(seed: int, folder: Path = RESULTS, steps: Sequence[int] = STEPS) -> None:
-    """Train and write `albef-{seed}.pt`, and what came before it (`NAMES`), each with a JSON beside it.
+def train_base(seed: int, folder: Path = RESULTS, shape: Shape = USUAL, steps: Sequence[int] = STEPS) -> None:
+    """Train and write `albef-{seed}{shape}.pt`, and what came before it (`NAMES`), each with a JSON beside it.
 
     All scenes are recoloured and mixed (`VARIED`), for photographs are few. What the folder has is taken from there.
     """
     source = commit()
     torch.manual_seed(seed)
-    model, sampler, stages = MiniAlbef(), train_sampler(seed), []
+    model, sampler, stages = MiniAlbef(shape=shape), train_sampler(seed), []
     for index, name in enumerate(NAMES):
-        path = folder / f"albef-{seed}{name}.pt"
+        path = folder / f"albef-{seed}{shape}{name}.pt"
         if path.exists():
             model, stages = load(path), json.loads(path.with_suffix(".json").read_text())["stages"]
             continue
-        pretrain(model, sampler, steps[index], BATCH, RATES[index], index > 0, f"base {seed}, stage {index + 1}")
+        pretrain(model, sampler, steps[index], BATCH, RATES[index], index > 0, f"base {seed}{shape}, stage {index + 1}")
         stages = [*stages, {"steps": steps[index], "commit": source}]
         save(model, path, seed=seed, stages=stages)
 
@@ -63,9 +63,16 @@ def save(model: torch.nn.Module, path: Path, **facts: Any) -> None:
 
 def load(path: Path) -> MiniAlbef:
     """Load a base in single precision and evaluation mode. It takes images of any size: positions are resampled."""
-    model = MiniAlbef()
-    model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    weights = torch.load(path, map_location="cpu", weights_only=True)
+    model = MiniAlbef(shape=Shape.of(weights))
+    model.load_state_dict(weights)
     return model.eval()
+
+
+def arguments(shape: Shape) -> list[str]:
+    """Return how commands are told about a shape; nothing of the committed base's."""
+    given = {"--depth": (shape.depth, Shape.depth), "--registers": (shape.registers, Shape.registers)}
+    return [word for name, (value, usual) in given.items() if value != usual for word in (name, str(value))]
 
 
 def digest(model: torch.nn.Module) -> str:
@@ -74,20 +81,21 @@ def digest(model: torch.nn.Module) -> str:
     return hashlib.sha256(b"".join(parts)).hexdigest()[:8]
 
 
-def file_of(seed: int, folder: Path, stage: int = 2) -> Path | None:
+def file_of(seed: int, folder: Path, stage: int = 2, shape: Shape = USUAL) -> Path | None:
     """Return where a base that was trained before is: in this folder, else among the committed ones."""
-    name = f"albef-{seed}{NAMES[stage - 1]}.pt"
+    name = f"albef-{seed}{shape}{NAMES[stage - 1]}.pt"
     return next((place / name for place in (folder, CHECKPOINTS) if (place / name).exists()), None)
 
 
-def base(seed: int, folder: Path = RESULTS, stage: int = 2) -> MiniAlbef:
+def base(seed: int, folder: Path = RESULTS, stage: int = 2, shape: Shape = USUAL) -> MiniAlbef:
     """Return a base that was trained before: of this folder, or the committed one.
 
     Raises:
         FileNotFoundError: it was not; names the command that trains it.
     """
-    path = file_of(seed, folder, stage)
+    path = file_of(seed, folder, stage, shape)
     if path is None:
-        command = f"python -m benchmarks.accuracy train --seed {seed} --output {folder}"
-        raise FileNotFoundError(f"no base {seed} after stage {stage} in {folder}: train it with `{command}`")
+        command = " ".join(["python -m benchmarks.accuracy train --seed", str(seed), *arguments(shape), "--output"])
+        command = f"{command} {folder}"
+        raise FileNotFoundError(f"no base {seed}{shape} after stage {stage} in {folder}: train it with `{command}`")
     return load(path)

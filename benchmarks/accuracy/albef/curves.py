@@ -13,6 +13,7 @@ from .arms import METHODS, RELEVANCE, reduced
 from .base import BATCH, base, train_base, train_sampler
 from .evaluate import Questions, matching_hits, patch_recall, retrieval, without_picture
 from .jobs import call, run_all
+from .model import USUAL, Shape
 from .report import FREE
 from .train import KEEP_RATES, Arm, tune
 
@@ -120,12 +121,12 @@ def run(
     ]
 
 
-def train(seed: int, folder: Path) -> None:
+def train(seed: int, folder: Path, shape: Shape = USUAL) -> None:
     """Train one base, unless its folder has it."""
-    if not (folder / f"albef-{seed}.pt").exists():
-        train_base(seed, folder)
+    if not (folder / f"albef-{seed}{shape}.pt").exists():
+        train_base(seed, folder, shape)
 
 
-def train_all(seeds: tuple[int, ...], folder: Path) -> None:
+def train_all(seeds: tuple[int, ...], folder: Path, shape: Shape = USUAL) -> None:
     """Train the bases of all seeds, side by side over the cores."""
-    run_all(call, [(train, (seed, folder)) for seed in seeds], "bases")
+    run_all(call, [(train, (seed, folder, shape)) for seed in seeds], "bases")

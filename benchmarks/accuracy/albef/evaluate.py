@@ -15,7 +15,7 @@ from benchmarks.accuracy.world.scenes import PLAIN, Layout, make_scenes
 from patchselect.metrics import retrieval_recall
 
 from .arms import RELEVANCE, Encode, lifted, selecting
-from .model import LAYERS, PATCH, MiniAlbef
+from .model import PATCH, MiniAlbef
 
 CHUNK = 128
 
@@ -88,7 +88,7 @@ def patch_recall(model: MiniAlbef, method: str, keep_rate: float, questions: Que
 
     Chance is about the keep rate where nothing has merged before.
     """
-    handle = selecting(model, method, keep_rate, LAYERS[:1])
+    handle = selecting(model, method, keep_rate, model.shape.layers[:1])
     kept = torch.ones_like(questions.named)
     try:
         for rows in torch.arange(len(kept)).split(CHUNK):

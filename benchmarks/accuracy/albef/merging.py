@@ -13,15 +13,17 @@ from torch import Tensor
 from benchmarks.common.show import canvas, markdown
 
 from .arms import LABELS, lengthwise, reduced, spent, vision_flops
-from .base import BATCH, base, digest, train_sampler
+from .base import BATCH, arguments, base, digest, train_sampler
 from .contrast_studies import Seeds
 from .evaluate import Questions, matching_hits, without_picture
 from .jobs import call, run_all
+from .model import USUAL, Shape
 from .report import COLOURS, FREE, Record, asked, error, write
 from .train import KEEP_RATES, Arm, tune
 
 QUERIES, TEST_SEED = 1280, 77
-STEPS = 100
+STEPS = (100,)
+"""Of training with each way."""
 BEYOND = {2.3: ("front", "once", "merged"), 2.8: ("front", "merged")}
 """What gets to so many times fewer FLOPs of the blocks than without reduction; two selections cannot."""
 TRIED = ("text", "values", "tome", "front", "once", "merged")
@@ -29,9 +31,9 @@ TRAINED = ("none", "front", "merged")
 RIVALS = ("none", "front")
 
 
-def columns() -> dict[str, float]:
+def columns(shape: Shape = USUAL) -> dict[str, float]:
     """Return the share of the blocks' FLOPs of each column: of two selections at a keep rate, and beyond."""
-    tower = lengthwise(100)
+    tower = lengthwise(100, shape)
     return {
         **{f"keep {rate:g}": spent(tower, rate) for rate in KEEP_RATES},
         **{f"{times:g}x": 1 / times for times in BEYOND},
@@ -43,15 +45,15 @@ def methods_at(column: str) -> tuple[str, ...]:
     return TRIED if column.startswith("keep") else BEYOND[float(column[:-1])]
 
 
-def measured(seed: int, guidance: str | None, steps: int, folder: Path) -> list[Record]:
+def measured(seed: int, guidance: str | None, steps: int, folder: Path, shape: Shape = USUAL) -> list[Record]:
     """Measure a base as it is, or after training with one method: every method, or this one, in every column.
 
     What the folder has of the same weights is taken from there, so that a run that was broken off goes on.
     """
-    model = base(seed, folder)
-    path = folder / "merging" / f"{seed}-{guidance or FREE}-{steps}-{digest(model)}.json"
+    model = base(seed, folder, shape=shape)
+    path = folder / "merging" / f"{seed}{shape}-{guidance or FREE}-{steps}-{digest(model)}.json"
     if path.exists():
-        return json.loads(path.read_text())
+        return [{**record, "steps": steps} for record in json.loads(path.read_text())]
     if guidance is not None:
         torch.manual_seed(1000 * seed + steps)
         tune(model, train_sampler(100 + seed, count=3000), Arm(guidance), steps, BATCH, seed)
@@ -63,11 +65,12 @@ def measured(seed: int, guidance: str | None, steps: int, folder: Path) -> list[
         with reduced(model, method, rate, share=share) as encode:
             hits = matching_hits(model, encode, questions).int().tolist()
         trained = FREE if guidance is None else guidance
-        records.append({"seed": seed, "trained": trained, "method": method, "column": column, "hits": hits})
+        facts = {"seed": seed, "trained": trained, "steps": steps, "method": method, "column": column}
+        records.append({**facts, "hits": hits})
 
     if guidance in (None, "none"):
         ask("none", "", None)
-    for column, share in columns().items():
+    for column, share in columns(shape).items():
         for method in methods_at(column):
             if guidance in (None, method):
                 ask(method, column, share)
@@ -138,24 +141,25 @@ def differences(records: Sequence[Record], trained: Sequence[str], rival: str, r
     return markdown(rows)
 
 
-def costs() -> str:
+def costs(shape: Shape = USUAL) -> str:
     """Tabulate counted FLOPs of the image encoder, 1 being without reduction, and how much each method differs."""
-    whole = vision_flops(80, 1.0)
+    whole = vision_flops(80, 1.0, shape=shape)
     rows = [["image encoder, counted", *columns()]]
     for method in TRIED[:1] + TRIED[2:]:
         cells = []
-        for column, share in columns().items():
+        for column, share in columns(shape).items():
             rate = float(column.split()[1]) if column.startswith("keep") else 1.0
             reached = method in methods_at(column)
-            cells.append(f"{vision_flops(80, rate, method=method, share=share) / whole:.3f}" if reached else "–")
+            counted = vision_flops(80, rate, method=method, share=share, shape=shape) if reached else 0
+            cells.append(f"{counted / whole:.3f}" if reached else "–")
         rows.append([title(FREE, method), *cells])
     return markdown(rows)
 
 
-def merging(folder: Path, seeds: Seeds) -> None:
-    """Study (j) merge, then select: every way at equal FLOPs, as it is and after 100 steps of training with it."""
-    arms = (*TRAINED, None)
-    tasks = [(measured, (seed, arm, STEPS if arm else 0, folder)) for arm in arms for seed in seeds]
+def merging(folder: Path, seeds: Seeds, shape: Shape = USUAL, steps: Sequence[int] = STEPS) -> None:
+    """Study (j) merge, then select: every way at equal FLOPs, as it is and after some steps of training with it."""
+    arms = [(arm, count) for count in steps for arm in TRAINED]
+    tasks = [(measured, (seed, arm, count, folder, shape)) for arm, count in (*arms, (None, 0)) for seed in seeds]
     records = [record for made in run_all(call, tasks, "merging") for record in made]
     records.sort(key=lambda record: record["trained"] != FREE)
     questions = Questions.make(QUERIES // 2, 8, TEST_SEED)
@@ -165,38 +169,51 @@ def merging(folder: Path, seeds: Seeds) -> None:
         f"Matching accuracy of bases as they are, %, {QUERIES} questions (chance 50), ± {bases}:",
         accuracies(records, [FREE], blind),
         "FLOPs, counted, those without reduction being 1:",
-        costs(),
+        costs(shape),
         f"Differences in points on the same questions, ± {bases}:",
         *(differences(records, [FREE], rival, FREE) for rival in RIVALS),
-        f"After {STEPS} steps of training with each, the keep rate drawn per step from {KEEP_RATES}:",
-        accuracies(records, TRAINED, blind),
-        differences(records, TRAINED, "none", "none"),
-        differences(records, TRAINED, "none", FREE),
-        differences(records, TRAINED, "front", "front"),
     ]
-    draw(records, folder / "merging.png")
-    write(folder, "merging", asked("study merging", seeds), "\n\n".join(parts), results=records)
+    for count in steps:
+        mine = after(records, count)
+        parts += [
+            f"After {count} steps of training with each, the keep rate drawn per step from {KEEP_RATES}:",
+            accuracies(mine, TRAINED, blind),
+            differences(mine, TRAINED, "none", "none"),
+            differences(mine, TRAINED, "none", FREE),
+            differences(mine, TRAINED, "front", "front"),
+        ]
+    name = f"merging{shape}"
+    draw(records, steps, columns(shape), folder / f"{name}.png")
+    given = [*arguments(shape), *(["--steps", *map(str, steps)] if tuple(steps) != STEPS else [])]
+    command = " ".join([asked("study merging", seeds), *given])
+    write(folder, name, command, "\n\n".join(parts), results=records)
 
 
-def draw(records: Sequence[Record], path: Path) -> None:
+def after(records: Sequence[Record], steps: int) -> list[Record]:
+    """Return those of bases as they are, and after so many steps."""
+    return [record for record in records if record["steps"] in (0, steps)]
+
+
+def draw(records: Sequence[Record], steps: Sequence[int], shares: dict[str, float], path: Path) -> None:
     """Draw accuracy against the FLOPs of the blocks, as it is and trained; bars are standard errors over the bases."""
-    figure, panels = canvas(11, 4.4, columns=2)
-    times = [1 / share for share in columns().values()]
-    for axis, free in zip(panels, (True, False)):
-        for one, method in names(records):
-            if (one == FREE) != free or method == "none":
+    figure, panels = canvas(5.5 * (1 + len(steps)), 4.4, columns=1 + len(steps))
+    times = [1 / share for share in shares.values()]
+    for axis, count in zip(panels, (0, *steps)):
+        mine = [record for record in records if record["steps"] == count]
+        for one, method in names(mine):
+            if method == "none":
                 continue
-            found = [of_questions(records, trained=one, method=method, column=column) for column in columns()]
+            found = [of_questions(mine, trained=one, method=method, column=column) for column in shares]
             points = [(x, values.mean(1).tolist()) for x, values in zip(times, found) if len(values)]
             axis.errorbar(
                 [x for x, _ in points], [fmean(means) for _, means in points], [error(means) for _, means in points],
                 color=COLOURS[method], marker="o", markersize=4, capsize=2, label=title(one, method),
             )  # fmt: skip
-        plain = of_questions(records, trained=FREE if free else "none", method="none", column="")
+        plain = of_questions(mine, trained="none" if count else FREE, method="none", column="")
         axis.axhline(float(plain.mean()), color="black", linewidth=0.8, linestyle=":", label="no reduction")
         axis.set_xlabel("FLOPs of the blocks without reduction over those spent")
         axis.set_ylabel("matching accuracy, %")
-        axis.set_title("as it is" if free else f"after {STEPS} steps with it", fontsize=10)
+        axis.set_title(f"after {count} steps with it" if count else "as it is", fontsize=10)
         axis.grid(alpha=0.25)
         axis.legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=150)

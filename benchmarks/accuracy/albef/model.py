@@ -7,6 +7,8 @@ About 0.56 million parameters.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,8 +21,42 @@ WIDTH = 64
 JOINT = 32
 HEADS = 4
 PATCH = 8
-LAYERS = (2, 4)
-"""Selection inside the 3rd and the 5th of the ViT's 6 blocks."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How the ViT is built."""
+
+    depth: int = 6
+    registers: int = 0
+    """Tokens behind the [CLS] that stand for no patch."""
+
+    @property
+    def layers(self) -> tuple[int, int]:
+        """Of the paper's two selections: inside the 3rd and the 5th of 6 blocks, the 5th and the 10th of 12."""
+        return 4 * self.depth // 12, 9 * self.depth // 12
+
+    @property
+    def prefix(self) -> int:
+        """How many tokens stand before the patches."""
+        return 1 + self.registers
+
+    def __str__(self) -> str:
+        """Name it in files: nothing, or what differs from the committed base."""
+        blocks = f"-{self.depth}-blocks" if self.depth != Shape.depth else ""
+        return blocks + (f"-{self.registers}-registers" if self.registers else "")
+
+    @classmethod
+    def of(cls, weights: Mapping[str, Tensor]) -> Shape:
+        """Read it from the names and sizes of weights."""
+        places = {name.split(".")[2] for name in weights if name.startswith("vision.blocks.")}
+        registers = weights.get("vision.reg_token")
+        return cls(len(places), 0 if registers is None else registers.shape[1])
+
+
+USUAL = Shape()
+"""Of the committed base."""
+LAYERS = USUAL.layers
 
 
 def stem(width: int) -> nn.Sequential:
@@ -50,12 +86,25 @@ class TextEncoder(nn.Module):
 
 
 class MiniAlbef(nn.Module):
-    """Image-text matching over fused features, and a joint space of both encoders' [CLS]."""
+    """Image-text matching over fused features, and a joint space of both encoders' [CLS].
 
-    def __init__(self, image_size: int = 80) -> None:
+    Args:
+        image_size: in pixels; images of other sizes are taken, too.
+        shape: of the ViT.
+    """
+
+    def __init__(self, image_size: int = 80, shape: Shape = USUAL) -> None:
         super().__init__()
+        self.shape = shape
         self.vision: Any = VisionTransformer(
-            image_size, PATCH, num_classes=0, embed_dim=WIDTH, depth=6, num_heads=HEADS, dynamic_img_size=True
+            image_size,
+            PATCH,
+            num_classes=0,
+            embed_dim=WIDTH,
+            depth=shape.depth,
+            num_heads=HEADS,
+            reg_tokens=shape.registers,
+            dynamic_img_size=True,
         )
         self.vision.patch_embed.proj = stem(WIDTH)
         self.text = TextEncoder()
@@ -69,7 +118,7 @@ class MiniAlbef(nn.Module):
         self.text_proj = nn.Linear(WIDTH, JOINT)
 
     def encode_image(self, images: Tensor) -> Tensor:
-        """Return `(B, 3, S, S)` to tokens `(B, 1 + patches, WIDTH)`."""
+        """Return `(B, 3, S, S)` to tokens `(B, prefix + patches, WIDTH)`."""
         return self.vision.forward_features(images)
 
     def match(self, image_tokens: Tensor, text: Tensor, ids: Tensor) -> Tensor:

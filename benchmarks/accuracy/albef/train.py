@@ -18,7 +18,7 @@ from benchmarks.accuracy.world.sampling import Batch, Sampler
 from patchselect.losses import itc_loss, itm_loss, selection_alignment_loss
 
 from .arms import RELEVANCE, reduced
-from .model import LAYERS, MiniAlbef
+from .model import MiniAlbef
 
 TEMPERATURE = 0.1
 CAPTIONS = 3
@@ -67,7 +67,7 @@ def region_words(model: MiniAlbef, patches: Tensor, batch: Batch) -> Tensor:
 
     Args:
         model: whose text encoder names the things.
-        patches: `(B, P, WIDTH)`, normalised as at the end of the encoder, without [CLS].
+        patches: `(B, P, WIDTH)`, normalised as at the end of the encoder, without [CLS] and registers.
         batch: `masks` must speak of these patches.
     """
     row, thing, patch = batch.masks.nonzero(as_tuple=True)
@@ -77,12 +77,11 @@ def region_words(model: MiniAlbef, patches: Tensor, batch: Batch) -> Tensor:
 
 
 @contextmanager
-def selection_inputs(model: MiniAlbef, layers: Sequence[int] = LAYERS) -> Iterator[list[Tensor]]:
-    """Collect the tokens `(B, N, WIDTH)` that the selection layers are given, one entry for each pass."""
+def selection_inputs(model: MiniAlbef) -> Iterator[list[Tensor]]:
+    """Collect the tokens `(B, N, WIDTH)` that the selection layers of its shape are given, one entry for each pass."""
     seen: list[Tensor] = []
-    hooks = [
-        model.vision.blocks[layer].register_forward_pre_hook(lambda _, args: seen.append(args[0])) for layer in layers
-    ]
+    blocks = [model.vision.blocks[layer] for layer in model.shape.layers]
+    hooks = [block.register_forward_pre_hook(lambda _, args: seen.append(args[0])) for block in blocks]
     try:
         yield seen
     finally:
@@ -110,7 +109,8 @@ def pretrain(
     """
 
     def encode(images: Tensor, text: Tensor, guidance: str) -> tuple[Tensor, patchselect.Trace]:
-        handle = patchselect.apply(model.vision, 1.0, LAYERS, guidance, "keys" if guidance == "text" else None)
+        relevance = "keys" if guidance == "text" else None
+        handle = patchselect.apply(model.vision, 1.0, model.shape.layers, guidance, relevance)
         with handle.record() as trace, patchselect.guide(model.vision, text) if guidance == "text" else nullcontext():
             tokens = model.encode_image(images)
         handle.remove()
@@ -127,7 +127,7 @@ def pretrain(
                 tokens = model.encode_image(batch.images)
         total = matching_loss(model.match(tokens.repeat(2 * CAPTIONS, 1, 1), text, ids))
         for patches in (tokens, *(model.vision.norm(seen) for seen in middle)):
-            total = total + region_words(model, patches[:, 1:], batch)
+            total = total + region_words(model, patches[:, model.shape.prefix :], batch)
         if aligned:
             own = model.text_proj(text[:size, 0])
             contrastive = itc_loss(model.vision_proj(tokens[:, 0]), own, TEMPERATURE)
@@ -168,7 +168,7 @@ def tune(
     seed: int,
     rate: float = 5e-4,
     keep_rates: Sequence[float] = KEEP_RATES,
-    layers: Sequence[int] = LAYERS,
+    layers: tuple[int, ...] | None = None,
 ) -> None:
     """Train matching with selection, the keep rate drawn anew in each step; every pair is encoded with its own text."""
     draw = random.Random(seed)

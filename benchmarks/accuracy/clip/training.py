@@ -47,8 +47,8 @@ STAGES = (
     Stage(0.45, 5000, Layout(objects=(3, 6), varied=True), 4),
     Stage(1.00, 12000, Layout(varied=True), 2),
 )
-"""Their layouts are drawn at the size of the model. From one drawing of any size to scenes as in the questions: InfoNCE on full scenes stays at chance for long. All are
-recoloured and mixed, for photographs are few."""
+"""From one drawing of any size to scenes as in the questions: InfoNCE on full scenes stays at chance for long. All are
+recoloured and mixed, for photographs are few, and drawn at the size of the model."""
 
 
 @dataclass
