@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import torch
 from since import BENCHMARKS, needs
@@ -18,12 +20,13 @@ from benchmarks.accuracy.albef.arms import (
     first_of,
     lengthwise,
     reduced,
+    selecting,
     smaller_side,
     spent,
     vision_flops,
 )
 from benchmarks.accuracy.albef.evaluate import Questions, match_logits, matching_hits, patch_recall, retrieval
-from benchmarks.accuracy.albef.model import LAYERS, PATCH, MiniAlbef
+from benchmarks.accuracy.albef.model import LAYERS, PATCH, MiniAlbef, Shape
 from benchmarks.accuracy.albef.report import FREE, curve_table, differences, error, pick, spread
 from benchmarks.accuracy.albef.train import Arm, matching_loss, pretrain, region_words, selection_inputs, tune
 from benchmarks.accuracy.world.captions import (
@@ -175,7 +178,7 @@ def test_losses_over_boxes_follow_the_surviving_patches(model, scenes):
     with handle.record() as trace, patchselect.guide(model.vision, model.text(batch.fitting)[:, 0]):
         tokens = model.encode_image(batch.images)
     handle.remove()
-    patches, left = scratch.surviving(tokens, batch, trace[-1].kept)
+    patches, left = scratch.surviving(tokens, batch, scratch.own_tokens(trace[-1]))
     assert left.masks.shape == (4, batch.masks.shape[1], patches.shape[1])
     kept = trace[-1].kept
     for row in range(4):
@@ -183,6 +186,35 @@ def test_losses_over_boxes_follow_the_surviving_patches(model, scenes):
         assert torch.equal(left.masks[row].sum(-1), batch.masks[row][:, alive].sum(-1))
     assert not left.masks[..., -1].any()  # the fused token
     assert scratch.surviving(tokens, batch, None)[1] is batch
+
+
+def test_a_merged_token_is_of_what_most_of_its_patches_are_of(model, scenes):
+    batch = Sampler(scenes, 10, seed=2).draw(4)
+    handle = selecting(model, "merged", 0.5)
+    with handle.record() as trace, patchselect.guide(model.vision, model.text(batch.fitting)[:, 0]):
+        tokens = model.encode_image(batch.images)
+    handle.remove()
+    holders = scratch.own_tokens(trace[-1])
+    patches, left = scratch.surviving(tokens, batch, holders)
+    assert (torch.bincount(holders[holders >= 0]) > 4).any(), "nothing has merged"
+    for row, thing in product(range(4), range(batch.masks.shape[1])):
+        for token in range(patches.shape[1]):
+            inside = batch.masks[row, thing][holders[row] == token].float()
+            assert bool(left.masks[row, thing, token]) == bool(len(inside) and inside.mean() > 0.5)
+
+
+@pytest.mark.parametrize("shape", [Shape(depth=12), Shape(registers=4)], ids=str)
+@pytest.mark.parametrize("method", ["text", "front", "once", "merged"])
+def test_other_shapes_spend_alike_and_are_loaded_as_they_were(shape, method, tmp_path, flops):
+    model = MiniAlbef(shape=shape).eval()
+    base.save(model, tmp_path / f"albef-5{shape}.pt")
+    again = base.base(5, tmp_path, shape=shape)
+    assert again.shape == shape and len(again.vision.blocks) == shape.depth
+    assert again.vision.num_prefix_tokens == shape.prefix
+    counted = vision_flops(80, 0.3, method=method, shape=shape)
+    assert counted == pytest.approx(vision_flops(80, 0.3, shape=shape), rel=0.015)
+    with pytest.raises(FileNotFoundError, match=f"--seed 6 {' '.join(base.arguments(shape))} "):
+        base.base(6, tmp_path, shape=shape)
 
 
 def test_words_are_asked_of_every_patch_of_a_box_and_of_no_other(model, scenes):

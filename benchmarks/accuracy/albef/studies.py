@@ -33,6 +33,8 @@ from .train import KEEP_RATES, Arm, tune
 QUERIES = 1280
 SCRATCH = (1000, 500)
 """Steps of both stages of a training from scratch."""
+SCRATCH_RATE = 0.5
+"""Of each of the paper's two selections there; merge-then-select spends as much."""
 
 
 def speed(folder: Path, seeds: Seeds) -> None:
@@ -190,29 +192,37 @@ def alignment(folder: Path, seeds: Seeds) -> None:
     write(folder, "alignment", asked("study alignment", seeds), text, results=records)
 
 
-def from_scratch(seed: int, keep_rate: float, aligned: bool, steps: tuple[int, int]) -> Record:
-    """Train one model from nothing with (or, at keep rate 1, without) selection."""
+def from_scratch(seed: int, method: str, aligned: bool, steps: tuple[int, int], folder: Path) -> Record:
+    """Train one model from nothing with one of `none`, `text` and `merged`; what the folder has is taken from there."""
+    facts = {"seed": seed, "method": method, "aligned": aligned, "steps": list(steps)}
+    path = folder / "scratch" / f"{seed}-{method}{'-aligned' * aligned}-{steps[0]}-{steps[1]}.json"
+    if path.exists():
+        return json.loads(path.read_text())
     torch.manual_seed(seed)
     model = MiniAlbef()
-    train_from_scratch(model, train_sampler(seed), keep_rate, aligned, steps, BATCH)
-    with reduced(model, "none" if keep_rate == 1 else "text", keep_rate) as encode:
+    train_from_scratch(model, train_sampler(seed), method, SCRATCH_RATE, aligned, steps, BATCH)
+    with reduced(model, method, SCRATCH_RATE) as encode:
         hits = matching_hits(model, encode, Questions.make(QUERIES // 2, 8, TEST_SEED)).float()
-    facts = {"seed": seed, "keep_rate": keep_rate, "aligned": aligned}
-    return {**facts, "accuracy": 100 * float(hits.mean()), "error": 100 * float(hits.std() / len(hits) ** 0.5)}
+    record = {**facts, "accuracy": 100 * float(hits.mean()), "error": 100 * float(hits.std() / len(hits) ** 0.5)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record))
+    return record
 
 
 def scratch(folder: Path, seeds: Seeds) -> None:
     """Study (i) training with selection from the first step, as the papers do, against the same training without."""
-    cases = [(0.5, True), (0.5, False), (1.0, False)]
-    tasks = [(from_scratch, (seed, rate, aligned, SCRATCH)) for rate, aligned in cases for seed in seeds]
+    cases = [("none", False), ("text", False), ("text", True), ("merged", False), ("merged", True)]
+    tasks = [(from_scratch, (seed, *case, SCRATCH, folder)) for case in cases[::-1] for seed in seeds]
     records = run_all(call, tasks, "from scratch")
     rows, bars = [], []
-    for rate, aligned in cases[::-1]:
-        values = pick(records, keep_rate=rate, aligned=aligned)
-        name = "no selection" if rate == 1 else "with selection alignment" if aligned else "as in the papers"
-        rows.append([name, f"{rate:g}", cell(records, "accuracy", keep_rate=rate, aligned=aligned)])
-        bars.append((f"{name}\nkeep {rate:g}", statistics.fmean(values), error(values)))
-    figure, (axis,) = canvas(8, 4.2)
+    for method, aligned in cases:
+        values = pick(records, method=method, aligned=aligned)
+        name = "as in the papers" if method == "text" else LABELS[method]
+        name = f"{name}, with selection alignment" if aligned else name
+        rows.append([name, "1" if method == "none" else f"{SCRATCH_RATE:g}"])
+        rows[-1].append(cell(records, "accuracy", method=method, aligned=aligned))
+        bars.append((name.replace(", ", ",\n"), statistics.fmean(values), error(values)))
+    figure, (axis,) = canvas(9, 4.2)
     axis.bar(range(len(bars)), [b[1] for b in bars], yerr=[b[2] for b in bars], capsize=3, color="tab:green")
     axis.set_xticks(range(len(bars)), [b[0] for b in bars], fontsize=8)
     axis.set_ylim(50, 100)
