@@ -66,6 +66,22 @@ def test_training_lowers_the_loss_and_is_saved(tmp_path):
     torch.testing.assert_close(again.encode_image(image), trained.encode_image(image), atol=2e-2, rtol=2e-2)
 
 
+def test_a_model_of_another_size_is_asked_of_its_own_images(tmp_path, capsys):
+    for seed, size in ((5, 80), (6, clip.SIZE)):
+        torch.manual_seed(seed)
+        clip.save(clip.build(size), tmp_path / f"clip-{seed}.pt", {})
+    assert clip.size_of(clip.load(5, tmp_path)) == 80
+    given = ["--checkpoints", str(tmp_path), "--output", str(tmp_path), "--count", "4", "--keep-rate", "0.5"]
+    given += ["--arms", "ToMe", "smaller", "merge-then-select, shared by all nouns"]
+    found = study.main(study.parse(["--seeds", "5", *given]))["results"]
+    assert len(found) == 5 and all(0 <= record["accuracy"] <= 1 for record in found)
+    with pytest.raises(SystemExit, match="several image sizes"):
+        study.main(study.parse(["--seeds", "5", "6", *given]))
+    with pytest.raises(SystemExit):
+        study.parse(["--train", "--size", "84"])
+    assert "takes a multiple of 8" in capsys.readouterr().err
+
+
 # The questions.
 
 
@@ -111,9 +127,11 @@ def test_caption_is_read_where_it_ends(model):
 
 @pytest.mark.parametrize("rate", study.RATES)
 @pytest.mark.parametrize("guidance", ["image", "tome", "tome front", "grid", "merged", "once"])
-def test_equal_flops(model, guidance, rate):
+@pytest.mark.parametrize("size", [clip.SIZE, 80])
+def test_equal_flops(size, guidance, rate):
     """The tokens that FLOPs are counted from are those that really pass, and what is called equal is, nearly."""
     merge = {"merged": 0.5, "once": 0.0}.get(guidance)
+    model, grid = clip.build(size).eval(), size // clip.PATCH
     seen, arm = [], arms.Arm("", guidance) if merge is None else arms.Arm("", "image", merge=merge)
 
     def watch(module, tokens, out):
@@ -121,16 +139,16 @@ def test_equal_flops(model, guidance, rate):
 
     blocks = model.visual.transformer.resblocks
     hooks = [part.register_forward_hook(watch) for block in blocks for part in (block.ln_1, block.ln_2)]
-    image = torch.randn(1, 3, clip.SIZE, clip.SIZE)
+    image = torch.randn(1, 3, size, size)
     try:
         arms.answers(model, arm, rate, image, torch.zeros(1, 16, clip.WIDTH))
     finally:
         for hook in hooks:
             hook.remove()
-    assert list(zip(seen[::2], seen[1::2])) == arms.lengths(arm, rate)
+    assert list(zip(seen[::2], seen[1::2])) == arms.lengths(arm, rate, grid)
     # Whole patches; the even merging cannot merge enough at the lowest rate.
-    target = arms.TOWER.share(arms.TOWER.selected(rate))
-    assert arms.flops(arm, rate) == pytest.approx(target, rel={"grid": 0.08, "tome": 0.04}.get(guidance, 0.01))
+    target = arms.tower(grid).share(arms.tower(grid).selected(rate))
+    assert arms.flops(arm, rate, grid) == pytest.approx(target, rel={"grid": 0.08, "tome": 0.04}.get(guidance, 0.01))
 
 
 def test_flops_are_those_that_are_counted(model, flops):
@@ -139,8 +157,8 @@ def test_flops_are_those_that_are_counted(model, flops):
     whole = count_flops(lambda: model.encode_image(image))
     with token_merging(model, 40, first=2):
         merged = count_flops(lambda: model.encode_image(image))
-    blocks = 2 * clip.WIDTH * arms.TOWER.products([(65, 65)] * clip.DEPTH)
-    saved = (1 - arms.TOWER.share(arms.TOWER.merged(40, 2))) * blocks
+    blocks = 2 * clip.WIDTH * arms.tower().products([(65, 65)] * clip.DEPTH)
+    saved = (1 - arms.tower().share(arms.tower().merged(40, 2))) * blocks
     assert whole - merged == pytest.approx(saved, rel=0.02)  # matching itself costs a little
 
 

@@ -16,10 +16,11 @@ from benchmarks.accuracy.world.captions import EMOJI
 from benchmarks.common.lengths import Lengths, Lengthwise
 from benchmarks.common.tome import front, token_merging
 
-from .model import DEPTH, HEADS, LAYERS, PATCH, SIZE, WIDTH, tokenize
+from .model import DEPTH, HEADS, LAYERS, PATCH, SIZE, WIDTH, size_of, tokenize
 from .questions import encode
 
 GRID = SIZE // PATCH
+"""Patches of the committed models, each way."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,10 @@ FRONT = {"tome": None, "tome front": front(DEPTH)}
 """In how many blocks each of the two mergings merges: all, or the first third."""
 
 
-TOWER = Lengthwise(GRID * GRID, DEPTH, WIDTH, LAYERS, HEADS)
+@lru_cache(maxsize=None)
+def tower(grid: int = GRID) -> Lengthwise:
+    """Return the tower of `grid` patches each way, as its lengths are reckoned."""
+    return Lengthwise(grid * grid, DEPTH, WIDTH, LAYERS, HEADS)
 
 
 def downsampled(side: tuple[int, int]) -> Lengths:
@@ -76,51 +80,54 @@ def downsampled(side: tuple[int, int]) -> Lengths:
 
 
 @lru_cache(maxsize=None)
-def merged_like(rate: float, first: int | None = None) -> int:
+def merged_like(rate: float, first: int | None = None, grid: int = GRID) -> int:
     """Return how many patches ToMe removes in all to cost what selection at this rate does, or as close as it gets."""
-    return TOWER.merged_like(TOWER.share(TOWER.selected(rate)), first)
+    own = tower(grid)
+    return own.merged_like(own.share(own.selected(rate)), first)
 
 
 @lru_cache(maxsize=None)
-def once_like(rate: float, merge: float) -> float:
+def once_like(rate: float, merge: float, grid: int = GRID) -> float:
     """Return the keep rate of one selection, after merging, that costs what two selections at this rate do."""
-    return TOWER.rate_like(TOWER.share(TOWER.selected(rate)), merge)
+    own = tower(grid)
+    return own.rate_like(own.share(own.selected(rate)), merge)
 
 
 @lru_cache(maxsize=None)
-def grid_like(rate: float) -> tuple[int, int]:
+def grid_like(rate: float, grid: int = GRID) -> tuple[int, int]:
     """Return the grid, square or one longer, that costs about as much."""
-    sides = [(side, side + longer) for side in range(1, GRID) for longer in (0, 1)]
-    return min(
-        [*sides, (GRID, GRID)], key=lambda side: abs(TOWER.share(downsampled(side)) - TOWER.share(TOWER.selected(rate)))
-    )
+    sides = [(side, side + longer) for side in range(1, grid) for longer in (0, 1)]
+    own = tower(grid)
+    target = own.share(own.selected(rate))
+    return min([*sides, (grid, grid)], key=lambda side: abs(own.share(downsampled(side)) - target))
 
 
-def lengths(arm: Arm, rate: float) -> Lengths:
+def lengths(arm: Arm, rate: float, grid: int = GRID) -> Lengths:
     """Return tokens that this arm leaves; none at all where it sees no image."""
     if arm.guidance == "words":
         return []
     if arm.guidance in FRONT:
         first = FRONT[arm.guidance]
-        return TOWER.merged(merged_like(rate, first), first)
+        return tower(grid).merged(merged_like(rate, first, grid), first)
     if arm.guidance == "grid":
-        return downsampled(grid_like(rate))
+        return downsampled(grid_like(rate, grid))
     if arm.merge is not None:
-        return TOWER.once(once_like(rate, arm.merge), arm.merge)
-    return TOWER.selected(1.0 if arm.guidance == "none" else rate)
+        return tower(grid).once(once_like(rate, arm.merge, grid), arm.merge)
+    return tower(grid).selected(1.0 if arm.guidance == "none" else rate)
 
 
-def flops(arm: Arm, rate: float) -> float:
+def flops(arm: Arm, rate: float, grid: int = GRID) -> float:
     """Return the blocks' matrix products under this arm, those of the whole image being 1."""
-    return TOWER.share(lengths(arm, rate), bool(arm.merge))
+    return tower(grid).share(lengths(arm, rate, grid), bool(arm.merge))
 
 
 @torch.no_grad()
 def encode_smaller(model: Any, images: Tensor, side: tuple[int, int]) -> Tensor:
     """Return `(N, E)` features of scaled-down images, with the position embeddings scaled like them."""
     small = F.interpolate(images, [PATCH * length for length in side], mode="bilinear", antialias=True)
-    first, rest = model.visual.positional_embedding.split([1, GRID * GRID])
-    square = rest.T.unflatten(1, (GRID, GRID)).unsqueeze(0)
+    grid = size_of(model) // PATCH
+    first, rest = model.visual.positional_embedding.split([1, grid * grid])
+    square = rest.T.unflatten(1, (grid, grid)).unsqueeze(0)
     square = F.interpolate(square, side, mode="bicubic", antialias=True).flatten(2)[0].T
     state = {"positional_embedding": torch.cat([first, square])}
     return torch.cat([torch.func.functional_call(model.visual, state, (part,)) for part in small.split(256)])
@@ -134,22 +141,23 @@ def answers(model: Any, arm: Arm, rate: float, images: Tensor, texts: Tensor, fu
         model: in evaluation mode, without selection; it is left so.
         arm: what to do; any but those that see no image.
         rate: keep rate of both layers.
-        images: `(N, 3, S, S)`.
+        images: `(N, 3, S, S)`, of the size of the model.
         texts: `(N, CHOICES, E)`.
         fusion: of `patchselect.apply`.
     """
+    grid = size_of(model) // PATCH
     if arm.guidance == "none":
         return encode(model, images)
     if arm.guidance == "grid":
-        return encode_smaller(model, images, grid_like(rate))
+        return encode_smaller(model, images, grid_like(rate, grid))
     if arm.guidance in FRONT:
         first = FRONT[arm.guidance]
-        with token_merging(model, merged_like(rate, first), first=first):
+        with token_merging(model, merged_like(rate, first, grid), first=first):
             return encode(model, images)
     if arm.merge is None:
         handle = patchselect.apply(model, rate, LAYERS, arm.guidance, arm.relevance, fusion)
     else:
-        own, first = once_like(rate, arm.merge), LAYERS[:1]
+        own, first = once_like(rate, arm.merge, grid), LAYERS[:1]
         handle = patchselect.apply(model, own, first, arm.guidance, arm.relevance, fusion, merge=arm.merge, sizes=True)
     try:
         if arm.guidance != "text":

@@ -24,7 +24,7 @@ from benchmarks.common.machine import commit
 
 from . import training
 from .arms import ARMS, EARLY, NONE, RIVALS, SHARED, Arm, answers, flops
-from .model import digest, load
+from .model import PATCH, SIZE, digest, load, size_of
 from .questions import TEST, VALIDATION, Questions, make_questions, right
 from .report import document, draw
 
@@ -77,20 +77,23 @@ def mean(values: Tensor) -> tuple[float, float]:
     return float(values.mean()), float(values.std() / len(values) ** 0.5)
 
 
-def summarise(found: Sequence[Found], arms: Sequence[Arm], named: Tensor | None = None) -> list[dict[str, Any]]:
+def summarise(
+    found: Sequence[Found], arms: Sequence[Arm], named: Tensor | None = None, size: int = SIZE
+) -> list[dict[str, Any]]:
     """Return one record per arm and rate. All models get the same questions: a question's value is its mean over them.
 
     Args:
         found: of each model.
         arms: what was asked.
         named: `(N,)`, how many objects the right caption of each question names; gives the accuracy of each kind.
+        size: of their images, in pixels.
     """
     average = {key: torch.stack([one[key] for one in found]).mean(0) for key in found[0]}
     kinds, records = {arm.name: arm for arm in arms}, []
     for (name, rate), values in average.items():
         if name not in kinds:
             continue
-        record: dict[str, Any] = {"arm": name, "keep_rate": rate, "flops": flops(kinds[name], rate)}
+        record: dict[str, Any] = {"arm": name, "keep_rate": rate, "flops": flops(kinds[name], rate, size // PATCH)}
         record["by_model"] = [float(one[name, rate].mean()) for one in found]
         record["accuracy"], record["standard_error"] = mean(values)
         if named is not None:
@@ -143,7 +146,11 @@ def main(options: argparse.Namespace) -> dict[str, Any]:
     torch.set_num_threads(options.threads)
     report = {"commit": commit(), **command.report_on(options)}
     arms = [arm for arm in ARMS if not options.arms or any(part in arm.name for part in (*options.arms, NONE))]
-    questions = make_questions(options.count, options.split, kind=options.questions)
+    models = {seed: load(seed, options.checkpoints) for seed in options.seeds}
+    size, *others = {size_of(model) for model in models.values()}
+    if others:
+        sys.exit(f"--seeds names models of several image sizes ({size}, {', '.join(map(str, others))}): ask each alone")
+    questions = make_questions(options.count, options.split, kind=options.questions, size=size)
     runs = sum(1 if arm.guidance in ("none", "words") else len(options.keep_rate) for arm in arms)
     path = options.output / (f"clip-{options.split}" + ("" if options.questions == GRID else f"-{options.questions}"))
     about = {
@@ -157,14 +164,13 @@ def main(options: argparse.Namespace) -> dict[str, Any]:
             bar.set_description_str(what)
             bar.update()
 
-        for seed in options.seeds:
+        for seed, model in models.items():
             found = partial.found.setdefault(seed, {})
-            model = load(seed, options.checkpoints)
             ask(model, questions, arms, options.keep_rate, options.fusion, progress, found, partial.save)
     named = torch.tensor([len(candidates[0]) for candidates in questions.candidates])
     rates = (1.0, *options.keep_rate)
     answered = [{k: v for k, v in partial.found[seed].items() if k[1] in rates} for seed in options.seeds]
-    report["results"] = summarise(answered, arms, named)
+    report["results"] = summarise(answered, arms, named, size)
     report["questions"] = {int(n): int((named == n).sum()) for n in named.unique()}
     command.write(path.with_suffix(".json"), report, document(report))
     draw(report, path.with_suffix(".png"))
