@@ -45,8 +45,13 @@ def main() -> None:
     full = commands.add_parser(
         "full", help="3 bases, all arms, standard errors; about an hour on 2 cores, a third of it for the bases"
     )
-    study = commands.add_parser("study", help="one question each", description="; ".join(STUDIES))
-    study.add_argument("name", choices=list(STUDIES))
+    study = commands.add_parser(
+        "study",
+        help="one question each",
+        description="\n".join(f"{name}: {made.__doc__}" for name, made in STUDIES.items()),
+        formatter_class=Help,
+    )
+    study.add_argument("name", choices=list(STUDIES), metavar="name", help="of the study: one of those above")
     for command in (full, study):
         command.add_argument("--seed", type=int, nargs="+", default=[0, 1, 2])
     for command in (train, study):

@@ -31,8 +31,8 @@ DELTAS = tuple(Objective("srcl", delta) for delta in (1.0, 2.0, 4.0))
 SIMILARITIES = tuple(Objective("srcl", 2.0, similarity) for similarity in ("teacher", "own", "progressive"))
 
 
-def contrast_study(name: str, question: Sequence[Objective], scenes: Sequence[str] | None = None) -> Study:
-    """Study contrastive objectives: R@K both ways, and the weights that negatives got."""
+def contrast_study(name: str, about: str, question: Sequence[Objective], scenes: Sequence[str] | None = None) -> Study:
+    """Make a study of contrastive objectives: R@K both ways, and the weights that negatives got."""
 
     def study(folder: Path, seeds: Seeds) -> None:
         records = contrasts(folder, seeds, question)
@@ -66,6 +66,7 @@ def contrast_study(name: str, question: Sequence[Objective], scenes: Sequence[st
         ]
         write(folder, name, asked(f"study {name}", seeds), markdown([head, *rows]), results=records)
 
+    study.__doc__ = about
     return study
 
 

@@ -236,10 +236,21 @@ def scratch(folder: Path, seeds: Seeds) -> None:
 STUDIES: dict[str, Study] = {
     "speed": speed,
     "layers": layers,
-    "delta": contrast_study("delta", (ITC, *DELTAS), ("same",)),
-    "similarity": contrast_study("similarity", (ITC, *SIMILARITIES), ("same",)),
-    "negatives": contrast_study("negatives", (ITC, Objective("srcl", 1.0), Objective("srcl", 4.0)), ("same",)),
-    "objectives": contrast_study("objectives", (ITC, Objective("srcl", 1.0), COSINE)),
+    "delta": contrast_study(
+        "delta", "Study (c) how sharply SRCL tells true negatives from false ones.", (ITC, *DELTAS), ("same",)
+    ),
+    "similarity": contrast_study(
+        "similarity", "Study (d) whose similarities SRCL weighs by.", (ITC, *SIMILARITIES), ("same",)
+    ),
+    "negatives": contrast_study(
+        "negatives",
+        "Study (e) what SRCL does to the weights of negatives.",
+        (ITC, Objective("srcl", 1.0), Objective("srcl", 4.0)),
+        ("same",),
+    ),
+    "objectives": contrast_study(
+        "objectives", "Study (f) SRCL against ITC and a loss on cosines.", (ITC, Objective("srcl", 1.0), COSINE)
+    ),
     "resolution": resolution,
     "alignment": alignment,
     "scratch": scratch,
