@@ -204,7 +204,7 @@ def test_a_merged_token_is_of_what_most_of_its_patches_are_of(model, scenes):
 
 
 @pytest.mark.parametrize("shape", [Shape(depth=12), Shape(registers=4)], ids=str)
-@pytest.mark.parametrize("method", ["text", "front", "once", "merged"])
+@pytest.mark.parametrize("method", ["text", "front", "once", "merged", "protected"])
 def test_other_shapes_spend_alike_and_are_loaded_as_they_were(shape, method, tmp_path, flops):
     model = MiniAlbef(shape=shape).eval()
     base.save(model, tmp_path / f"albef-5{shape}.pt")

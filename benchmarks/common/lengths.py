@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import List, Tuple
 
 from patchselect.functional import as_ratio, merge_schedule, num_kept
+from patchselect.reduction import Protect
 
 from .tome import schedule
 
@@ -49,8 +50,11 @@ class Lengthwise:
             seen.append((self.prefix + before, self.prefix + now))
         return seen
 
-    def once(self, rate: float, merge: float) -> Lengths:
-        """Return lengths under one selection, before which the share `merge` of what is removed merges."""
+    def once(self, rate: float, merge: float, protect: float | None = None) -> Lengths:
+        """Return lengths under one selection, before which the share `merge` of what is removed merges.
+
+        The others become one token, or with `protect` what `Protect(protect)` makes of them.
+        """
         layer, ratio, now = self.layers[0], as_ratio(rate), self.patches
         merges = merge_schedule(now, ratio, merge, layer) if merge else ()
         seen = []
@@ -59,7 +63,8 @@ class Lengthwise:
             if block < layer and merge:
                 now -= merges[block]
             elif block == layer:
-                now = min(now, num_kept(self.patches, ratio) + 1)
+                kept = num_kept(self.patches, ratio)
+                now = min(now, kept + (1 if protect is None else Protect(protect).num_fused(now, kept)))
             seen.append((self.prefix + before, self.prefix + now))
         return seen
 
@@ -89,7 +94,24 @@ class Lengthwise:
             range(self.patches), key=lambda removed: (abs(self.share(self.merged(removed, first)) - share), removed)
         )
 
-    def rate_like(self, share: float, merge: float) -> float:
+    def protecting(self, rate: float, lengths: Lengths, protect: float) -> float:
+        """Count the same of what `Protect` merges by in the selecting block: cosines, and sums of tokens and keys."""
+        head, total, left = self.width // self.heads, 0, lengths[self.layers[0]][0] - self.prefix
+        kept = num_kept(self.patches, as_ratio(rate))
+        rounds, left = Protect(protect).rounds(left, kept), left - kept
+        for count in rounds:
+            odd = left // 2
+            total += (left - odd) * odd * head + odd * count * (self.width + head)
+            left -= count
+        return total / self.width
+
+    def once_share(self, rate: float, merge: float, protect: float | None = None) -> float:
+        """Return the whole share of `once`, with what it merges by."""
+        lengths = self.once(rate, merge, protect)
+        more = 0 if protect is None else self.protecting(rate, lengths, protect) / self.products(self.whole())
+        return self.share(lengths, merge > 0) + more
+
+    def rate_like(self, share: float, merge: float, protect: float | None = None) -> float:
         """Return the keep rate of one selection that comes closest to this share; the highest of several."""
         rates = [kept / self.patches for kept in range(self.patches, 0, -1)]
-        return min(rates, key=lambda rate: abs(self.share(self.once(rate, merge), merge > 0) - share))
+        return min(rates, key=lambda rate: abs(self.once_share(rate, merge, protect) - share))

@@ -15,17 +15,20 @@ import patchselect
 from benchmarks.common.cost import count_flops
 from benchmarks.common.lengths import Lengthwise
 from benchmarks.common.tome import front, token_merging
+from patchselect.reduction import Protect
 
 from .model import HEADS, PATCH, USUAL, WIDTH, MiniAlbef, Shape
 
 Encode = Callable[[Tensor, Tensor], Tensor]
 """Images `(B, 3, S, S)` and the text [CLS] of their pairs `(B, D)` to image tokens `(B, N, D)`."""
 
-METHODS = ("text", "image", "random", "downsampled", "tome", "front", "once", "merged")
-RELEVANCE = {"text": "keys", "values": "values", "once": "keys", "merged": "keys"}
+METHODS = ("text", "image", "random", "downsampled", "tome", "front", "once", "merged", "protected")
+RELEVANCE = {"text": "keys", "values": "values", "once": "keys", "merged": "keys", "protected": "keys"}
 """Of the methods that are guided by text."""
-MERGE = {"once": 0.0, "merged": 0.5}
+MERGE = {"once": 0.0, "merged": 0.5, "protected": 0.5}
 """Of the methods that select once and count sizes: the share of the removed patches that merges before."""
+PROTECT = {"protected": 1.0}
+"""Of those whose other patches merge among themselves: into how many tokens for each that stays."""
 EVEN, FRONT = "tome", "front"
 MERGING = (EVEN, FRONT)
 """Methods that merge without a text: in all blocks, or in the first third of them."""
@@ -41,6 +44,7 @@ LABELS = {
     "front": "merging early (ToMe-front), same FLOPs",
     "once": "text, one selection, sizes counted, same FLOPs",
     "merged": "merge, then select by text, same FLOPs",
+    "protected": "merge, text protects, the rest merges, same FLOPs",
 }
 
 
@@ -101,9 +105,10 @@ def selecting(
     whole = model.shape.layers
     if method in MERGE:
         tower, merge = lengthwise(model.vision.patch_embed.num_patches, model.shape), MERGE[method]
-        own = tower.rate_like(spent(tower, keep_rate) if share is None else share, merge)
-        relevance = RELEVANCE[method]
-        return patchselect.apply(model.vision, own, whole[:1], "text", relevance, merge=merge, sizes=True)
+        relevance, protect = RELEVANCE[method], PROTECT.get(method)
+        own = tower.rate_like(spent(tower, keep_rate) if share is None else share, merge, protect)
+        fusion = "mean" if protect is None else Protect(protect)
+        return patchselect.apply(model.vision, own, whole[:1], "text", relevance, fusion, merge=merge, sizes=True)
     if method not in ("text", "values", "image", "random"):
         raise ValueError(f"method must be one of none, {', '.join(METHODS)} or values; got {method!r}")
     relevance = RELEVANCE.get(method)

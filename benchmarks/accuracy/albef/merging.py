@@ -24,9 +24,9 @@ from .train import KEEP_RATES, Arm, tune
 QUERIES, TEST_SEED = 1280, 77
 STEPS = (100,)
 """Of training with each way."""
-BEYOND = {2.3: ("front", "once", "merged"), 2.8: ("front", "merged")}
+BEYOND = {2.3: ("front", "once", "merged", "protected"), 2.8: ("front", "merged", "protected")}
 """What gets to so many times fewer FLOPs of the blocks than without reduction; two selections cannot."""
-TRIED = ("text", "values", "tome", "front", "once", "merged")
+TRIED = ("text", "values", "tome", "front", "once", "merged", "protected")
 TRAINED = ("none", "front", "merged")
 RIVALS = ("none", "front")
 
@@ -48,35 +48,34 @@ def methods_at(column: str) -> tuple[str, ...]:
 def measured(seed: int, guidance: str | None, steps: int, folder: Path, shape: Shape = USUAL) -> list[Record]:
     """Measure a base as it is, or after training with one method: every method, or this one, in every column.
 
-    What the folder has of the same weights is taken from there, so that a run that was broken off goes on.
+    What the folder has of the same weights is taken from there, so that a run that was broken off goes on, and one
+    with more methods asks these alone.
     """
     model = base(seed, folder, shape=shape)
     path = folder / "merging" / f"{seed}{shape}-{guidance or FREE}-{steps}-{digest(model)}.json"
-    if path.exists():
-        return [{**record, "steps": steps} for record in json.loads(path.read_text())]
-    if guidance is not None:
+    records = json.loads(path.read_text()) if path.exists() else []
+    trained = FREE if guidance is None else guidance
+    wanted: list[tuple[str, str, float | None]] = [("none", "", None)] if guidance in (None, "none") else []
+    wanted += [
+        (method, column, share)
+        for column, share in columns(shape).items()
+        for method in methods_at(column)
+        if guidance in (None, method)
+    ]
+    asked = {(record["method"], record["column"]) for record in records}
+    lacking = [one for one in wanted if one[:2] not in asked]
+    if guidance is not None and lacking:
         torch.manual_seed(1000 * seed + steps)
         tune(model, train_sampler(100 + seed, count=3000), Arm(guidance), steps, BATCH, seed)
     questions = Questions.make(QUERIES // 2, 8, TEST_SEED)
-    records = []
-
-    def ask(method: str, column: str, share: float | None) -> None:
+    for method, column, share in lacking:
         rate = float(column.split()[1]) if column.startswith("keep") else 1.0
         with reduced(model, method, rate, share=share) as encode:
             hits = matching_hits(model, encode, questions).int().tolist()
-        trained = FREE if guidance is None else guidance
-        facts = {"seed": seed, "trained": trained, "steps": steps, "method": method, "column": column}
-        records.append({**facts, "hits": hits})
-
-    if guidance in (None, "none"):
-        ask("none", "", None)
-    for column, share in columns(shape).items():
-        for method in methods_at(column):
-            if guidance in (None, method):
-                ask(method, column, share)
+        records.append({"seed": seed, "trained": trained, "method": method, "column": column, "hits": hits})
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(records))
-    return records
+    return [{**record, "steps": steps} for record in records]
 
 
 def of_questions(records: Sequence[Record], **where: object) -> Tensor:

@@ -28,6 +28,7 @@ COLOURS = {
     "front": "tab:olive",
     "once": "tab:pink",
     "merged": "tab:brown",
+    "protected": "tab:cyan",
 }
 FREE = "training-free"
 
