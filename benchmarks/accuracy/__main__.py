@@ -12,7 +12,7 @@ from benchmarks.methods import __main__ as methods
 from . import align
 from .albef.base import RESULTS, base, file_of
 from .albef.curves import ARMS, run, train_all
-from .albef.merging import STEPS, merging
+from .albef.merging import STEPS, choosing, merging
 from .albef.model import USUAL, Shape
 from .albef.report import asked, curve_report, draw_curves, write
 from .albef.studies import FROM_STAGE_1, QUERIES, STUDIES
@@ -59,6 +59,8 @@ def main() -> None:
         command.add_argument("--registers", type=int, default=Shape.registers, help="register tokens of the ViT")
     about = "of training with each way, one after the other (of merging)"
     study.add_argument("--steps", type=int, nargs="+", default=list(STEPS), help=about)
+    about = "ask what was chosen among, on validation questions (of merging)"
+    study.add_argument("--validation", action="store_true", help=about)
     for command in (train, quick, full, study):
         command.add_argument("--output", type=Path, default=RESULTS)
     others = {
@@ -95,14 +97,17 @@ def main() -> None:
     shape = USUAL
     if options.command == "study":
         shape = Shape(options.depth, options.registers)
-        if options.name != "merging" and (shape != USUAL or tuple(options.steps) != STEPS):
-            parser.error(f"--depth, --registers and --steps are of the study merging, not of {options.name}")
+        given = shape != USUAL or tuple(options.steps) != STEPS or options.validation
+        if options.name != "merging" and given:
+            parser.error(f"--depth, --registers, --steps, --validation are of the study merging, not of {options.name}")
     if options.command == "full" or options.name != "scratch":
         stage = 1 if options.command == "study" and options.name in FROM_STAGE_1 else 2
         lacking = [seed for seed in reversed(options.seed) if file_of(seed, options.output, stage, shape) is None]
         train_all(tuple(lacking), options.output, shape)
     if options.command == "full":
         curves("full", tuple(options.seed), ARMS, 400, QUERIES, 48, options.output)
+    elif options.name == "merging" and options.validation:
+        choosing(options.output, options.seed, shape)
     elif options.name == "merging":
         merging(options.output, options.seed, shape, options.steps)
     else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Callable
 
@@ -15,7 +16,7 @@ import patchselect
 from benchmarks.common.cost import count_flops
 from benchmarks.common.lengths import Lengthwise
 from benchmarks.common.tome import front, token_merging
-from patchselect.reduction import Protect
+from patchselect.reduction import Protect, Reduction
 
 from .model import HEADS, PATCH, USUAL, WIDTH, MiniAlbef, Shape
 
@@ -23,12 +24,35 @@ Encode = Callable[[Tensor, Tensor], Tensor]
 """Images `(B, 3, S, S)` and the text [CLS] of their pairs `(B, D)` to image tokens `(B, N, D)`."""
 
 METHODS = ("text", "image", "random", "downsampled", "tome", "front", "once", "merged", "protected")
-RELEVANCE = {"text": "keys", "values": "values", "once": "keys", "merged": "keys", "protected": "keys"}
+
+
+@dataclass(frozen=True)
+class Once:
+    """ONE selection, after which attention counts sizes."""
+
+    merge: float
+    """The share of the removed patches that merges before it."""
+    protect: float | None = None
+    """Of `Protect`: into how many tokens for each that stays the others merge; `None`: they become one token."""
+
+    @property
+    def fusion(self) -> Reduction | str:
+        """What `patchselect.apply` takes."""
+        return "mean" if self.protect is None else Protect(self.protect)
+
+
+ONCE = {
+    "once": Once(0.0),
+    "merged": Once(0.5),
+    "protected": Once(0.5, 1.0),
+    **{f"merged {share:g}": Once(share) for share in (0.3, 0.7, 0.85)},
+    **{f"protected {share:g}": Once(share, 1.0) for share in (0.7,)},
+    **{f"protected third {share:g}": Once(share, 1 / 3) for share in (0.5, 0.7)},
+    **{f"protected quarter {share:g}": Once(share, 3.0) for share in (0.5, 0.7)},
+}
+"""What was tried of it; the first three are in the tables, which were chosen among the others on validation."""
+RELEVANCE = {"text": "keys", "values": "values", **dict.fromkeys(ONCE, "keys")}
 """Of the methods that are guided by text."""
-MERGE = {"once": 0.0, "merged": 0.5, "protected": 0.5}
-"""Of the methods that select once and count sizes: the share of the removed patches that merges before."""
-PROTECT = {"protected": 1.0}
-"""Of those whose other patches merge among themselves: into how many tokens for each that stays."""
 EVEN, FRONT = "tome", "front"
 MERGING = (EVEN, FRONT)
 """Methods that merge without a text: in all blocks, or in the first third of them."""
@@ -46,6 +70,16 @@ LABELS = {
     "merged": "merge, then select by text, same FLOPs",
     "protected": "merge, text protects, the rest merges, same FLOPs",
 }
+LABELS.update(
+    (
+        name,
+        f"merge {way.merge:g}, then select"
+        if way.protect is None
+        else f"merge {way.merge:g}, Protect({way.protect:.2g})",
+    )
+    for name, way in ONCE.items()
+    if name not in LABELS
+)
 
 
 @contextmanager
@@ -103,12 +137,11 @@ def selecting(
 ) -> patchselect.Handle:
     """Put the selection of one method into the image encoder; arguments as of `reduced`."""
     whole = model.shape.layers
-    if method in MERGE:
-        tower, merge = lengthwise(model.vision.patch_embed.num_patches, model.shape), MERGE[method]
-        relevance, protect = RELEVANCE[method], PROTECT.get(method)
-        own = tower.rate_like(spent(tower, keep_rate) if share is None else share, merge, protect)
-        fusion = "mean" if protect is None else Protect(protect)
-        return patchselect.apply(model.vision, own, whole[:1], "text", relevance, fusion, merge=merge, sizes=True)
+    if method in ONCE:
+        tower, way = lengthwise(model.vision.patch_embed.num_patches, model.shape), ONCE[method]
+        own = tower.rate_like(spent(tower, keep_rate) if share is None else share, way.merge, way.protect)
+        given = dict(relevance=RELEVANCE[method], fusion=way.fusion, merge=way.merge, sizes=True)
+        return patchselect.apply(model.vision, own, whole[:1], **given)  # type: ignore[arg-type]
     if method not in ("text", "values", "image", "random"):
         raise ValueError(f"method must be one of none, {', '.join(METHODS)} or values; got {method!r}")
     relevance = RELEVANCE.get(method)

@@ -33,12 +33,15 @@ class Questions:
     pool_captions: Tensor
 
     @classmethod
-    def make(cls, count: int, pool: int, seed: int, layout: Layout = PLAIN) -> Questions:
-        """Make `count` scenes of photographs that training never sees, and `pool` scenes with unique captions."""
-        scenes = make_scenes(count, seed, True, layout)
+    def make(cls, count: int, pool: int, seed: int, layout: Layout = PLAIN, test: bool = True) -> Questions:
+        """Make `count` scenes of photographs that training never sees, and `pool` scenes with unique captions.
+
+        Without `test`, they are new crops of the training's photographs: choices are made on them.
+        """
+        scenes = make_scenes(count, seed, test, layout)
         sampler = Sampler(scenes, layout.size // PATCH, seed)
         batch = sampler.ask(range(count))
-        more = make_scenes(24 * pool, seed + 1, True, layout)
+        more = make_scenes(24 * pool, seed + 1, test, layout)
         rows, texts = unique_captions(more.objects, pool, seed)
         pool_images = more.images(torch.tensor(rows))
         return cls(batch.images, batch.fitting, batch.other, batch.named, pool_images, captions(texts))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from benchmarks.common.show import canvas, markdown
 
-from .arms import LABELS, lengthwise, reduced, spent, vision_flops
+from .arms import LABELS, ONCE, lengthwise, reduced, spent, vision_flops
 from .base import BATCH, arguments, base, digest, train_sampler
 from .contrast_studies import Seeds
 from .evaluate import Questions, matching_hits, without_picture
@@ -21,13 +21,15 @@ from .model import USUAL, Shape
 from .report import COLOURS, FREE, Record, asked, error, write
 from .train import KEEP_RATES, Arm, tune
 
-QUERIES, TEST_SEED = 1280, 77
+QUERIES, TEST_SEED, VALIDATION_SEED = 1280, 77, 277
 STEPS = (100,)
 """Of training with each way."""
 BEYOND = {2.3: ("front", "once", "merged", "protected"), 2.8: ("front", "merged", "protected")}
 """What gets to so many times fewer FLOPs of the blocks than without reduction; two selections cannot."""
 TRIED = ("text", "values", "tome", "front", "once", "merged", "protected")
 TRAINED = ("none", "front", "merged")
+CHOSEN_AMONG = ("front", *(name for name in ONCE if name != "once"))
+"""What is asked on validation, at the FLOPs of two selections."""
 RIVALS = ("none", "front")
 
 
@@ -45,29 +47,29 @@ def methods_at(column: str) -> tuple[str, ...]:
     return TRIED if column.startswith("keep") else BEYOND[float(column[:-1])]
 
 
-def measured(seed: int, guidance: str | None, steps: int, folder: Path, shape: Shape = USUAL) -> list[Record]:
+def measured(
+    seed: int, guidance: str | None, steps: int, folder: Path, shape: Shape = USUAL, test: bool = True
+) -> list[Record]:
     """Measure a base as it is, or after training with one method: every method, or this one, in every column.
 
     What the folder has of the same weights is taken from there, so that a run that was broken off goes on, and one
-    with more methods asks these alone.
+    with more methods asks these alone. Without `test`, what is to be chosen among is asked on validation questions.
     """
     model = base(seed, folder, shape=shape)
-    path = folder / "merging" / f"{seed}{shape}-{guidance or FREE}-{steps}-{digest(model)}.json"
+    split = "" if test else "-validation"
+    path = folder / "merging" / f"{seed}{shape}-{guidance or FREE}-{steps}-{digest(model)}{split}.json"
     records = json.loads(path.read_text()) if path.exists() else []
     trained = FREE if guidance is None else guidance
     wanted: list[tuple[str, str, float | None]] = [("none", "", None)] if guidance in (None, "none") else []
-    wanted += [
-        (method, column, share)
-        for column, share in columns(shape).items()
-        for method in methods_at(column)
-        if guidance in (None, method)
-    ]
+    for column, share in columns(shape).items():
+        methods = methods_at(column) if test else CHOSEN_AMONG if column.startswith("keep") else ()
+        wanted += [(method, column, share) for method in methods if guidance in (None, method)]
     asked = {(record["method"], record["column"]) for record in records}
     lacking = [one for one in wanted if one[:2] not in asked]
     if guidance is not None and lacking:
         torch.manual_seed(1000 * seed + steps)
         tune(model, train_sampler(100 + seed, count=3000), Arm(guidance), steps, BATCH, seed)
-    questions = Questions.make(QUERIES // 2, 8, TEST_SEED)
+    questions = Questions.make(QUERIES // 2, 8, TEST_SEED if test else VALIDATION_SEED, test=test)
     for method, column, share in lacking:
         rate = float(column.split()[1]) if column.startswith("keep") else 1.0
         with reduced(model, method, rate, share=share) as encode:
@@ -186,6 +188,21 @@ def merging(folder: Path, seeds: Seeds, shape: Shape = USUAL, steps: Sequence[in
     given = [*arguments(shape), *(["--steps", *map(str, steps)] if tuple(steps) != STEPS else [])]
     command = " ".join([asked("study merging", seeds), *given])
     write(folder, name, command, "\n\n".join(parts), results=records)
+
+
+def choosing(folder: Path, seeds: Seeds, shape: Shape = USUAL) -> None:
+    """Ask on validation what the study's settings were chosen among, of bases as they are."""
+    tasks = [(measured, (seed, None, 0, folder, shape, False)) for seed in seeds]
+    records = [record for made in run_all(call, tasks, "choosing") for record in made]
+    blind = 100 * without_picture(Questions.make(QUERIES // 2, 8, VALIDATION_SEED, test=False))[0].double().unsqueeze(0)
+    parts = [
+        f"Matching accuracy of bases as they are, %, {QUERIES} validation questions (chance 50):",
+        accuracies(records, [FREE], blind),
+        "Differences in points on the same questions:",
+        *(differences(records, [FREE], rival, FREE) for rival in RIVALS),
+    ]
+    command = " ".join([asked("study merging", seeds), *arguments(shape), "--validation"])
+    write(folder, f"merging-validation{shape}", command, "\n\n".join(parts), results=records)
 
 
 def after(records: Sequence[Record], steps: int) -> list[Record]:
