@@ -29,8 +29,8 @@ pytestmark = pytest.mark.usefixtures("any_size", "flops")
 
 
 @lru_cache(maxsize=None)
-def few_questions(count, pool, seed, layout=PLAIN):
-    return Questions.make(6, 3, seed, layout)
+def few_questions(count, pool, seed, layout=PLAIN, test=True):
+    return Questions.make(6, 3, seed, layout, test)
 
 
 @lru_cache(maxsize=None)
@@ -89,6 +89,15 @@ def test_a_study_ends_in_a_table_and_a_plot(name, small, capsys):
     assert "±" in told and "text alone, no image |" in told
     assert "±" in (small / f"{name}.md").read_text()
     assert (small / f"{name}.png").stat().st_size > 5000
+
+
+@slow
+def test_what_was_chosen_among_is_asked_on_validation(small):
+    merging.choosing(small, (0,))
+    facts = json.loads((small / "merging-validation.json").read_text())
+    assert facts["settings"]["command"].endswith("study merging --seed 0 --validation")
+    assert {record["method"] for record in facts["results"]} == {"none", *merging.CHOSEN_AMONG}
+    assert "| merge 0.5, Protect(3) |" in (small / "merging-validation.md").read_text()
 
 
 def test_curves_end_in_tables_a_plot_and_the_figure_of_speed(small, monkeypatch, capsys):
