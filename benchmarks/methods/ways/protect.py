@@ -1,4 +1,4 @@
-"""Influence protects, the rest merges: patches that speak for OR against the text stay, others merge (ours).
+"""Text protects, the rest merges; by influence, patches that speak for OR against the text stay (ours).
 
 The share says how many tokens the others become for each patch that stays: the more, the nearer to merging alone.
 """
@@ -24,6 +24,15 @@ METHODS = [
         Influence(),
         layers=1,
         fusion=Protect(3.0),
+        merge=0.5,
+    ),
+    Selection(
+        "text protects half, rest merges: keys",
+        "docs/merging.md, merge=0.5, share 1",
+        "keys",
+        layers=1,
+        space="hidden",
+        fusion=Protect(1.0),
         merge=0.5,
     ),
 ]
