@@ -149,16 +149,19 @@ def token_merging(model: nn.Module, removed: int, fused: bool = True, first: int
             vars(block).pop("forward", None)
 
 
-def matching_flops(target: float, count: Callable[[int], float], most: int) -> int:
+def matching_flops(target: float, count: Callable[[int], float], most: int, guess: int | None = None) -> int:
     """Return how many patches ToMe must remove in all to cost `target`, by bisection; costs fall as removals grow.
 
     Args:
         target: FLOPs to meet.
         count: FLOPs with that many removals.
         most: the largest number of removals.
+        guess: where the answer is likely to be, which saves counts; if it is further off than 2, they start anew.
     """
-    low, high = 0, most
+    low, high = (0, most) if guess is None else (max(0, guess - 2), min(most, guess + 2))
     low_cost, high_cost = count(low), count(high)
+    if guess is not None and not low_cost >= target >= high_cost:
+        return matching_flops(target, count, most)
     while high - low > 1 and low_cost > target > high_cost:
         # Regula falsi, kept inside of the bracket: costs are almost linear, so a few counts are enough.
         middle = min(high - 1, max(low + 1, low + round((high - low) * (low_cost - target) / (low_cost - high_cost))))

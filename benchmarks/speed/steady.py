@@ -1,0 +1,96 @@
+"""Speed-ups that other work on the machine hardly changes: calls are read block by block, and each block at its best.
+
+What else runs slows a call down, for a tenth of a second to some seconds at a time, and never makes it faster. So the
+time of a call is the sum, over its parts, of the least that each part took in any of the rounds. A run then says how
+far to trust itself: what would half of its rounds have said?
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import combinations
+from math import comb
+from statistics import median
+from typing import List
+
+from torch import nn
+
+Parts = List[float]
+"""Seconds of the parts of one call."""
+
+FEWEST_ROUNDS = 4
+"""Before these nothing counts as settled: two rounds, and two others."""
+SETTLED = 0.03
+"""How far the speed-up by any half of the rounds may lie from the median over the halves."""
+WAYS = 20
+"""How many halves are asked, at most."""
+
+
+class Laps:
+    """The seconds of each part of one call: from the end of a block to the end of the next, and all the rest."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self.clock = clock
+        self.marks: list[float] = []
+
+    @contextmanager
+    def of(self, blocks: Sequence[nn.Module]) -> Iterator[None]:
+        """Read the clock at the end of each block while this lasts: less than a microsecond each."""
+
+        def mark(*_: object) -> None:
+            self.marks.append(self.clock())
+
+        hooks = [block.register_forward_hook(mark) for block in blocks]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def read(self, seconds: float) -> Parts:
+        """Return the parts of the last call, which took so many seconds; without blocks it is one part."""
+        between = [end - start for start, end in zip(self.marks, self.marks[1:])]
+        self.marks.clear()
+        return [*between, seconds - sum(between)]
+
+
+def undisturbed(calls: Sequence[Parts]) -> float:
+    """Return the seconds of a call whose parts all take the least that they took in any of these."""
+    if len({len(parts) for parts in calls}) != 1:
+        raise ValueError("calls of one case must have the same number of parts")
+    return sum(map(min, zip(*calls)))
+
+
+def halves(rounds: int) -> list[tuple[int, ...]]:
+    """List which rounds make half of them, rounded up: all ways, or `WAYS` that chance has drawn, always the same."""
+    size = -(-rounds // 2)
+    if comb(rounds, size) <= WAYS:
+        return list(combinations(range(rounds), size))
+    draw = random.Random(0)
+    return [tuple(draw.sample(range(rounds), size)) for _ in range(WAYS)]
+
+
+def speed_ups(base: Sequence[Parts], other: Sequence[Parts]) -> list[float]:
+    """Return the speed-up that each half of the rounds would have found.
+
+    Args:
+        base: parts of the unpatched calls, round by round.
+        other: those of the calls whose speed-up it is.
+    """
+    return [
+        undisturbed([base[one] for one in half]) / undisturbed([other[one] for one in half])
+        for half in halves(len(base))
+    ]
+
+
+def farthest(found: Sequence[float]) -> float:
+    """Return how far the farthest lies from the median, as a share of it."""
+    middle = median(found)
+    return max(abs(value / middle - 1) for value in found)
+
+
+def settled(rounds: int, found: Sequence[float]) -> bool:
+    """Tell whether a speed-up is known: after enough rounds, however they are halved, it is nearly the same."""
+    return rounds >= FEWEST_ROUNDS and farthest(found) <= SETTLED
