@@ -158,7 +158,7 @@ def matching_flops(target: float, count: Callable[[int], float], most: int, gues
         most: the largest number of removals.
         guess: where the answer is likely to be, which saves counts; if it is further off than 2, they start anew.
     """
-    low, high = (0, most) if guess is None else (max(0, guess - 2), min(most, guess + 2))
+    low, high = (0, most) if guess is None else (max(0, min(guess, most) - 2), min(most, guess + 2))
     low_cost, high_cost = count(low), count(high)
     if guess is not None and not low_cost >= target >= high_cost:
         return matching_flops(target, count, most)

@@ -175,9 +175,9 @@ def measure(
         longest = 0.0
         for number, order in enumerate(turns(cases, how.rounds or MOST_ROUNDS, how.seed)):
             start = time.monotonic()
-            if number and how.rounds is None:
-                if start + longest > end or all(settled(base, each) for each in results.values()):
-                    break
+            enough = number and how.rounds is None
+            if enough and (start + longest > end or all(settled(base, each) for each in results.values())):
+                break
             bar.total = bar.n + len(cases) * max(1, (how.rounds or 1) - number)
             for case in order:
                 bar.set_description_str(f"{setting} | {case}")
