@@ -164,7 +164,15 @@ def test_merging_early_meets_the_flops_of_selection(base, rate):
 def test_matching_flops_finds_the_closest():
     for target in (1000.0, 996.0, 333.3, 5.0, 0.0, 2000.0):
         best = min(range(101), key=lambda removed: abs(1000 - 9.9 * removed - target))
-        assert matching_flops(target, lambda removed: 1000 - 9.9 * removed, 100) == best
+        for guess in (None, 0, best, best + 1, best - 1, best + 50, 100, 1000, -3):
+            assert matching_flops(target, lambda removed: 1000 - 9.9 * removed, 100, guess) == best
+
+
+@pytest.mark.parametrize("off", [-1, 0, 1])
+def test_a_good_guess_saves_counts(off):
+    asked = []
+    found = matching_flops(333.3, lambda removed: asked.append(removed) or 1000 - 9.9 * removed, 100, 67 + off)
+    assert found == 67 and len(asked) <= 4 and len(set(asked)) == len(asked)
 
 
 def test_peak_memory_counts_what_lives_together():

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -156,12 +156,15 @@ def matching_flops(target: float, count: Callable[[int], float], most: int, gues
         target: FLOPs to meet.
         count: FLOPs with that many removals.
         most: the largest number of removals.
-        guess: where the answer is likely to be, which saves counts; if it is further off than 2, they start anew.
+        guess: where the answer is likely to be: where it is within 1 of that, 2 to 4 counts find it.
     """
-    low, high = (0, most) if guess is None else (max(0, min(guess, most) - 2), min(most, guess + 2))
+    count = lru_cache(maxsize=None)(count)
+    low, high = 0, most
+    for near in () if guess is None else (guess, guess - 1, guess + 1):
+        if 0 <= near < most and count(near) >= target >= count(near + 1):
+            low, high = near, near + 1
+            break
     low_cost, high_cost = count(low), count(high)
-    if guess is not None and not low_cost >= target >= high_cost:
-        return matching_flops(target, count, most)
     while high - low > 1 and low_cost > target > high_cost:
         # Regula falsi, kept inside of the bracket: costs are almost linear, so a few counts are enough.
         middle = min(high - 1, max(low + 1, low + round((high - low) * (low_cost - target) / (low_cost - high_cost))))

@@ -68,8 +68,10 @@ def halves(rounds: int) -> list[tuple[int, ...]]:
     size = -(-rounds // 2)
     if comb(rounds, size) <= WAYS:
         return list(combinations(range(rounds), size))
-    draw = random.Random(0)
-    return [tuple(draw.sample(range(rounds), size)) for _ in range(WAYS)]
+    draw, found = random.Random(0), set()
+    while len(found) < WAYS:
+        found.add(tuple(sorted(draw.sample(range(rounds), size))))
+    return sorted(found)
 
 
 def speed_ups(base: Sequence[Parts], other: Sequence[Parts]) -> list[float]:
