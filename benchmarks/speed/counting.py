@@ -14,6 +14,9 @@ from patchselect.wiring.towers import find_towers
 
 from .cases import AGAIN, MERGED, Case, Inputs, Selection, Setting, patched, runner
 
+LARGE = 1e11
+"""FLOPs that take a core longer than counting them on fake tensors does."""
+
 
 class FlopBook:
     """Counts each case once; a count is per image, forward, and does not depend on the batch or the precision."""
@@ -31,8 +34,10 @@ class FlopBook:
             def call() -> object:
                 return runner(self.host, case, setting, self.inputs.fake())()
 
+            unpatched = case.method == "unpatched"
+            large = unpatched or self.of(Case("unpatched"), view) * len(self.inputs.images) > LARGE
             with patched(self.host, case, self.selection):
-                self.known[view, case] = count_flops(call) / len(self.inputs.images)
+                self.known[view, case] = count_flops(call, fake=large) / len(self.inputs.images)
         return self.known[view, case]
 
     def tome_removals(self, case: Case, method: str = "tome") -> int:
