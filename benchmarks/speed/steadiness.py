@@ -1,21 +1,22 @@
 """Do runs of the speed benchmark agree with each other? `python -m benchmarks.speed.steadiness`.
 
-Runs of `benchmarks.speed`, one after the other, and of each speed-up how far those that have settled lie from their
+Runs of `benchmarks.speed`, one process after the other, and of each speed-up how far those that have settled lie from their
 median. Run it while the machine does other work: on a quiet one they agree.
 """
 
 from __future__ import annotations
 
 import argparse
+import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from statistics import median
 from typing import Any
 
 from benchmarks.common.command import add_output, parse, report_on, write
+from benchmarks.common.results import read
 from benchmarks.common.show import aligned
-
-from . import __main__ as speed
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -71,7 +72,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     for number in range(1, options.runs + 1):
         start = time.monotonic()
         folder = options.output.with_suffix("") / str(number)
-        run = speed.main([*options.options.split(), "--output", str(folder)])
+        command = [sys.executable, "-m", "benchmarks.speed", *options.options.split(), "--output", str(folder)]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        run = read(folder / "speed.json")
         runs.append(run["results"])
         took.append(round(time.monotonic() - start, 1))
         loads.append(run["machine"]["load_before"])
