@@ -14,6 +14,7 @@ from benchmarks.common.cost import peak_memory
 from benchmarks.common.photographs import SOURCES, batch_of, load_photos
 from benchmarks.common.tome import attend, front, match, matching_flops, merge, schedule, token_merging
 from benchmarks.models.loading import load
+from benchmarks.speed import counting
 from benchmarks.speed.__main__ import main
 from benchmarks.speed.cases import MERGED, Case, Inputs, Selection
 from benchmarks.speed.counting import FlopBook
@@ -136,6 +137,23 @@ def test_flops_of_selection_are_those_of_its_tokens(base, rate):
 def test_flops_do_not_depend_on_the_batch(base):
     host, photos = base.host, load_photos(SOURCES[:2])
     assert FlopBook(host, Selection(), inputs_of(host, photos, 2)).of(Case("text", 0.5)) == base.of(Case("text", 0.5))
+
+
+def test_counts_of_a_real_pass_are_those_of_fake_tensors(tiny, monkeypatch):
+    """Which of them is made depends on the size of the model."""
+    host, counted = load(tiny), {}
+    cases = [Case("text", 0.5), Case("random", 0.5), Case(MERGED, 0.5, own_rate=0.4), Case("tome front", 0.5, 2)]
+    original = counting.count_flops
+    for limit in (0, 1e11):
+        ways = []
+        monkeypatch.setattr(counting, "LARGE", limit)
+        monkeypatch.setattr(
+            counting, "count_flops", lambda call, fake, ways=ways: ways.append(fake) or original(call, fake)
+        )
+        book = FlopBook(host, Selection(), inputs_of(host, load_photos(SOURCES[:1]), 1))
+        counted[limit] = [book.of(case) for case in (Case("unpatched"), *cases)]
+        assert ways == [True] + [limit == 0] * len(cases)
+    assert counted[0] == counted[1e11]
 
 
 def test_tome_meets_the_flops_of_selection(base):

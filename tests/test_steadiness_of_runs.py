@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 from since import BENCHMARKS, needs
@@ -10,6 +11,7 @@ from since import BENCHMARKS, needs
 needs(*BENCHMARKS, module=True)
 from benchmarks import pages
 from benchmarks.common.show import spread
+from benchmarks.speed import __main__ as speed
 from benchmarks.speed import steadiness
 
 
@@ -41,10 +43,17 @@ def test_batches_methods_and_rates_are_kept_apart_and_a_run_may_lack_one():
     ]  # fmt: skip
 
 
-def test_study_of_runs(tiny, tmp_path, capsys):
+def test_study_of_runs(tiny, tmp_path, capsys, monkeypatch):
+    """Here in one process: another would not know the tiny model."""
+
+    def run(command, check, stdout):
+        assert command[:3] == [sys.executable, "-m", "benchmarks.speed"] and check
+        speed.main(command[3:])
+
+    monkeypatch.setattr(steadiness.subprocess, "run", run)
     output = tmp_path / "steadiness.json"
     options = f"--model {tiny} --keep-rate 0.5 --merge 0 --tome --batch 1 --rounds 4"
-    found = steadiness.main(["--runs", "2", "--options", options, "--output", str(output)])
+    found = steadiness.main(["--runs", "2", f"--options={options}", "--output", str(output)])
     (result,) = found["results"]
     assert result["rounds"] == [4, 4] and all(value > 0 for value in result["speed_up"])
     assert len(found["took"]) == len(found["load_before"]) == 2 and found["machine"]["threads"] == 1

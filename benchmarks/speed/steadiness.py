@@ -1,7 +1,7 @@
 """Do runs of the speed benchmark agree with each other? `python -m benchmarks.speed.steadiness`.
 
-Runs of `benchmarks.speed`, one process after the other, and of each speed-up how far those that have settled lie from their
-median. Run it while the machine does other work: on a quiet one they agree.
+Runs of `benchmarks.speed`, one process after the other, and of each speed-up how far those that have settled lie from
+their median. Run it while the machine does other work: on a quiet one they agree.
 """
 
 from __future__ import annotations
