@@ -26,6 +26,7 @@ from benchmarks.speed import estimators, plot, report, scale, steady
 from benchmarks.speed import measure as timing
 from benchmarks.speed import run as run_module
 from benchmarks.speed.cases import AGAIN, Case, Selection, Setting
+from benchmarks.speed.lockstep import Lockstep
 from benchmarks.speed.measure import How, measure, settled, twin
 from benchmarks.speed.run import inputs_of
 from benchmarks.speed.steady import FEWEST_ROUNDS, SETTLED
@@ -47,6 +48,8 @@ def measured(host, monkeypatch, seconds, end=float("inf"), cases=CASES, **how):
         return seconds(next(calls))
 
     monkeypatch.setattr(timing, "timed", timed)
+    if not how.get("graphs"):
+        monkeypatch.setattr(Lockstep, "run", lambda self, runs: [[timed(run, None, "")] for run in runs])
     inputs = inputs_of(host, load_photos(SOURCES[:1]), 2)
     with tqdm(disable=True) as bar:
         return measure(
@@ -101,29 +104,6 @@ def test_settled_is_what_every_half_of_the_rounds_says():
     assert steady.farthest(fast_once) > 0.1 and not steady.settled(5, fast_once), "two halves, far apart"
     assert steady.settled(5, [2.0] * 9 + [2.0 * (1 + SETTLED - 1e-9)])
     assert not steady.settled(5, [2.0] * 9 + [2.0 * (1 - SETTLED - 1e-9)]), "one half is enough"
-
-
-def test_laps_are_the_parts_of_a_call():
-    """Blocks end at 3, 4 and 6 of a call that takes 10: what lies before the first and after the last is one part."""
-    layers = torch.nn.Sequential(*(torch.nn.Identity() for _ in range(3)))
-    times = iter([3.0, 4.0, 6.0])
-    laps = steady.Laps(lambda: next(times))
-    with laps.of(layers):
-        layers(torch.zeros(1))
-    assert laps.read(10.0) == [1.0, 2.0, 7.0]
-    layers(torch.zeros(1))
-    assert laps.read(10.0) == [10.0], "without blocks a call is one part; hooks are gone"
-
-
-def test_calls_are_read_block_by_block(host, monkeypatch):
-    found = measured(host, monkeypatch, lambda call: 1.0, rounds=2)
-    depth = len(timing.find_towers(host.model)[0].blocks)
-    for each in found:
-        assert [len(parts) for parts in each.parts] == [depth] * 2
-        assert [sum(parts) for parts in each.parts] == pytest.approx(each.seconds)
-    whole = measured(host, monkeypatch, lambda call: 1.0, rounds=2, graphs=True)
-    assert all(each.parts == [[1.0], [1.0]] for each in whole)
-    assert not any(block._forward_hooks for block in timing.find_towers(host.model)[0].blocks)
 
 
 def test_order_cancels_a_steady_drift():

@@ -6,10 +6,13 @@ import copy
 import dataclasses
 import gc
 import itertools
+import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -25,7 +28,8 @@ from patchselect.wiring.towers import find_towers
 
 from . import steady
 from .cases import AGAIN, Case, Inputs, Selection, Setting, mode, patched, runner
-from .steady import Laps, Parts
+from .lockstep import Lockstep
+from .steady import Parts
 
 MOST_ROUNDS = 40
 
@@ -69,7 +73,8 @@ class SelectionClock:
 
     def __init__(self, device: torch.device, clock: str) -> None:
         self.device, self.now = device, CLOCKS[clock]
-        self.marks: list[tuple[Any, Any]] = []
+        self.marks: defaultdict[int, list[tuple[Any, Any]]] = defaultdict(list)
+        """By thread: calls in lockstep have one each."""
 
     def mark(self) -> Any:
         if self.device.type != "cuda":
@@ -80,7 +85,7 @@ class SelectionClock:
 
     def read(self) -> float:
         """Return seconds since the last reading; after the device was synchronised."""
-        marks, self.marks = self.marks, []
+        marks = self.marks.pop(threading.get_ident(), [])
         if self.device.type != "cuda":
             return sum(end - start for start, end in marks)
         return sum(start.elapsed_time(end) for start, end in marks) / 1000
@@ -93,7 +98,7 @@ class SelectionClock:
             def timed(*args: Any, **kwargs: Any) -> Any:
                 start = self.mark()
                 result = function(*args, **kwargs)
-                self.marks.append((start, self.mark()))
+                self.marks[threading.get_ident()].append((start, self.mark()))
                 return result
 
             return timed
@@ -144,7 +149,7 @@ def measure(
     device = inputs.images.device
     clock = None if how.compiled or how.graphs else SelectionClock(device, how.clock)
     whole = clock is None or device.type == "cuda" or setting.work != "forward"
-    laps = Laps(CLOCKS[how.clock])
+    lockstep = Lockstep(CLOCKS[how.clock])
     results = {case: Measured(setting, case) for case in cases}
     base = results[cases[0]]
     with ExitStack() as stack:
@@ -168,10 +173,27 @@ def measure(
                 runner(own, case, setting, inputs.first())()
             if not whole:
                 (tower,) = find_towers(own.model)
-                stack.enter_context(laps.of(tower.blocks))
+                stack.enter_context(lockstep.at(tower.blocks))
             bar.update()
         if clock is not None:
             clock.read()
+
+        def once(case: Case) -> None:
+            """Run a case in lockstep."""
+            calls[case]()
+            if clock is not None:
+                results[case].selecting.append(clock.read())
+
+        def one_round(order: Sequence[Case]) -> Iterator[tuple[Case, Parts]]:
+            bar.set_description_str(str(setting))
+            if not whole:
+                yield from zip(order, lockstep.run([partial(once, case) for case in order]))
+                return
+            for case in order:
+                yield case, [timed(calls[case], device, how.clock)]
+                if clock is not None:
+                    results[case].selecting.append(clock.read())
+
         longest = 0.0
         for number, order in enumerate(turns(cases, how.rounds or MOST_ROUNDS, how.seed)):
             start = time.monotonic()
@@ -179,13 +201,9 @@ def measure(
             if enough and (start + longest > end or all(settled(base, each) for each in results.values())):
                 break
             bar.total = bar.n + len(cases) * max(1, (how.rounds or 1) - number)
-            for case in order:
-                bar.set_description_str(f"{setting} | {case}")
-                seconds = timed(calls[case], device, how.clock)
-                results[case].seconds.append(seconds)
-                results[case].parts.append(laps.read(seconds))
-                if clock is not None:
-                    results[case].selecting.append(clock.read())
+            for case, parts in one_round(order):
+                results[case].parts.append(parts)
+                results[case].seconds.append(sum(parts))
                 bar.update()
             gc.collect()
             longest = max(longest, time.monotonic() - start)

@@ -8,14 +8,11 @@ far to trust itself: what would half of its rounds have said?
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from itertools import combinations
 from math import comb
 from statistics import median
 from typing import List
-
-from torch import nn
 
 Parts = List[float]
 """Seconds of the parts of one call."""
@@ -26,34 +23,6 @@ SETTLED = 0.03
 """How far the speed-up by any half of the rounds may lie from the median over the halves."""
 WAYS = 20
 """How many halves are asked, at most."""
-
-
-class Laps:
-    """The seconds of each part of one call: from the end of a block to the end of the next, and all the rest."""
-
-    def __init__(self, clock: Callable[[], float]) -> None:
-        self.clock = clock
-        self.marks: list[float] = []
-
-    @contextmanager
-    def of(self, blocks: Sequence[nn.Module]) -> Iterator[None]:
-        """Read the clock at the end of each block while this lasts: less than a microsecond each."""
-
-        def mark(*_: object) -> None:
-            self.marks.append(self.clock())
-
-        hooks = [block.register_forward_hook(mark) for block in blocks]
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
-
-    def read(self, seconds: float) -> Parts:
-        """Return the parts of the last call, which took so many seconds; without blocks it is one part."""
-        between = [end - start for start, end in zip(self.marks, self.marks[1:])]
-        self.marks.clear()
-        return [*between, seconds - sum(between)]
 
 
 def undisturbed(calls: Sequence[Parts]) -> float:
