@@ -17,7 +17,8 @@ COLUMNS = (
 )  # fmt: skip
 
 LEGEND = """\
-Unpatched, guided by text (TRIPS), by the image's [CLS] (EViT) and at random ran in turns, in a new order each round.
+Unpatched, guided by text (TRIPS), by the image's [CLS] (EViT) and at random ran in turns, forward passes block by
+block, in a new order each round.
 images/s: median [quartiles] over the rounds. speed-up: unpatched time over own time, both of a call whose blocks all
 take the least that they took in any of half of the rounds; median [quartiles] over the ways to halve them. Rounds go on
 until, after {fewest} or more, no half is further than {settled:.0%} from the median, or the time is up: "not settled"

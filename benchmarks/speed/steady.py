@@ -1,8 +1,8 @@
-"""Speed-ups that other work on the machine hardly changes: calls are read block by block, and each block at its best.
+"""Speed-ups that other work on the machine hardly changes, and how far to trust them.
 
 What else runs slows a call down, for a tenth of a second to some seconds at a time, and never makes it faster. So the
-time of a call is the sum, over its parts, of the least that each part took in any of the rounds. A run then says how
-far to trust itself: what would half of its rounds have said?
+time of a call is the sum, over its parts, of the least that each part took in any of the rounds (`lockstep` reads the
+parts). A run then says how far to trust itself: what would half of its rounds have said?
 """
 
 from __future__ import annotations
