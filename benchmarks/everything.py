@@ -1,7 +1,8 @@
 """All figures of this machine in one command: `python -m benchmarks.everything [--device cuda]`.
 
 Each question is a run of its own; its JSON goes to `benchmarks/results/MACHINE/`, to be committed, and the tables of
-the pages that name it are made anew. `estimators` asks for a busy machine, the others for a quiet one.
+the pages that name it are made anew. `estimators` and `steadiness` ask for a busy machine, the others for a
+quiet one.
 """
 
 from __future__ import annotations
@@ -27,12 +28,13 @@ from benchmarks.speed import (
     resolution,
     scale,
     sized_attention,
+    steadiness,
     whole_model,
 )
 
 PLAIN = "--keep-rate 0.5 --merge 0 --tome"
 QUESTIONS: dict[str, tuple[Callable[[Sequence[str]], dict[str, Any]], str]] = {
-    "speed": (speed.main, "--seconds 300"),
+    "speed": (speed.main, "--batch 8 1 --seconds 300"),
     "batch1": (speed.main, f"{PLAIN} --batch 1 --rounds 15 --guidance text again random"),
     "precision": (speed.main, f"{PLAIN} --batch 1 --precision fp32 bf16 --rounds 7"),
     "compiled": (speed.main, f"{PLAIN} --batch 1 --precision fp32 bf16 --rounds 7 --compile"),
@@ -42,6 +44,7 @@ QUESTIONS: dict[str, tuple[Callable[[Sequence[str]], dict[str, Any]], str]] = {
     },
     "scale": (scale.main, ""),
     "estimators": (estimators.main, ""),
+    "steadiness": (steadiness.main, ""),
     "pairs": (pairs.main, "--model ViT-B-16 --texts 16 --rounds 3"),
     "resolution": (resolution.main, "--sizes 224 256 288 320 336 384 --batch 1"),
     "resolution-384": (
@@ -57,11 +60,14 @@ QUESTIONS: dict[str, tuple[Callable[[Sequence[str]], dict[str, Any]], str]] = {
     "albef": (whole_model.main, "--host albef --work pair --batch 1 --rounds 3 --profile"),
 }
 """The command behind each question."""
-FILES = ("estimators", "last-block", "sized-attention", "arithmetic", "processes", "multimodal", "blip", "albef")
+FILES = (
+    "estimators", "steadiness", "last-block", "sized-attention", "arithmetic", "processes", "multimodal", "blip",
+    "albef",
+)  # fmt: skip
 """Questions whose command wants a file for its output, others a folder."""
-CPU_ALONE = ("estimators", "arithmetic", "processes", "blip", "albef")
-NOT_ASKED = ("estimators", "albef")
-"""Only where `--only` names them: one wants a busy machine, the other a checkout."""
+CPU_ALONE = ("estimators", "steadiness", "arithmetic", "processes", "blip", "albef")
+NOT_ASKED = ("estimators", "steadiness", "albef")
+"""Only where `--only` names them: two want a busy machine, the other a checkout."""
 STUDIES = ("quick", "clip", "answering")
 """Files of results that a command of `benchmarks.accuracy` has written."""
 

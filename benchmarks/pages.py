@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common.results import FOLDER, read
-from benchmarks.common.show import apart, markdown, quartiles, threads
+from benchmarks.common.show import markdown, quartiles, threads, unsettled
+from benchmarks.speed import steadiness as runs
 from benchmarks.speed import tables
 
 ROOT = FOLDER.parent.parent
@@ -38,11 +39,7 @@ def origin(report: dict[str, Any]) -> str:
 
 def speed_up(record: dict[str, Any], digits: int = 2) -> str:
     """Write a speed-up with its quartiles, or that it has not settled."""
-    if record["settled"]:
-        return quartiles(record["speed_up"], digits)
-    if record.get("rounds") == 1:
-        return "not settled: one round"
-    return f"not settled: {record['speed_up']['median']:.2f} ±{apart(record['speed_up']):.0%}"
+    return quartiles(record["speed_up"], digits) if record["settled"] else unsettled(record)
 
 
 def of(report: dict[str, Any], batch: int, **wanted: Any) -> list[dict[str, Any]]:
@@ -131,6 +128,15 @@ def estimators(report: dict[str, Any]) -> str:
     )
 
 
+def steadiness(report: dict[str, Any]) -> str:
+    """Write what runs of the speed benchmark found, one after the other."""
+    rows = [list(runs.COLUMNS), *map(runs.cells, report["results"])]
+    return (
+        f"{markdown(rows)}\n\n{runs.about(report)}; {report['machine']['processor']}, commit {report['commit']}, "
+        f"{report['created'][:10]}."
+    )
+
+
 def machines(folder: Path) -> str:
     """List all machines that there are results of, and the kinds that there are none of."""
     rows = [["machine", "device", "torch", "commit", "text, keep 0.7 / 0.5 / 0.3", "file"]]
@@ -147,6 +153,7 @@ def machines(folder: Path) -> str:
 
 TABLES: dict[str, Callable[[Any], str]] = {
     "speed": speed, "short": short, "again": again, "precision": precision, "scale": scale, "estimators": estimators,
+    "steadiness": steadiness,
     **tables.TABLES,
 }  # fmt: skip
 

@@ -14,6 +14,7 @@ from benchmarks.common.cost import peak_memory
 from benchmarks.common.photographs import SOURCES, batch_of, load_photos
 from benchmarks.common.tome import attend, front, match, matching_flops, merge, schedule, token_merging
 from benchmarks.models.loading import load
+from benchmarks.speed import counting
 from benchmarks.speed.__main__ import main
 from benchmarks.speed.cases import MERGED, Case, Inputs, Selection
 from benchmarks.speed.counting import FlopBook
@@ -138,6 +139,23 @@ def test_flops_do_not_depend_on_the_batch(base):
     assert FlopBook(host, Selection(), inputs_of(host, photos, 2)).of(Case("text", 0.5)) == base.of(Case("text", 0.5))
 
 
+def test_counts_of_a_real_pass_are_those_of_fake_tensors(tiny, monkeypatch):
+    """Which of them is made depends on the size of the model."""
+    host, counted = load(tiny), {}
+    cases = [Case("text", 0.5), Case("random", 0.5), Case(MERGED, 0.5, own_rate=0.4), Case("tome front", 0.5, 2)]
+    original = counting.count_flops
+    for limit in (0, 1e11):
+        ways = []
+        monkeypatch.setattr(counting, "LARGE", limit)
+        monkeypatch.setattr(
+            counting, "count_flops", lambda call, fake, ways=ways: ways.append(fake) or original(call, fake)
+        )
+        book = FlopBook(host, Selection(), inputs_of(host, load_photos(SOURCES[:1]), 1))
+        counted[limit] = [book.of(case) for case in (Case("unpatched"), *cases)]
+        assert ways == [True] + [limit == 0] * len(cases)
+    assert counted[0] == counted[1e11]
+
+
 def test_tome_meets_the_flops_of_selection(base):
     removed = base.tome_removals(Case("text", 0.5))
     assert base.of(Case("tome", 0.5, removed)) == pytest.approx(base.of(Case("text", 0.5)), rel=0.005)
@@ -164,7 +182,15 @@ def test_merging_early_meets_the_flops_of_selection(base, rate):
 def test_matching_flops_finds_the_closest():
     for target in (1000.0, 996.0, 333.3, 5.0, 0.0, 2000.0):
         best = min(range(101), key=lambda removed: abs(1000 - 9.9 * removed - target))
-        assert matching_flops(target, lambda removed: 1000 - 9.9 * removed, 100) == best
+        for guess in (None, 0, best, best + 1, best - 1, best + 50, 100, 1000, -3):
+            assert matching_flops(target, lambda removed: 1000 - 9.9 * removed, 100, guess) == best
+
+
+@pytest.mark.parametrize("off", [-1, 0, 1])
+def test_a_good_guess_saves_counts(off):
+    asked = []
+    found = matching_flops(333.3, lambda removed: asked.append(removed) or 1000 - 9.9 * removed, 100, 67 + off)
+    assert found == 67 and len(asked) <= 4 and len(set(asked)) == len(asked)
 
 
 def test_peak_memory_counts_what_lives_together():

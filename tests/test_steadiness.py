@@ -19,15 +19,17 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from benchmarks.common import clock
 from benchmarks.common.photographs import SOURCES, load_photos
-from benchmarks.common.show import apart, canvas, spread
+from benchmarks.common.show import canvas, spread
 from benchmarks.models.loading import load
 from benchmarks.speed import __main__ as command
-from benchmarks.speed import estimators, plot, report, scale
+from benchmarks.speed import estimators, plot, report, scale, steady
 from benchmarks.speed import measure as timing
 from benchmarks.speed import run as run_module
 from benchmarks.speed.cases import AGAIN, Case, Selection, Setting
-from benchmarks.speed.measure import FEWEST_ROUNDS, How, Measured, measure, settled, twin
+from benchmarks.speed.lockstep import Lockstep
+from benchmarks.speed.measure import How, measure, settled, twin
 from benchmarks.speed.run import inputs_of
+from benchmarks.speed.steady import FEWEST_ROUNDS, SETTLED
 
 CASES = [Case("unpatched"), Case("text", 0.5), Case("random", 0.5)]
 
@@ -46,6 +48,8 @@ def measured(host, monkeypatch, seconds, end=float("inf"), cases=CASES, **how):
         return seconds(next(calls))
 
     monkeypatch.setattr(timing, "timed", timed)
+    if not how.get("graphs"):
+        monkeypatch.setattr(Lockstep, "run", lambda self, runs: [[timed(run, None, "")] for run in runs])
     inputs = inputs_of(host, load_photos(SOURCES[:1]), 2)
     with tqdm(disable=True) as bar:
         return measure(
@@ -78,12 +82,28 @@ def test_exactly_so_many_rounds(host, monkeypatch):
     assert len(found[0].seconds) == 5
 
 
-def test_settled_is_what_the_quartiles_say():
-    setting = Setting(32, 1, "fp32")
-    base = Measured(setting, CASES[0], seconds=[1.0] * 5)
-    assert settled(base, Measured(setting, CASES[1], seconds=[0.5, 0.51, 0.5, 0.49, 5.0])), "an outlier is none"
-    assert not settled(base, Measured(setting, CASES[1], seconds=[0.5, 0.6, 0.5, 0.4, 0.6]))
-    assert apart(spread([1.0, 2.0, 4.0, 5.0, 5.0])) == 0.5
+def test_a_call_takes_what_its_parts_take_undisturbed():
+    assert steady.undisturbed([[1.0, 5.0], [3.0, 2.0], [2.0, 2.5]]) == 3.0
+    with pytest.raises(ValueError, match="same number of parts"):
+        steady.undisturbed([[1.0, 5.0], [3.0]])
+
+
+@pytest.mark.parametrize("rounds", [1, 2, 3, 4, 5, 6, 7, 40])
+def test_halves_are_halves_and_always_the_same(rounds):
+    found = steady.halves(rounds)
+    assert {len(set(half)) for half in found} == {-(-rounds // 2)} and 1 <= len(found) <= steady.WAYS
+    assert found == steady.halves(rounds) and {one for half in found for one in half} == set(range(rounds))
+    assert len({tuple(sorted(half)) for half in found}) == len(found)
+
+
+def test_settled_is_what_every_half_of_the_rounds_says():
+    base, disturbed = [[1.0, 1.0]] * 5, [[0.5, 0.5]] * 4 + [[0.5, 5.0]]
+    assert steady.speed_ups(base, disturbed) == [2.0] * 10, "what disturbs one part of one round is left out"
+    assert steady.settled(5, [2.0] * 10) and not steady.settled(FEWEST_ROUNDS - 1, [2.0] * 3)
+    fast_once = steady.speed_ups(base, [[0.5, 0.5]] * 4 + [[0.5, 0.4]])
+    assert steady.farthest(fast_once) > 0.1 and not steady.settled(5, fast_once), "two halves, far apart"
+    assert steady.settled(5, [2.0] * 9 + [2.0 * (1 + SETTLED - 1e-9)])
+    assert not steady.settled(5, [2.0] * 9 + [2.0 * (1 - SETTLED - 1e-9)]), "one half is enough"
 
 
 def test_order_cancels_a_steady_drift():
@@ -119,19 +139,20 @@ def test_a_text_again_selects_what_it_selected(host, monkeypatch):
     assert not torch.allclose(seen["unpatched"], seen[AGAIN], atol=1e-3)
 
 
-def record(method, middle, low, high, rounds=5, sure=True):
+def record(method, middle, low, high, rounds=5, sure=True, off=0.02):
     return {
         "image_size": 32, "batch": 1, "precision": "fp32", "work": "forward", "view": "tower", "method": method,
         "label": method, "keep_rate": 0.5, "rounds": rounds, "images_per_second": spread([1.0]), "settled": sure,
         "speed_up": {"median": middle, "q1": low, "q3": high}, "gflops_per_image": 1.0, "flop_ratio": 1.5,
-        "efficiency": 1.0, "peak_memory_bytes": None, "selecting_share": None,
+        "efficiency": 1.0, "peak_memory_bytes": None, "selecting_share": None, "farthest_half": off,
     }  # fmt: skip
 
 
 def test_what_has_not_settled_is_said_and_drawn_pale():
-    sure, unsure = record("text", 1.5, 1.49, 1.52), record("random", 1.5, 1.3, 1.6, sure=False)
+    sure, unsure = record("text", 1.5, 1.49, 1.52), record("random", 1.5, 1.3, 1.6, sure=False, off=0.13)
     shown = report.table([sure, unsure, record("image", 1.5, 1.5, 1.5, rounds=1, sure=False)])
-    assert "1.500 [1.490, 1.520]" in shown and "not settled: 1.50 ±13%" in shown and "not settled: 1 round(s)" in shown
+    assert "1.500 [1.490, 1.520]" in shown and "not settled: one round" in shown
+    assert "not settled: 1.50 ±13% in 5 rounds" in shown
     _, (axis,) = canvas(4, 3)
     plot._panel(axis, [sure, unsure], [{"keep_rate": 1.0, "flop_ratio": 1.0}])
     strengths = {container.get_label(): container.lines[0].get_alpha() for container in axis.containers}
@@ -160,7 +181,7 @@ def test_the_first_lines_say_what_and_how_long(tiny, tmp_path, capsys, monkeypat
         command.main(f"--model {tiny} --device cpu --seconds 77 --output {tmp_path}".split())
     first, second, third, *_ = capsys.readouterr().out.splitlines()
     assert first.startswith(f"How much faster {tiny} gets on this machine (") and "one thread, CPU time" in first
-    assert "guided by text, merging, merging before one selection; keep rates 0.3, 0.5, 0.7; batch 8, 1" in second
+    assert "guided by text, merging, merging before one selection; keep rates 0.3, 0.5, 0.7; batch 4, 1" in second
     assert third == "This takes at most 77 seconds, less if all speed-ups settle before."
     torch.set_num_threads(threads)
 
@@ -169,7 +190,7 @@ def test_the_default_is_what_a_newcomer_asks(tiny, tmp_path, capsys):
     found = command.main(f"--model {tiny} --device cpu --rounds 1 --output {tmp_path}".split())
     shown = [(r["batch"], r["method"], r["keep_rate"]) for r in found["results"]]
     one = [("unpatched", 1.0), *(("text", rate) for rate in (0.3, 0.5, 0.7)), ("merged", 0.5), ("tome front", 0.5)]
-    assert shown == [(batch, *case) for batch in (8, 1) for case in one]
+    assert shown == [(batch, *case) for batch in (4, 1) for case in one]
     assert found["settings"]["clock"] == "cpu" and found["machine"]["threads"] == 1
     assert all(r["peak_memory_bytes"] is None for r in found["results"])
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import accumulate
 from typing import Any
 
@@ -42,12 +42,14 @@ def countable() -> Iterator[Any]:
         torch.backends.mha.set_fastpath_enabled(fast)
 
 
-def count_flops(call: Callable[[], object]) -> int:
+def count_flops(call: Callable[[], object], fake: bool = True) -> int:
     """Count the FLOPs of a call, 2 per multiply-add, as `torch.utils.flop_counter` counts them.
 
-    The call runs on fake tensors (real modules, no arithmetic): it must make its own inputs with `torch.zeros`.
+    The call runs on fake tensors (real modules, no arithmetic): it must make its own inputs with `torch.zeros`. That
+    takes about a second, whatever the size; not `fake`, it takes what the arithmetic takes.
     """
-    with torch.no_grad(), countable() as counter, FakeTensorMode(allow_non_fake_inputs=True):
+    tensors = FakeTensorMode(allow_non_fake_inputs=True) if fake else nullcontext()
+    with torch.no_grad(), countable() as counter, tensors:
         call()
     return int(counter.get_total_flops())
 

@@ -6,6 +6,9 @@ from collections.abc import Mapping, Sequence
 from statistics import quantiles
 from typing import Any
 
+APART = 0.05
+"""How far quartiles of single rounds may lie from their median, where a command times whole calls so many times."""
+
 
 def spread(values: Sequence[float]) -> dict[str, float]:
     """Return median and quartiles."""
@@ -16,6 +19,16 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 def apart(value: Mapping[str, float]) -> float:
     """Return how far the farther quartile of what `spread` returned lies from the median, as a share of it."""
     return max(value["q3"] - value["median"], value["median"] - value["q1"]) / value["median"]
+
+
+def unsettled(record: Mapping[str, Any], digits: int = 2) -> str:
+    """Write of a speed-up that it is none yet, and how far off its farthest half of the rounds is, or its quartiles."""
+    if record.get("rounds") == 1:
+        return "not settled: one round"
+    middle = f"not settled: {record['speed_up']['median']:.{digits}f}"
+    if "farthest_half" in record:
+        return f"{middle} ±{record['farthest_half']:.0%} in {record['rounds']} rounds"
+    return f"{middle} ±{apart(record['speed_up']):.0%}"
 
 
 def quartiles(value: Mapping[str, float], digits: int, unit: str = "", scale: float = 1.0) -> str:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -149,15 +149,21 @@ def token_merging(model: nn.Module, removed: int, fused: bool = True, first: int
             vars(block).pop("forward", None)
 
 
-def matching_flops(target: float, count: Callable[[int], float], most: int) -> int:
+def matching_flops(target: float, count: Callable[[int], float], most: int, guess: int | None = None) -> int:
     """Return how many patches ToMe must remove in all to cost `target`, by bisection; costs fall as removals grow.
 
     Args:
         target: FLOPs to meet.
         count: FLOPs with that many removals.
         most: the largest number of removals.
+        guess: where the answer is likely to be: where it is within 1 of that, 2 to 4 counts find it.
     """
+    count = lru_cache(maxsize=None)(count)
     low, high = 0, most
+    for near in () if guess is None else (guess, guess - 1, guess + 1):
+        if 0 <= near < most and count(near) >= target >= count(near + 1):
+            low, high = near, near + 1
+            break
     low_cost, high_cost = count(low), count(high)
     while high - low > 1 and low_cost > target > high_cost:
         # Regula falsi, kept inside of the bracket: costs are almost linear, so a few counts are enough.

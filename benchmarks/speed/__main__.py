@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--guidance", nargs="*", default=["text"], choices=[*GUIDED, AGAIN], help=about)
     add("--relevance", type=named, metavar="NAME", help=f"of text: keys, values, …, {OUTSIDE}; default: the adapter's")
     add("--fusion", type=named, default="mean", metavar="NAME", help=f"of what is not kept: sum, none, {OUTSIDE}")
-    add("--batch", type=int, nargs="+", default=[8, 1], metavar="IMAGES")
+    add("--batch", type=int, nargs="+", default=[4, 1], metavar="IMAGES")
     add("--precision", nargs="+", default=["fp32"], choices=["fp32", "bf16", "amp"], help="amp: bf16 autocast")
     add("--pass", nargs="+", default=["forward"], choices=PASSES, dest="work", help="train: forward and backward")
     add("--view", nargs="+", default=["tower"], choices=VIEWS, help="vision tower, or whole model with the text side")

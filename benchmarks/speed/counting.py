@@ -6,11 +6,16 @@ import dataclasses
 from collections.abc import Sequence
 
 from benchmarks.common.cost import count_flops
-from benchmarks.common.tome import matching_flops
+from benchmarks.common.lengths import Lengthwise
+from benchmarks.common.tome import front, matching_flops
 from benchmarks.models.host import Host
+from patchselect.wiring.plan import check_layers
 from patchselect.wiring.towers import find_towers
 
 from .cases import AGAIN, MERGED, Case, Inputs, Selection, Setting, patched, runner
+
+LARGE = 1e11
+"""FLOPs that take a core longer than counting them on fake tensors does."""
 
 
 class FlopBook:
@@ -29,21 +34,36 @@ class FlopBook:
             def call() -> object:
                 return runner(self.host, case, setting, self.inputs.fake())()
 
+            unpatched = case.method == "unpatched"
+            large = unpatched or self.of(Case("unpatched"), view) * len(self.inputs.images) > LARGE
             with patched(self.host, case, self.selection):
-                self.known[view, case] = count_flops(call) / len(self.inputs.images)
+                self.known[view, case] = count_flops(call, fake=large) / len(self.inputs.images)
         return self.known[view, case]
 
     def tome_removals(self, case: Case, method: str = "tome") -> int:
         """Return how many patches this kind of ToMe must remove for its FLOPs to come closest to those of `case`."""
         patches, depth = self.size()
         count = lambda removed: self.of(Case(method, case.keep_rate, removed))  # noqa: E731
-        return matching_flops(self.of(case), count, patches - depth)
+        guess = self.lengths().merged_like(self.share(case), front(depth) if method == "tome front" else None)
+        return matching_flops(self.of(case), count, patches - depth, guess)
 
     def merged_rate(self, case: Case) -> float:
         """Return which keep rate one selection after merging needs for its FLOPs to come closest to those of `case`."""
         patches, _ = self.size()
         count = lambda removed: self.of(Case(MERGED, case.keep_rate, own_rate=1 - removed / patches))  # noqa: E731
-        return 1 - matching_flops(self.of(case), count, patches - 1) / patches
+        guess = round(patches * (1 - self.lengths().rate_like(self.share(case), self.selection.merge)))
+        return 1 - matching_flops(self.of(case), count, patches - 1, guess) / patches
+
+    def share(self, case: Case) -> float:
+        """Return the FLOPs of a case, those of the unpatched model being 1."""
+        return self.of(case) / self.of(Case("unpatched"))
+
+    def lengths(self) -> Lengthwise:
+        """Return the tower as its lengths are reckoned: good for a guess."""
+        (tower,) = find_towers(self.host.model)
+        patches, depth = self.size()
+        heads = max(1, tower.width // 64)
+        return Lengthwise(patches, depth, tower.width, check_layers(self.selection.layers, depth), heads)
 
     def size(self) -> tuple[int, int]:
         """Return patches of an image, and blocks of the tower."""

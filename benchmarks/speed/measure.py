@@ -6,10 +6,13 @@ import copy
 import dataclasses
 import gc
 import itertools
+import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -19,17 +22,16 @@ from tqdm import tqdm
 import patchselect
 from benchmarks.common.clock import CLOCKS, captured, on_stream, timed, turns
 from benchmarks.common.cost import peak_memory
-from benchmarks.common.show import apart, spread
 from benchmarks.models.host import Host
 from patchselect.wiring import blocks, merging
+from patchselect.wiring.towers import find_towers
 
+from . import steady
 from .cases import AGAIN, Case, Inputs, Selection, Setting, mode, patched, runner
+from .lockstep import Lockstep
+from .steady import Parts
 
-FEWEST_ROUNDS = 3
-"""Before these nothing counts as settled."""
 MOST_ROUNDS = 40
-SETTLED = 0.05
-"""How far the quartiles of a speed-up may lie from its median."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,8 @@ class Measured:
     """Bytes on top of weights and inputs."""
     seconds: list[float] = field(default_factory=list)
     """One call each, in the order of the rounds."""
+    parts: list[Parts] = field(default_factory=list)
+    """What `seconds` are made of."""
     selecting: list[float] = field(default_factory=list)
     """The part of `seconds` that went into relevance, selection, fusion and merging; empty where nobody can tell."""
 
@@ -69,7 +73,8 @@ class SelectionClock:
 
     def __init__(self, device: torch.device, clock: str) -> None:
         self.device, self.now = device, CLOCKS[clock]
-        self.marks: list[tuple[Any, Any]] = []
+        self.marks: defaultdict[int, list[tuple[Any, Any]]] = defaultdict(list)
+        """By thread: calls in lockstep have one each."""
 
     def mark(self) -> Any:
         if self.device.type != "cuda":
@@ -80,7 +85,7 @@ class SelectionClock:
 
     def read(self) -> float:
         """Return seconds since the last reading; after the device was synchronised."""
-        marks, self.marks = self.marks, []
+        marks = self.marks.pop(threading.get_ident(), [])
         if self.device.type != "cuda":
             return sum(end - start for start, end in marks)
         return sum(start.elapsed_time(end) for start, end in marks) / 1000
@@ -93,7 +98,7 @@ class SelectionClock:
             def timed(*args: Any, **kwargs: Any) -> Any:
                 start = self.mark()
                 result = function(*args, **kwargs)
-                self.marks.append((start, self.mark()))
+                self.marks[threading.get_ident()].append((start, self.mark()))
                 return result
 
             return timed
@@ -109,15 +114,14 @@ def twin(host: Host) -> Host:
     return dataclasses.replace(host, model=copy.deepcopy(host.model, {id(tensor): tensor for tensor in held}))
 
 
-def ratios(base: Measured, other: Measured) -> list[float]:
-    """Return the speed-up of each round."""
-    return [b / o for b, o in zip(base.seconds, other.seconds)]
+def speed_ups(base: Measured, other: Measured) -> list[float]:
+    """Return the speed-up that each half of the rounds would have found."""
+    return steady.speed_ups(base.parts, other.parts)
 
 
 def settled(base: Measured, other: Measured) -> bool:
-    """Whether the quartiles of a speed-up lie close to its median."""
-    found = ratios(base, other)
-    return len(found) >= FEWEST_ROUNDS and apart(spread(found)) <= SETTLED
+    """Tell whether more rounds would change a speed-up but little."""
+    return other is base or steady.settled(len(base.parts), speed_ups(base, other))
 
 
 def measure(
@@ -144,6 +148,8 @@ def measure(
     """
     device = inputs.images.device
     clock = None if how.compiled or how.graphs else SelectionClock(device, how.clock)
+    whole = clock is None or device.type == "cuda" or setting.work != "forward"
+    lockstep = Lockstep(CLOCKS[how.clock])
     results = {case: Measured(setting, case) for case in cases}
     base = results[cases[0]]
     with ExitStack() as stack:
@@ -165,21 +171,39 @@ def measure(
                 call()
             else:  # what a first call has to prepare, one image shows
                 runner(own, case, setting, inputs.first())()
+            if not whole:
+                (tower,) = find_towers(own.model)
+                stack.enter_context(lockstep.at(tower.blocks))
             bar.update()
         if clock is not None:
             clock.read()
+
+        def once(case: Case) -> None:
+            """Run a case in lockstep."""
+            calls[case]()
+            if clock is not None:
+                results[case].selecting.append(clock.read())
+
+        def one_round(order: Sequence[Case]) -> Iterator[tuple[Case, Parts]]:
+            bar.set_description_str(str(setting))
+            if not whole:
+                yield from zip(order, lockstep.run([partial(once, case) for case in order]))
+                return
+            for case in order:
+                yield case, [timed(calls[case], device, how.clock)]
+                if clock is not None:
+                    results[case].selecting.append(clock.read())
+
         longest = 0.0
         for number, order in enumerate(turns(cases, how.rounds or MOST_ROUNDS, how.seed)):
             start = time.monotonic()
-            done = start + longest > end or all(settled(base, each) for each in results.values())
-            if number and how.rounds is None and done:
+            enough = number and how.rounds is None
+            if enough and (start + longest > end or all(settled(base, each) for each in results.values())):
                 break
             bar.total = bar.n + len(cases) * max(1, (how.rounds or 1) - number)
-            for case in order:
-                bar.set_description_str(f"{setting} | {case}")
-                results[case].seconds.append(timed(calls[case], device, how.clock))
-                if clock is not None:
-                    results[case].selecting.append(clock.read())
+            for case, parts in one_round(order):
+                results[case].parts.append(parts)
+                results[case].seconds.append(sum(parts))
                 bar.update()
             gc.collect()
             longest = max(longest, time.monotonic() - start)

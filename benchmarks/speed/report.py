@@ -6,20 +6,23 @@ from collections.abc import Sequence
 from itertools import groupby, product
 from typing import Any
 
-from benchmarks.common.show import aligned, apart, quartiles, spread, threads
+from benchmarks.common.show import aligned, quartiles, spread, threads, unsettled
 
 from .cases import MERGED, SELECTING, TOME, Case, Selection
-from .measure import FEWEST_ROUNDS, SETTLED, Measured, ratios, settled
+from .measure import Measured, settled, speed_ups
+from .steady import FEWEST_ROUNDS, SETTLED, farthest
 
 COLUMNS = (
     "method", "keep", "images/s", "speed-up", "GFLOPs each", "FLOP ratio", "efficiency", "peak MB", "selecting",
 )  # fmt: skip
 
 LEGEND = """\
-Unpatched, guided by text (TRIPS), by the image's [CLS] (EViT) and at random ran in turns, in a new order each round.
-images/s and speed-up: median [quartiles]; the speed-up of a round is its unpatched time over its own time. Rounds go
-on until the quartiles of every speed-up are within {settled:.0%} of its median, or the time is up: "not settled" are
-those that are further apart, by ± so much. Times are {clock}.
+Unpatched, guided by text (TRIPS), by the image's [CLS] (EViT) and at random ran in turns, forward passes block by
+block, in a new order each round.
+images/s: median [quartiles] over the rounds. speed-up: unpatched time over own time, both of a call whose blocks all
+take the least that they took in any of half of the rounds; median [quartiles] over the ways to halve them. Rounds go on
+until, after {fewest} or more, no half is further than {settled:.0%} from the median, or the time is up: "not settled"
+are those of which one is, by ± so much. Times are {clock}.
 FLOP ratio: unpatched FLOPs over FLOPs of the forward pass, the selection's own counted in: the limit of the speed-up.
 efficiency: speed-up over FLOP ratio. selecting: share of the time spent on merging, relevance, selection and fusion.
 ToMe (token merging) removes as many patches, evenly over all blocks, as make its FLOPs those of the text-guided case;
@@ -60,6 +63,7 @@ def summarise(
                 "keep_rate": case.keep_rate,
                 "rounds": len(entry.seconds),
                 "seconds": entry.seconds,
+                "parts": entry.parts,
                 "images_per_second": spread([setting.batch / s for s in entry.seconds]),
                 "gflops_per_image": cost / 1e9,
                 "peak_memory_bytes": entry.peak_memory,
@@ -68,17 +72,16 @@ def summarise(
                 "own_keep_rate": case.own_rate if case.method == MERGED else None,
             }
             if case.method != "text encoder":
-                record["speed_up"] = spread(ratios(base, entry))
-                record["settled"] = entry is base or settled(base, entry)
+                found = speed_ups(base, entry)
+                record["speed_up"], record["farthest_half"] = spread(found), farthest(found)
+                record["settled"] = settled(base, entry)
                 record["flop_ratio"] = flops[setting.image_size, setting.view, base.case] / cost
                 record["efficiency"] = record["speed_up"]["median"] / record["flop_ratio"]
             if case.method in SELECTING and entry.selecting and setting.work == "forward":
                 record["selecting_share"] = spread([p / s for p, s in zip(entry.selecting, entry.seconds)])
             if case.method in ("text", MERGED) and tome:
-                rivals = {name: tome[name, case.keep_rate].seconds for name in TOME if (name, case.keep_rate) in tome}
-                record["against_tome"] = {
-                    name: spread([r / s for r, s in zip(rival, entry.seconds)]) for name, rival in rivals.items()
-                }
+                rivals = {name: tome[name, case.keep_rate] for name in TOME if (name, case.keep_rate) in tome}
+                record["against_tome"] = {name: spread(speed_ups(rival, entry)) for name, rival in rivals.items()}
             records.append(record)
     return records
 
@@ -108,13 +111,6 @@ def _cells(record: dict[str, Any]) -> tuple[str, ...]:
     )
 
 
-def unsettled(record: dict[str, Any]) -> str:
-    """Say of a speed-up that it is none yet."""
-    if record["rounds"] < FEWEST_ROUNDS:
-        return f"not settled: {record['rounds']} round(s)"
-    return f"not settled: {record['speed_up']['median']:.2f} ±{apart(record['speed_up']):.0%}"
-
-
 def table(records: Sequence[dict[str, Any]]) -> str:
     """Write one row per case."""
     return aligned([COLUMNS, *map(_cells, records)])
@@ -138,7 +134,7 @@ def document(report: dict[str, Any]) -> str:
         f"{model['library']}; selection in blocks {model['layers']} (0-based) of {model['depth']}; {model['weights']}.",
         f"{machine['processor']}, {threads(machine['threads'])}, torch {report['versions']['torch']}.",
         *(f"Note: {note}." for note in report["notes"]),
-        LEGEND.format(memory=memory, settled=SETTLED, clock=timing(report)),
+        LEGEND.format(memory=memory, settled=SETTLED, fewest=FEWEST_ROUNDS, clock=timing(report)),
     ]
     keys = ("image_size", "batch", "precision", "work", "view")
     for values, group in groupby(report["results"], key=lambda record: tuple(record[key] for key in keys)):

@@ -21,10 +21,9 @@ import patchselect
 from benchmarks.common.clock import CLOCKS, timed, turns
 from benchmarks.common.command import add_device, add_layers, add_output, parse, report_on, write
 from benchmarks.common.cost import count_flops
-from benchmarks.common.show import aligned, apart, canvas, quartiles, spread
+from benchmarks.common.show import APART, aligned, apart, canvas, quartiles, spread, unsettled
 
 from .encoder import vit
-from .measure import FEWEST_ROUNDS, SETTLED
 
 POINT = {"size": 224, "texts": 1, "batch": 1, "depth": 12}
 """What stays while another one changes."""
@@ -90,7 +89,7 @@ def measure(name: str, value: int, options: argparse.Namespace, build: Callable[
         "flop_ratio": flops[0] / flops[1],
         "seconds": spread(seconds[1]),
         "speed_up": speed_up,
-        "settled": options.rounds >= FEWEST_ROUNDS and apart(speed_up) <= SETTLED,
+        "settled": options.rounds >= 3 and apart(speed_up) <= APART,
     }
 
 
@@ -99,7 +98,7 @@ def table(records: Sequence[dict[str, Any]]) -> str:
     rows = [["over", "value", "GFLOPs", "seconds", "FLOP ratio", "speed-up"]]
     for r in records:
         sure = quartiles(r["speed_up"], 3)
-        shown = sure if r["settled"] else f"not settled: {r['speed_up']['median']:.2f} ±{apart(r['speed_up']):.0%}"
+        shown = sure if r["settled"] else unsettled(r)
         figures = [f"{r['gflops']:.1f}", f"{r['seconds']['median']:.3f}", f"{r['flop_ratio']:.3f}"]
         rows.append([NAMES[r["over"]], str(r["value"]), *figures, shown])
     return aligned(rows)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.common.show import apart, markdown, quartiles
-
-from .report import SETTLED
+from benchmarks.common.show import APART, apart, markdown, quartiles, unsettled
 
 Report = dict[str, Any]
 WAYS = {
@@ -19,9 +17,7 @@ WAYS = {
 
 def ratio(value: dict[str, float], digits: int = 2) -> str:
     """Write a ratio with its quartiles, and so where they are too far apart to believe it."""
-    if apart(value) > SETTLED:
-        return f"not settled: {value['median']:.{digits}f} ±{apart(value):.0%}"
-    return quartiles(value, digits)
+    return unsettled({"speed_up": value}, digits) if apart(value) > APART else quartiles(value, digits)
 
 
 def whole(report: Report) -> str:
