@@ -19,7 +19,7 @@ Parts = List[float]
 
 FEWEST_ROUNDS = 4
 """Before these nothing counts as settled: two rounds, and two others."""
-SETTLED = 0.03
+SETTLED = 0.025
 """How far the speed-up by any half of the rounds may lie from the median over the halves."""
 WAYS = 20
 """How many halves are asked, at most."""
