@@ -40,13 +40,16 @@ class Once:
         """What `patchselect.apply` takes."""
         return "mean" if self.protect is None else Protect(self.protect)
 
+    def __str__(self) -> str:
+        return f"merge {self.merge:g}, " + ("then select" if self.protect is None else f"Protect({self.protect:.2g})")
+
 
 ONCE = {
     "once": Once(0.0),
     "merged": Once(0.5),
     "protected": Once(0.5, 1.0),
     **{f"merged {share:g}": Once(share) for share in (0.3, 0.7, 0.85)},
-    **{f"protected {share:g}": Once(share, 1.0) for share in (0.7,)},
+    "protected 0.7": Once(0.7, 1.0),
     **{f"protected third {share:g}": Once(share, 1 / 3) for share in (0.5, 0.7)},
     **{f"protected quarter {share:g}": Once(share, 3.0) for share in (0.5, 0.7)},
 }
@@ -70,16 +73,7 @@ LABELS = {
     "merged": "merge, then select by text, same FLOPs",
     "protected": "merge, text protects, the rest merges, same FLOPs",
 }
-LABELS.update(
-    (
-        name,
-        f"merge {way.merge:g}, then select"
-        if way.protect is None
-        else f"merge {way.merge:g}, Protect({way.protect:.2g})",
-    )
-    for name, way in ONCE.items()
-    if name not in LABELS
-)
+LABELS.update((name, str(way)) for name, way in ONCE.items() if name not in LABELS)
 
 
 @contextmanager
