@@ -100,6 +100,7 @@ def test_what_was_chosen_among_is_asked_on_validation(small):
     assert "| merge 0.5, Protect(3) |" in (small / "merging-validation.md").read_text()
 
 
+@slow
 def test_curves_end_in_tables_a_plot_and_the_figure_of_speed(small, monkeypatch, capsys):
     monkeypatch.setattr(command, "throughput", partial(throughput, rounds=2, batch=2))
     monkeypatch.setattr(studies, "throughput", partial(throughput, rounds=2, batch=2))

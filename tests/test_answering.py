@@ -9,7 +9,7 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-from since import BENCHMARKS, needs
+from since import BENCHMARKS, needs, slow
 
 needs(*BENCHMARKS, module=True)
 
@@ -199,6 +199,7 @@ def test_renumbering_moves_positions_and_nothing_else(arm):
 # The command.
 
 
+@slow
 def test_the_command_ends_in_tables_and_a_plot(monkeypatch, tmp_path, capsys):
     def base(seed, folder):
         return model()
