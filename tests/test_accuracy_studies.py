@@ -100,6 +100,13 @@ def test_what_was_chosen_among_is_asked_on_validation(small):
     assert "| merge 0.5, Protect(3) |" in (small / "merging-validation.md").read_text()
 
 
+def test_what_the_folder_has_is_not_asked_again(small, monkeypatch):
+    found = merging.measured(0, "front", 1, small)
+    monkeypatch.setattr(merging, "asked_on", lambda test: pytest.fail("questions were drawn again"))
+    monkeypatch.setattr(merging, "tune", lambda *_: pytest.fail("it was trained again"))
+    assert merging.measured(0, "front", 1, small) == found and {record["method"] for record in found} == {"front"}
+
+
 @slow
 def test_curves_end_in_tables_a_plot_and_the_figure_of_speed(small, monkeypatch, capsys):
     monkeypatch.setattr(command, "throughput", partial(throughput, rounds=2, batch=2))

@@ -12,7 +12,7 @@ import numpy as np
 pytest.importorskip("sklearn")
 pytest.importorskip("emoji")
 
-from benchmarks.accuracy.albef.curves import TEST_SEED
+from benchmarks.accuracy.albef.evaluate import TEST_SEED
 from benchmarks.accuracy.albef.evaluate import Questions as Matching
 from benchmarks.accuracy.clip import model as clip
 from benchmarks.accuracy.clip.arms import ARMS, SHARED, answers

@@ -96,10 +96,10 @@ class Lengthwise:
 
     def protecting(self, rate: float, lengths: Lengths, protect: float) -> float:
         """Count the same of what `Protect` merges by in the selecting block: cosines, and sums of tokens and keys."""
-        head, total, left = self.width // self.heads, 0, lengths[self.layers[0]][0] - self.prefix
-        kept = num_kept(self.patches, as_ratio(rate))
-        rounds, left = Protect(protect).rounds(left, kept), left - kept
-        for count in rounds:
+        head, total = self.width // self.heads, 0
+        patches, kept = lengths[self.layers[0]][0] - self.prefix, num_kept(self.patches, as_ratio(rate))
+        left = patches - kept
+        for count in Protect(protect).rounds(patches, kept):
             odd = left // 2
             total += (left - odd) * odd * head + odd * count * (self.width + head)
             left -= count

@@ -31,7 +31,7 @@ from .generic import known
 from .method import Host, Method
 
 SPLITS = (VALIDATION, TEST)
-ALBEF_SEEDS = {VALIDATION: 277, TEST: 77}
+ALBEF_SEEDS = {VALIDATION: evaluate.VALIDATION_SEED, TEST: evaluate.TEST_SEED}
 """Of the matching questions: those of the tests are the ones of every other table."""
 COUNTED = 8
 """Images that share one list of texts where FLOPs are counted and several texts guide one selection, as the classes of

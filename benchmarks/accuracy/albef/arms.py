@@ -56,8 +56,8 @@ ONCE = {
 """What was tried of it; the first three are in the tables, which were chosen among the others on validation."""
 RELEVANCE = {"text": "keys", "values": "values", **dict.fromkeys(ONCE, "keys")}
 """Of the methods that are guided by text."""
-EVEN, FRONT = "tome", "front"
-MERGING = (EVEN, FRONT)
+FRONT = "front"
+MERGING = ("tome", FRONT)
 """Methods that merge without a text: in all blocks, or in the first third of them."""
 LABELS = {
     "words": "text alone, no image",

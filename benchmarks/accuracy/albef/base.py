@@ -95,7 +95,7 @@ def base(seed: int, folder: Path = RESULTS, stage: int = 2, shape: Shape = USUAL
     """
     path = file_of(seed, folder, stage, shape)
     if path is None:
-        command = " ".join(["python -m benchmarks.accuracy train --seed", str(seed), *arguments(shape), "--output"])
-        command = f"{command} {folder}"
+        given = " ".join(["--seed", str(seed), *arguments(shape), "--output", str(folder)])
+        command = f"python -m benchmarks.accuracy train {given}"
         raise FileNotFoundError(f"no base {seed}{shape} after stage {stage} in {folder}: train it with `{command}`")
     return load(path)

@@ -11,13 +11,12 @@ from torch import Tensor
 
 from .arms import METHODS, RELEVANCE, reduced
 from .base import BATCH, base, train_base, train_sampler
-from .evaluate import Questions, matching_hits, patch_recall, retrieval, without_picture
+from .evaluate import TEST_SEED, Questions, matching_hits, patch_recall, retrieval, without_picture
 from .jobs import call, run_all
 from .model import USUAL, Shape
 from .report import FREE
 from .train import KEEP_RATES, Arm, tune
 
-TEST_SEED = 77
 ARMS = (
     Arm("none"),
     Arm("text"),

@@ -18,6 +18,8 @@ from .arms import RELEVANCE, Encode, lifted, selecting
 from .model import PATCH, MiniAlbef
 
 CHUNK = 128
+TEST_SEED, VALIDATION_SEED = 77, 277
+"""Of the questions of all tables of matching, and of those that choices are made on."""
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 
@@ -15,13 +16,13 @@ from benchmarks.common.show import canvas, markdown
 from .arms import LABELS, ONCE, lengthwise, reduced, spent, vision_flops
 from .base import BATCH, arguments, base, digest, train_sampler
 from .contrast_studies import Seeds
-from .evaluate import Questions, matching_hits, without_picture
+from .evaluate import TEST_SEED, VALIDATION_SEED, Questions, matching_hits, without_picture
 from .jobs import call, run_all
 from .model import USUAL, Shape
 from .report import COLOURS, FREE, Record, asked, error, write
 from .train import KEEP_RATES, Arm, tune
 
-QUERIES, TEST_SEED, VALIDATION_SEED = 1280, 77, 277
+QUERIES = 1280
 STEPS = (100,)
 """Of training with each way."""
 BEYOND = {2.3: ("front", "once", "merged", "protected"), 2.8: ("front", "merged", "protected")}
@@ -47,6 +48,16 @@ def methods_at(column: str) -> tuple[str, ...]:
     return TRIED if column.startswith("keep") else BEYOND[float(column[:-1])]
 
 
+def asked_on(test: bool = True) -> Questions:
+    """Return the questions of the tables, or those that choices are made on."""
+    return Questions.make(QUERIES // 2, 8, TEST_SEED if test else VALIDATION_SEED, test=test)
+
+
+def words_alone(test: bool = True) -> Tensor:
+    """Return `(1, questions)`: 100 where a classifier that sees the captions alone is right."""
+    return 100 * without_picture(asked_on(test))[0].double().unsqueeze(0)
+
+
 def measured(
     seed: int, guidance: str | None, steps: int, folder: Path, shape: Shape = USUAL, test: bool = True
 ) -> list[Record]:
@@ -64,19 +75,20 @@ def measured(
     for column, share in columns(shape).items():
         methods = methods_at(column) if test else CHOSEN_AMONG if column.startswith("keep") else ()
         wanted += [(method, column, share) for method in methods if guidance in (None, method)]
-    asked = {(record["method"], record["column"]) for record in records}
-    lacking = [one for one in wanted if one[:2] not in asked]
-    if guidance is not None and lacking:
-        torch.manual_seed(1000 * seed + steps)
-        tune(model, train_sampler(100 + seed, count=3000), Arm(guidance), steps, BATCH, seed)
-    questions = Questions.make(QUERIES // 2, 8, TEST_SEED if test else VALIDATION_SEED, test=test)
-    for method, column, share in lacking:
-        rate = float(column.split()[1]) if column.startswith("keep") else 1.0
-        with reduced(model, method, rate, share=share) as encode:
-            hits = matching_hits(model, encode, questions).int().tolist()
-        records.append({"seed": seed, "trained": trained, "method": method, "column": column, "hits": hits})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(records))
+    known = {(record["method"], record["column"]) for record in records}
+    lacking = [one for one in wanted if one[:2] not in known]
+    if lacking:
+        if guidance is not None:
+            torch.manual_seed(1000 * seed + steps)
+            tune(model, train_sampler(100 + seed, count=3000), Arm(guidance), steps, BATCH, seed)
+        questions = asked_on(test)
+        for method, column, share in lacking:
+            rate = float(column.split()[1]) if column.startswith("keep") else 1.0
+            with reduced(model, method, rate, share=share) as encode:
+                hits = matching_hits(model, encode, questions).int().tolist()
+            records.append({"seed": seed, "trained": trained, "method": method, "column": column, "hits": hits})
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(records))
     return [{**record, "steps": steps} for record in records]
 
 
@@ -151,8 +163,8 @@ def costs(shape: Shape = USUAL) -> str:
         for column, share in columns(shape).items():
             rate = float(column.split()[1]) if column.startswith("keep") else 1.0
             reached = method in methods_at(column)
-            counted = vision_flops(80, rate, method=method, share=share, shape=shape) if reached else 0
-            cells.append(f"{counted / whole:.3f}" if reached else "–")
+            spends = partial(vision_flops, 80, rate, method=method, share=share, shape=shape)
+            cells.append(f"{spends() / whole:.3f}" if reached else "–")
         rows.append([title(FREE, method), *cells])
     return markdown(rows)
 
@@ -163,8 +175,7 @@ def merging(folder: Path, seeds: Seeds, shape: Shape = USUAL, steps: Sequence[in
     tasks = [(measured, (seed, arm, count, folder, shape)) for arm, count in (*arms, (None, 0)) for seed in seeds]
     records = [record for made in run_all(call, tasks, "merging") for record in made]
     records.sort(key=lambda record: record["trained"] != FREE)
-    questions = Questions.make(QUERIES // 2, 8, TEST_SEED)
-    blind = 100 * without_picture(questions)[0].double().unsqueeze(0)
+    blind = words_alone()
     bases = "over the bases [± over the questions]" if len(seeds) > 1 else "over the questions"
     parts = [
         f"Matching accuracy of bases as they are, %, {QUERIES} questions (chance 50), ± {bases}:",
@@ -194,7 +205,7 @@ def choosing(folder: Path, seeds: Seeds, shape: Shape = USUAL) -> None:
     """Ask on validation what the study's settings were chosen among, of bases as they are."""
     tasks = [(measured, (seed, None, 0, folder, shape, False)) for seed in seeds]
     records = [record for made in run_all(call, tasks, "choosing") for record in made]
-    blind = 100 * without_picture(Questions.make(QUERIES // 2, 8, VALIDATION_SEED, test=False))[0].double().unsqueeze(0)
+    blind = words_alone(test=False)
     parts = [
         f"Matching accuracy of bases as they are, %, {QUERIES} validation questions (chance 50):",
         accuracies(records, [FREE], blind),

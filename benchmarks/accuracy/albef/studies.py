@@ -19,9 +19,9 @@ from .arms import LABELS, reduced, vision_flops
 from .base import BATCH, base, train_sampler
 from .contrast import Objective
 from .contrast_studies import COSINE, DELTAS, ITC, SIMILARITIES, Seeds, Study, contrast_study
-from .curves import TEST_SEED, Curve, methods_of
+from .curves import Curve, methods_of
 from .curves import measure as measure_curve
-from .evaluate import Questions, matching_hits, without_picture
+from .evaluate import TEST_SEED, Questions, matching_hits, without_picture
 from .jobs import call, run_all
 from .merging import merging
 from .model import LAYERS, MiniAlbef

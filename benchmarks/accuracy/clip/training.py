@@ -146,11 +146,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(options: argparse.Namespace) -> dict[str, Any]:
     """Train, save, load again and score on the validation scenes."""
     torch.set_num_threads(options.threads)
-    plan, began, source = (
-        Training(options.seed, options.size, options.steps),
-        (time.time(), time.process_time()),
-        commit(),
-    )
+    plan = Training(options.seed, options.size, options.steps)
+    began, source = (time.time(), time.process_time()), commit()
     model = train(plan, watch=lambda model: score(model, 512)["accuracy"])
     about: dict[str, Any] = {
         "command": f"python -m benchmarks.accuracy clip --train --seed {plan.seed} --steps {plan.steps}"

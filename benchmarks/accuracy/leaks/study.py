@@ -21,9 +21,8 @@ from tqdm import tqdm
 from benchmarks.accuracy import CHECKPOINTS
 from benchmarks.accuracy.albef.arms import RELEVANCE
 from benchmarks.accuracy.albef.base import RESULTS, base
-from benchmarks.accuracy.albef.curves import TEST_SEED
+from benchmarks.accuracy.albef.evaluate import TEST_SEED, without_picture
 from benchmarks.accuracy.albef.evaluate import Questions as Matching
-from benchmarks.accuracy.albef.evaluate import without_picture
 from benchmarks.accuracy.clip.model import load
 from benchmarks.accuracy.clip.questions import LEARNING, TEST, make_questions
 from benchmarks.accuracy.world import text_alone
