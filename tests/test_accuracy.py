@@ -143,8 +143,8 @@ def test_every_method_spends_what_text_guidance_spends(method, keep_rate, model,
         assert tokens.shape[1] == 2 + kept
     elif method != "downsampled":
         counted = vision_flops(80, keep_rate, method=method)
-        # Merging that is spread evenly cannot reach the least.
-        slack = 0.06 if (method, keep_rate) == ("tome", 0.15) else 0.01
+        # Merging that is spread evenly cannot reach the least; one patch more for a text that protects is four tokens.
+        slack = {("tome", 0.15): 0.06, ("quarter", 0.15): 0.02}.get((method, keep_rate), 0.01)
         assert counted == pytest.approx(vision_flops(80, keep_rate), rel=slack)
         if method in MERGING:
             tower = lengthwise(100)
@@ -204,7 +204,7 @@ def test_a_merged_token_is_of_what_most_of_its_patches_are_of(model, scenes):
 
 
 @pytest.mark.parametrize("shape", [Shape(depth=12), Shape(registers=4)], ids=str)
-@pytest.mark.parametrize("method", ["text", "front", "once", "merged", "protected"])
+@pytest.mark.parametrize("method", ["text", "front", "once", "merged", "protected", "quarter"])
 def test_other_shapes_spend_alike_and_are_loaded_as_they_were(shape, method, tmp_path, flops):
     model = MiniAlbef(shape=shape).eval()
     base.save(model, tmp_path / f"albef-5{shape}.pt")

@@ -25,12 +25,15 @@ from .train import KEEP_RATES, Arm, tune
 QUERIES = 1280
 STEPS = (100,)
 """Of training with each way."""
-BEYOND = {2.3: ("front", "once", "merged", "protected"), 2.8: ("front", "merged", "protected")}
+BEYOND = {
+    2.3: ("front", "once", "merged", "protected", "quarter"),
+    2.8: ("front", "merged", "protected", "quarter"),
+}
 """What gets to so many times fewer FLOPs of the blocks than without reduction; two selections cannot."""
-TRIED = ("text", "values", "tome", "front", "once", "merged", "protected")
+TRIED = ("text", "values", "tome", "front", "once", "merged", "protected", "quarter")
 TRAINED = ("none", "front", "merged")
 CHOSEN_AMONG = ("front", *(name for name in ONCE if name != "once"))
-"""What is asked on validation, at the FLOPs of two selections."""
+"""What is asked on validation."""
 RIVALS = ("none", "front")
 
 
@@ -73,7 +76,7 @@ def measured(
     trained = FREE if guidance is None else guidance
     wanted: list[tuple[str, str, float | None]] = [("none", "", None)] if guidance in (None, "none") else []
     for column, share in columns(shape).items():
-        methods = methods_at(column) if test else CHOSEN_AMONG if column.startswith("keep") else ()
+        methods = methods_at(column) if test else CHOSEN_AMONG
         wanted += [(method, column, share) for method in methods if guidance in (None, method)]
     known = {(record["method"], record["column"]) for record in records}
     lacking = [one for one in wanted if one[:2] not in known]

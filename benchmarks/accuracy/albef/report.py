@@ -29,6 +29,7 @@ COLOURS = {
     "once": "tab:pink",
     "merged": "tab:brown",
     "protected": "tab:cyan",
+    "quarter": "navy",
 }
 FREE = "training-free"
 
