@@ -131,9 +131,11 @@ def estimators(report: dict[str, Any]) -> str:
 def steadiness(report: dict[str, Any]) -> str:
     """Write what runs of the speed benchmark found, one after the other."""
     rows = [list(runs.COLUMNS), *map(runs.cells, report["results"])]
+    estimates = [list(runs.COLUMNS_OF_ESTIMATES), *map(runs.cells_of_estimate, report["estimates"])]
+    about = f"{runs.about(report)}; {report['machine']['processor']}, commit {report['commit']}, "
     return (
-        f"{markdown(rows)}\n\n{runs.about(report)}; {report['machine']['processor']}, commit {report['commit']}, "
-        f"{report['created'][:10]}."
+        f"{markdown(rows)}\n\nBy these and other estimates of the same times, settled or not:\n\n"
+        f"{markdown(estimates)}\n\n{about}{report['created'][:10]}."
     )
 
 

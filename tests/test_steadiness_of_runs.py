@@ -12,13 +12,13 @@ needs(*BENCHMARKS, module=True)
 from benchmarks import pages
 from benchmarks.common.show import spread
 from benchmarks.speed import __main__ as speed
-from benchmarks.speed import steadiness
+from benchmarks.speed import steadiness, steady
 
 
 def record(value, sure=True, method="text", rate=0.5, batch=4, rounds=4):
     return {
         "batch": batch, "method": method, "label": method, "keep_rate": rate, "rounds": rounds,
-        "speed_up": spread([value]), "settled": sure,
+        "speed_up": spread([value]), "settled": sure, "parts": [[1.0 / value]] * rounds,
     }  # fmt: skip
 
 
@@ -43,6 +43,15 @@ def test_batches_methods_and_rates_are_kept_apart_and_a_run_may_lack_one():
     ]  # fmt: skip
 
 
+def test_estimates_are_compared_over_all_runs_settled_or_not():
+    unpatched = record(1.0, method="unpatched", rate=1.0)
+    runs = [[unpatched, record(value, sure)] for value, sure in ((2.0, True), (2.2, True), (1.9, False))]
+    found = steadiness.estimated([*runs, [unpatched, record(3.0, rate=0.7)]])
+    assert [r["estimate"] for r in found] == list(steady.ESTIMATES) and {r["values"] for r in found} == {3}
+    assert all(r["worst"] == pytest.approx(0.1) for r in found)
+    assert all(r["typical"] == pytest.approx(((0.1**2 + 0.05**2) / 3) ** 0.5) for r in found)
+
+
 def test_study_of_runs(tiny, tmp_path, capsys, monkeypatch):
     """Here in one process: another would not know the tiny model."""
 
@@ -60,4 +69,5 @@ def test_study_of_runs(tiny, tmp_path, capsys, monkeypatch):
     assert sorted(tmp_path.glob("steadiness/*/speed.json")) == [tmp_path / f"steadiness/{n}/speed.json" for n in (1, 2)]
     assert "2 runs of" in capsys.readouterr().out
     page = pages.steadiness(json.loads(output.read_text()))
+    assert "| mean of the faster half | " in page
     assert "| 1 | text | 0.5 | 4 | " in page and f"commit {found['commit']}" in page

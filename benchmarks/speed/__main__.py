@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--guidance", nargs="*", default=["text"], choices=[*GUIDED, AGAIN], help=about)
     add("--relevance", type=named, metavar="NAME", help=f"of text: keys, values, …, {OUTSIDE}; default: the adapter's")
     add("--fusion", type=named, default="mean", metavar="NAME", help=f"of what is not kept: sum, none, {OUTSIDE}")
-    add("--batch", type=int, nargs="+", default=[4, 1], metavar="IMAGES")
+    add("--batch", type=int, nargs="+", default=[1, 4], metavar="IMAGES")
     add("--precision", nargs="+", default=["fp32"], choices=["fp32", "bf16", "amp"], help="amp: bf16 autocast")
     add("--pass", nargs="+", default=["forward"], choices=PASSES, dest="work", help="train: forward and backward")
     add("--view", nargs="+", default=["tower"], choices=VIEWS, help="vision tower, or whole model with the text side")
@@ -74,7 +74,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--cuda-graphs", action="store_true", help="replay each case as one CUDA graph (on a CPU: as without)")
     add_device(parser)
     add_clock(parser)
-    add("--seconds", type=float, default=100.0, help="time for everything, if one round fits in it")
+    add(
+        "--seconds",
+        type=float,
+        default=100.0,
+        help="time for everything, if one round fits in it; short settings come first",
+    )
     add("--rounds", type=int, help=f"exactly so many rounds, however long they take (otherwise at most {MOST_ROUNDS})")
     about = "curves over image size, texts, batch and depth instead (python -m benchmarks.speed.scale -h: its options)"
     add("--scale", action="store_true", help=about)

@@ -19,10 +19,10 @@ COLUMNS = (
 LEGEND = """\
 Unpatched, guided by text (TRIPS), by the image's [CLS] (EViT) and at random ran in turns, forward passes block by
 block, in a new order each round.
-images/s: median [quartiles] over the rounds. speed-up: unpatched time over own time, both of a call whose blocks all
-take the least that they took in any of half of the rounds; median [quartiles] over the ways to halve them. Rounds go on
-until, after {fewest} or more, no half is further than {settled:.1%} from the median, or the time is up: "not settled"
-are those of which one is, by ± so much. Times are {clock}.
+images/s: median [quartiles] over the rounds. speed-up: unpatched time over own time, each the sum over the blocks of
+the mean of the faster half of what a block took in half of the rounds; median [quartiles] over the ways to halve them.
+Rounds go on until, after {fewest} or more, no half is further than {settled:.1%} from the median, or the time is up:
+"not settled" are those of which one is, by ± so much. Times are {clock}.
 FLOP ratio: unpatched FLOPs over FLOPs of the forward pass, the selection's own counted in: the limit of the speed-up.
 efficiency: speed-up over FLOP ratio. selecting: share of the time spent on merging, relevance, selection and fusion.
 ToMe (token merging) removes as many patches, evenly over all blocks, as make its FLOPs those of the text-guided case;

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import product
-from typing import Any
+from typing import Any, Tuple
 
 import torch
 from tqdm import tqdm
@@ -21,7 +21,10 @@ from patchselect.wiring.towers import find_towers
 from .cases import MERGED, TOME, Case, Inputs, Selection, Setting, dtype_of
 from .counting import FlopBook
 from .measure import How, Measured, measure
+from .steady import FEWEST_ROUNDS
 
+Combination = Tuple[int, str, str, str]
+"""Batch, precision, pass and view, as `Setting` takes them after the image size."""
 KINDS = {"tome": "published", "fused tome": "fused", "tome front": "front"}
 """Cases of ToMe, as `--tome` names them."""
 
@@ -45,9 +48,8 @@ def run(options: argparse.Namespace, bar: tqdm[Any]) -> Found:
     selection = selection_of(options)
     sizes = options.image_size or [None]
     combinations = list(product(options.batch, options.precision, options.work, options.view))
-    ahead = len(sizes) * sum(weight(*combination) for combination in combinations)
     how = how_of(options)
-    pace = 0.0  # seconds of a round per image, of what was measured so far
+    pace = 0.0  # seconds of a round per image and `weight`, of what was measured so far
     for size in sizes:
         bar.set_description_str(f"loading {options.model}")
         host = load(options.model, size, options.pretrained)
@@ -60,32 +62,31 @@ def run(options: argparse.Namespace, bar: tqdm[Any]) -> Found:
             found.limits[f"{host.image_size}/{view}"] = book.limit(options.keep_rate, view)
             found.flops.update({(host.image_size, view, case): book.of(case, view) for case in cases[view]})
         measured = {}
-        # The short ones first: they settle, and leave the rest of their time to the long ones.
-        for batch, precision, work, view in sorted(combinations, key=lambda combination: weight(*combination)):
-            mine = weight(batch, precision, work, view)
-            needed = pace * batch
+        # The short ones first: what can be known in the time shall be.
+        waiting = sorted(combinations, key=lambda combination: weight(*combination))
+        while waiting:
+            batch, precision, work, view = mine = waiting.pop(0)
+            needed = FEWEST_ROUNDS * pace * weight(*mine)
             if pace and options.rounds is None and time.monotonic() + needed > end:
                 found.notes.append(
-                    f"no time was left for batch {batch}, {precision}, {work}, {view}, of which one round takes about "
-                    f"{needed:.0f} s here: give more --seconds"
+                    f"batch {batch}, {precision}, {work}, {view} was left out: the {FEWEST_ROUNDS} rounds that it "
+                    f"takes at least to settle would take about {needed:.0f} s here: give more --seconds"
                 )
-                ahead -= mine
                 continue
             host.model.to(dtype=dtype_of(precision))
             start = time.monotonic()
-            measured[batch, precision, work, view] = measure(
+            measured[mine] = measure(
                 host,
-                Setting(host.image_size, batch, precision, work, view),
+                Setting(host.image_size, *mine),
                 [case for case in cases[view] if suits(case, work)],
                 inputs_of(host, photos, batch),
                 selection,
                 how,
-                time.monotonic() + mine / ahead * (end - time.monotonic()),
+                leaving(end, mine, tuple(waiting)),
                 bar,
             )
-            ahead -= mine
-            rounds = 1 + len(measured[batch, precision, work, view][0].seconds)
-            pace = max(pace, (time.monotonic() - start) / rounds / batch)
+            rounds = 1 + len(measured[mine][0].seconds)
+            pace = max(pace, (time.monotonic() - start) / rounds / weight(*mine))
         found.measured += [entry for combination in combinations for entry in measured.get(combination, ())]
     return found
 
@@ -101,8 +102,22 @@ def selection_of(options: argparse.Namespace) -> Selection:
 
 
 def weight(batch: int, precision: str, work: str, view: str) -> float:
-    """Weigh how the time is shared out: large batches need more of it, small ones leave them what they do not need."""
-    return float((batch * (1 if work == "forward" else 3)) ** 0.3)
+    """Return about how long a round takes, beside those of other settings."""
+    return float(batch**0.9 * (1 if work == "forward" else 3))
+
+
+def leaving(end: float, mine: Combination, rest: Sequence[Combination]) -> Callable[[float], float]:
+    """Return when to end one setting, given the seconds of its rounds: the rest gets what it needs to settle.
+
+    If all of them cannot have that, this one may go on to the `end`.
+    """
+    start, share = time.monotonic(), sum(weight(*each) for each in rest) / weight(*mine)
+
+    def until(round_seconds: float) -> float:
+        needed = FEWEST_ROUNDS * round_seconds
+        return end - needed * share if start + needed * (1 + share) <= end else end
+
+    return until
 
 
 def describe(host: Host, options: argparse.Namespace, found: Found) -> None:

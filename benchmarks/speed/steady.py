@@ -1,36 +1,58 @@
 """Speed-ups that other work on the machine hardly changes, and how far to trust them.
 
 What else runs slows a call down, for a tenth of a second to some seconds at a time, and never makes it faster. So the
-time of a call is the sum, over its parts, of the least that each part took in any of the rounds (`lockstep` reads the
-parts). A run then says how far to trust itself: what would half of its rounds have said?
+time of a call is the sum, over its parts (`lockstep` reads them), of the mean of the faster half of what each part took
+in the rounds: the least alone depends on luck, the mean of all on what else runs. A run then says how far to trust
+itself: what would half of its rounds have said?
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import combinations
 from math import comb
-from statistics import median
+from statistics import fmean, median
 from typing import List
 
 Parts = List[float]
 """Seconds of the parts of one call."""
 
-FEWEST_ROUNDS = 4
-"""Before these nothing counts as settled: two rounds, and two others."""
+FEWEST_ROUNDS = 6
+"""Before these nothing counts as settled."""
 SETTLED = 0.025
-"""How far the speed-up by any half of the rounds may lie from the median over the halves. With 0.03, one of the 15 that
-settled in five runs beside two busy processes lay 5 % off the others."""
+"""How far the speed-up by any half of the rounds may lie from the median over the halves."""
 WAYS = 20
 """How many halves are asked, at most."""
 
 
-def undisturbed(calls: Sequence[Parts]) -> float:
-    """Return the seconds of a call whose parts all take the least that they took in any of these."""
+def faster_half(seconds: Sequence[float]) -> float:
+    """Return the mean of the faster half, rounded up."""
+    return fmean(sorted(seconds)[: -(-len(seconds) // 2)])
+
+
+def middle_half(seconds: Sequence[float]) -> float:
+    """Return the mean without a quarter at either end, rounded down."""
+    quarter = len(seconds) // 4
+    return fmean(sorted(seconds)[quarter : len(seconds) - quarter])
+
+
+Estimate = Callable[[Sequence[float]], float]
+ESTIMATES: dict[str, Estimate] = {
+    "the least": min,
+    "mean of the faster half": faster_half,
+    "median": median,
+    "mean of the middle half": middle_half,
+    "mean of all": fmean,
+}
+"""Of what a part took in the rounds; the second is what `benchmarks.speed` goes by (`benchmarks.speed.steadiness`)."""
+
+
+def seconds_of(calls: Sequence[Parts], estimate: Estimate = faster_half) -> float:
+    """Return the seconds of a call, by what its parts took in each of these calls of one case."""
     if len({len(parts) for parts in calls}) != 1:
         raise ValueError("calls of one case must have the same number of parts")
-    return sum(map(min, zip(*calls)))
+    return sum(map(estimate, zip(*calls)))
 
 
 def halves(rounds: int) -> list[tuple[int, ...]]:
@@ -52,8 +74,7 @@ def speed_ups(base: Sequence[Parts], other: Sequence[Parts]) -> list[float]:
         other: those of the calls whose speed-up it is.
     """
     return [
-        undisturbed([base[one] for one in half]) / undisturbed([other[one] for one in half])
-        for half in halves(len(base))
+        seconds_of([base[one] for one in half]) / seconds_of([other[one] for one in half]) for half in halves(len(base))
     ]
 
 
