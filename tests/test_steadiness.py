@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import time
-from statistics import mean
-from types import SimpleNamespace
-from unittest import mock
 
 import pytest
 import torch
@@ -15,15 +11,13 @@ from since import BENCHMARKS, needs, slow
 
 needs(*BENCHMARKS, module=True)
 from tqdm import tqdm
-from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from benchmarks.common import clock
 from benchmarks.common.photographs import SOURCES, load_photos
 from benchmarks.common.show import canvas, spread
 from benchmarks.models.loading import load
 from benchmarks.speed import __main__ as command
-from benchmarks.speed import estimators, plot, report, scale, steady
 from benchmarks.speed import measure as timing
+from benchmarks.speed import plot, report, steady
 from benchmarks.speed import run as run_module
 from benchmarks.speed.cases import AGAIN, Case, Selection, Setting
 from benchmarks.speed.lockstep import Lockstep
@@ -122,15 +116,6 @@ def test_a_setting_leaves_to_the_others_what_they_need_if_there_is_so_much(secon
     monkeypatch.setattr(run_module.time, "monotonic", lambda: 90.0)
     assert until(seconds) == pytest.approx(100 - leaves * FEWEST_ROUNDS * seconds * longer), "whatever time has gone by"
     assert 3.4 < longer < 3.6 and alone(seconds) == 100.0
-
-
-def test_order_cancels_a_steady_drift():
-    rounds = list(clock.turns("abcd", 6, seed=3))
-    assert {len(set(order)) for order in rounds} == {4}
-    for first, second in zip(rounds[::2], rounds[1::2]):
-        assert first == second[::-1]
-        assert {mean([first.index(case), second.index(case)]) for case in "abcd"} == {1.5}
-    assert len({"".join(order) for order in rounds[::2]}) > 1
 
 
 def test_twins_share_their_parameters_alone(host):
@@ -237,67 +222,6 @@ def test_cpu_time_of_an_accelerator_is_refused():
         command.main(["--device", "cuda", "--clock", "cpu"])
 
 
-# What an accelerator adds, with its functions replaced: there is none where these tests run.
-
-
-def test_on_a_cpu_streams_and_graphs_are_nothing():
-    call = object()
-    assert clock.captured(call, torch.device("cpu")) is call
-    assert isinstance(clock.on_stream(torch.device("cpu")), contextlib.nullcontext)
-
-
-def test_graphs_are_captured_once_and_replayed():
-    events = []
-    graph = SimpleNamespace(replay=lambda: events.append("replay"))
-
-    @contextlib.contextmanager
-    def capture(given):
-        assert given is graph
-        events.append("begin")
-        yield
-        events.append("end")
-
-    def call():
-        events.append("call")
-        return "out"
-
-    cuda = dict(CUDAGraph=lambda: graph, graph=capture, synchronize=lambda device: events.append("wait"))
-    with mock.patch.multiple(torch.cuda, **cuda):
-        replay = clock.captured(call, torch.device("cuda"), warm=2)
-        assert events == ["call", "call", "wait", "begin", "call", "end"]
-        assert replay() == "out" and clock.timed(replay, torch.device("cuda")) > 0
-    assert events[6:] == ["replay", "wait", "replay", "wait"]
-
-
-# The study of estimates.
-
-
-def test_estimates_of_steady_times_agree():
-    base, own = [2.0, 2.0, 2.0], [1.0, 1.0, 1.0]
-    assert {estimate(base, base, own) for estimate in estimators.ESTIMATES.values()} == {2.0}
-    paired = estimators.ESTIMATES["median of paired ratios"]([2.0, 4.0, 6.0], [0.0] * 3, [1.0, 2.0, 3.0])
-    between = estimators.ESTIMATES["the same, between two"]([1.0], [3.0], [1.0])
-    best = estimators.ESTIMATES["ratio of the best"]([9.0, 2.0], [0.0] * 2, [7.0, 1.0])
-    assert (paired, between, best) == (2.0, 2.0, 2.0)
-
-
-def test_scatter_is_what_runs_are_away_from_their_median():
-    runs = [{"wall": {0.5: {"before": [value], "after": [value], "own": [1.0]}}} for value in (1.9, 2.0, 2.2)]
-    found = estimators.scatter(runs, "wall", estimators.ESTIMATES["ratio of means"])
-    assert found["worst"] == pytest.approx(0.1) and found["speed_up"] == {"0.5": 2.0}
-    assert found["typical"] == pytest.approx(((0.05**2 + 0.1**2) / 3) ** 0.5)
-
-
-def test_study_of_estimates(tiny, tmp_path, capsys):
-    output = tmp_path / "estimators.json"
-    found = estimators.main(
-        f"--model {tiny} --runs 2 --rounds 2 --threads 1 --keep-rate 0.5 0.7 --output {output}".split()
-    )
-    assert len(found["results"]) == 2 * len(estimators.ESTIMATES)
-    assert all(r["worst"] >= r["typical"] >= 0 and r["speed_up"]["0.5"] > 0 for r in found["results"])
-    assert output.exists() and "median of paired ratios" in capsys.readouterr().out
-
-
 @slow
 def test_a_batch_that_there_is_no_time_for_is_left_out(tiny, tmp_path, monkeypatch, capsys):
     """After a first setting that took long, the next would not end in time."""
@@ -326,33 +250,3 @@ def test_something_is_measured_however_late_it_is(tiny, tmp_path, capsys):
     )
     assert [(r["batch"], r["rounds"]) for r in found["results"]] == [(1, 1)] * 2
     assert not any(r["settled"] for r in found["results"] if r["method"] == "text")
-
-
-# Curves.
-
-
-def test_curves_over_everything(tmp_path, capsys):
-    def build(size, depth):
-        config = CLIPVisionConfig(
-            hidden_size=32, intermediate_size=64, num_hidden_layers=depth, num_attention_heads=2, patch_size=8,
-            image_size=32, projection_dim=512,
-        )  # fmt: skip
-        return CLIPVisionModelWithProjection(config).eval()
-
-    arguments = "--over size texts --size 32 48 --texts 1 30 --layers 1 2 --rounds 3 --device cpu"
-    with mock.patch.dict(scale.POINT, {"size": 32, "depth": 4}):
-        found = scale.main([*arguments.split(), "--output", str(tmp_path)], build)["results"]
-    assert [(r["over"], r["value"]) for r in found] == [("size", 32), ("size", 48), ("texts", 1), ("texts", 30)]
-    small, large, one, many = found
-    assert small["gflops"] < large["gflops"] and small["flop_ratio"] < large["flop_ratio"]
-    assert one["flop_ratio"] > many["flop_ratio"], "more texts cost more"
-    assert all(r["speed_up"]["median"] > 0 for r in found)
-    assert (tmp_path / "scale.png").read_bytes()[:4] == b"\x89PNG" and (tmp_path / "scale.json").exists()
-    assert "texts per image" in capsys.readouterr().out
-
-
-def test_curves_by_a_flag(tmp_path, monkeypatch):
-    asked = []
-    monkeypatch.setattr(scale, "main", lambda arguments: asked.append(arguments) or {})
-    command.main(["--scale", "--device", "cpu", "--output", str(tmp_path)])
-    assert asked == [["--device", "cpu", "--output", str(tmp_path)]]

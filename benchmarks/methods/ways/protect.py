@@ -35,4 +35,13 @@ METHODS = [
         fusion=Protect(1.0),
         merge=0.5,
     ),
+    Selection(
+        "text protects a quarter, rest merges: keys",
+        "docs/merging.md, merge=0.5, share 3",
+        "keys",
+        layers=1,
+        space="hidden",
+        fusion=Protect(3.0),
+        merge=0.5,
+    ),
 ]
