@@ -34,30 +34,30 @@ from benchmarks.speed import (
 
 PLAIN = "--keep-rate 0.5 --merge 0 --tome"
 QUESTIONS: dict[str, tuple[Callable[[Sequence[str]], dict[str, Any]], str]] = {
-    "speed": (speed.main, "--batch 8 1 --seconds 300"),
+    "speed": (speed.main, "--batch 8 1 --seconds 540"),
     "batch1": (speed.main, f"{PLAIN} --batch 1 --rounds 15 --guidance text again random"),
-    "precision": (speed.main, f"{PLAIN} --batch 1 --precision fp32 bf16 --rounds 7"),
-    "compiled": (speed.main, f"{PLAIN} --batch 1 --precision fp32 bf16 --rounds 7 --compile"),
+    "precision": (speed.main, f"{PLAIN} --batch 1 --precision fp32 bf16 --seconds 150"),
+    "compiled": (speed.main, f"{PLAIN} --batch 1 --precision fp32 bf16 --seconds 200 --compile"),
     **{
-        model.lower(): (speed.main, f"--model {model} --batch 8 --merge 0 --tome --rounds 9")
+        model.lower(): (speed.main, f"--model {model} --batch 8 --merge 0 --tome --seconds 200")
         for model in ("EVA02-B-16", "PE-Core-B-16", "dinov2-base")
     },
     "scale": (scale.main, ""),
     "estimators": (estimators.main, ""),
     "steadiness": (steadiness.main, ""),
-    "pairs": (pairs.main, "--model ViT-B-16 --texts 16 --rounds 3"),
+    "pairs": (pairs.main, "--model ViT-B-16 --texts 16 --rounds 8"),
     "resolution": (resolution.main, "--sizes 224 256 288 320 336 384 --batch 1"),
     "resolution-384": (
         resolution.main,
-        "--own-size 384 --relevance keys --sizes 384 416 448 480 512 --batch 1 --rounds 3",
+        "--own-size 384 --relevance keys --sizes 384 416 448 480 512 --batch 1 --rounds 8",
     ),
     "last-block": (last_block.main, ""),
     "sized-attention": (sized_attention.main, "--tokens 197"),
     "arithmetic": (arithmetic.main, ""),
     "processes": (processes.main, ""),
     "multimodal": (multimodal.main, "--rounds 7 --words 16"),
-    "blip": (whole_model.main, "--host blip --work pair --image-size 384 --batch 1 --rounds 3"),
-    "albef": (whole_model.main, "--host albef --work pair --batch 1 --rounds 3 --profile"),
+    "blip": (whole_model.main, "--host blip --work pair --image-size 384 --batch 1"),
+    "albef": (whole_model.main, "--host albef --work pair --batch 1 --profile"),
 }
 """The command behind each question."""
 FILES = (

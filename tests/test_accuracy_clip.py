@@ -82,6 +82,11 @@ def test_a_model_of_another_size_is_asked_of_its_own_images(tmp_path, capsys):
     assert "takes a multiple of 8" in capsys.readouterr().err
 
 
+def test_what_only_training_reads_is_not_ignored():
+    with pytest.raises(SystemExit, match="--size, --steps can only be said of a model to --train"):
+        study.main(study.parse(["--size", "80", "--steps", "5"]))
+
+
 # The questions.
 
 

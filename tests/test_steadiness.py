@@ -13,7 +13,7 @@ needs(*BENCHMARKS, module=True)
 from tqdm import tqdm
 
 from benchmarks.common.photographs import SOURCES, load_photos
-from benchmarks.common.show import canvas, spread
+from benchmarks.common.show import canvas, ratio, spread
 from benchmarks.models.loading import load
 from benchmarks.speed import __main__ as command
 from benchmarks.speed import measure as timing
@@ -104,6 +104,21 @@ def test_settled_is_what_every_half_of_the_rounds_says():
     assert steady.farthest(fast_once) > SETTLED and not steady.settled(6, fast_once), "two kinds of halves, apart"
     assert steady.settled(6, [2.0] * 19 + [2.0 * (1 + SETTLED - 1e-9)])
     assert not steady.settled(6, [2.0] * 19 + [2.0 * (1 - SETTLED - 1e-9)]), "one half is enough"
+
+
+def test_whole_calls_are_compared_by_the_same_rule():
+    base, own = [2.0] * 6, [1.0] * 6
+    found = steady.compared(base, own)
+    assert (found["median"], found["rounds"], found["settled"]) == (2.0, 6, True) and ratio(
+        found
+    ) == "2.00 [2.00, 2.00]"
+    assert steady.known(base, [base, own]) and not steady.known(base[:5], [own[:5]]), "too few rounds"
+    apart = [1.0, 1.3] * 3
+    assert not steady.known(base, [own, apart])
+    assert ratio(steady.compared(base, apart)).startswith("not settled: ") and "in 6 rounds" in ratio(
+        steady.compared(base, apart)
+    )
+    assert ratio(spread([1.0, 1.5, 2.0])) == "not settled: 1.50 ±17%", "an older file, of single rounds"
 
 
 @pytest.mark.parametrize(("seconds", "leaves"), [(1.0, True), (3.7, True), (3.8, False), (20.0, False)])

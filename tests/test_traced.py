@@ -11,7 +11,7 @@ from benchmarks import traced
 
 RESULTS = "benchmarks/RESULTS.md#frozen-clip-which-relevance-needs-no-training"
 NOTE = f"<!-- figures from: {RESULTS} -->\n"
-EVERY = 5
+EVERY = 2
 """Of the figures, so many are changed one at a time."""
 
 

@@ -37,6 +37,15 @@ def quartiles(value: Mapping[str, float], digits: int, unit: str = "", scale: fl
     return f"{middle}{unit} [{low}, {high}]"
 
 
+def ratio(value: Mapping[str, Any], digits: int = 2) -> str:
+    """Write a ratio with its quartiles, or that it has not settled.
+
+    What `speed.steady` has compared says so itself; older files hold quartiles of single rounds, see `APART`.
+    """
+    sure = value["settled"] if "settled" in value else apart(value) <= APART
+    return quartiles(value, digits) if sure else unsettled({"speed_up": value, **value}, digits)
+
+
 def threads(count: int) -> str:
     """Write how many threads."""
     return "one thread" if count == 1 else f"{count} threads"

@@ -29,8 +29,9 @@ from benchmarks.common.command import (
     write,
 )
 from benchmarks.common.cost import count_flops
-from benchmarks.common.show import aligned, quartiles, spread
+from benchmarks.common.show import aligned, ratio
 
+from . import steady
 from .encoder import call_of, vit
 
 
@@ -40,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_layers(parser, [4, 9])
     add("--keep-rate", type=float, nargs="+", default=[1.0, 0.7, 0.5], metavar="RATE")
     add("--batch", type=int, default=2)
-    add("--rounds", type=int, default=5)
+    add("--rounds", type=int, default=16, help="of each rate, at most: until it has settled")
     add_device(parser)
     add_clock(parser)
     add_output(parser, "results/last_block.json", "JSON file; the table goes beside it")
@@ -73,17 +74,18 @@ def measure(model: nn.Module, rate: float, options: argparse.Namespace) -> dict[
         switch(skips)
         flops[skips], outputs[skips] = count_flops(call_of(model, 1, size, guided, None)), pooled()
     for turn in range(options.rounds):
+        if steady.known(seconds[False], [seconds[True]]):
+            break
         for skips in (turn % 2 == 0, turn % 2 == 1):
             switch(skips)
             seconds[skips].append(timed(run, device, options.clock))
     moved = (outputs[True] - outputs[False]).abs().max() / outputs[False].abs().max()
-    ratios = [plain / skipped for plain, skipped in zip(seconds[False], seconds[True])]
     return {
         "keep_rate": rate,
         "gflops": flops[False] / 1e9,
         "gflops_with": flops[True] / 1e9,
         "saved": 1 - flops[True] / flops[False],
-        "speed_up": spread(ratios),
+        "speed_up": steady.compared(seconds[False], seconds[True]),
         "moved": float(moved),
     }
 
@@ -92,7 +94,7 @@ def table(records: Sequence[dict[str, Any]]) -> str:
     rows = [["keep rate", "GFLOPs", "with it", "saved", "speed-up", "output moves by"]]
     for r in records:
         flops = [f"{r['gflops']:.2f}", f"{r['gflops_with']:.2f}", f"{r['saved']:.1%}"]
-        rows.append([str(r["keep_rate"]), *flops, quartiles(r["speed_up"], 3), f"{r['moved']:.0e}"])
+        rows.append([str(r["keep_rate"]), *flops, ratio(r["speed_up"], 3), f"{r['moved']:.0e}"])
     return aligned(rows)
 
 

@@ -28,9 +28,11 @@ from benchmarks.common.command import (
     write,
 )
 from benchmarks.common.cost import count_flops
-from benchmarks.common.show import aligned, quartiles, spread
+from benchmarks.common.show import aligned, quartiles, ratio, spread
 from benchmarks.models.host import Host
 from benchmarks.models.loading import load
+
+from . import steady
 
 PAIRED, ALL, PREFIX, SHARED = (
     "guided pass per pair",
@@ -47,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--images", type=int, default=1, help="images in a batch")
     add("--keep-rate", type=float, default=0.5)
     add_layers(parser)
-    add("--rounds", type=int, default=5)
+    add("--rounds", type=int, default=12, help="at most: until all have settled")
     add_device(parser)
     add_clock(parser)
     add_output(parser, "results/pairs")
@@ -110,6 +112,8 @@ def compare(host: Host, options: argparse.Namespace, count: int, bar: tqdm[Any])
     found, flops = calls(host, images, texts), flops_of(host, images, texts)
     seconds: dict[str, list[float]] = {name: [] for name in found}
     for turn, order in enumerate(turns(list(found), options.rounds + 1)):
+        if steady.known(seconds[PAIRED], seconds.values()):
+            break
         for name in order:
             bar.set_description_str(f"{count} texts | {name}")
             taken = timed(found[name], device, options.clock)
@@ -123,7 +127,7 @@ def compare(host: Host, options: argparse.Namespace, count: int, bar: tqdm[Any])
             "gflops": flops[name],
             "flop_ratio": flops[name] / flops[PAIRED],
             "seconds": spread(seconds[name]),
-            "time_ratio": spread([own / paired for own, paired in zip(seconds[name], seconds[PAIRED])]),
+            "time_ratio": steady.compared(seconds[name], seconds[PAIRED]),
         }
         for name in found
     ]
@@ -133,7 +137,7 @@ def table(records: Sequence[dict[str, Any]]) -> str:
     rows = [["texts", "encoded by", "GFLOPs", "of the FLOPs", "seconds [quartiles]", "of the time [quartiles]"]]
     for r in records:
         flops = [f"{r['gflops']:.1f}", f"{r['flop_ratio']:.3f}"]
-        rows.append([str(r["texts"]), r["way"], *flops, quartiles(r["seconds"], 3), quartiles(r["time_ratio"], 3)])
+        rows.append([str(r["texts"]), r["way"], *flops, quartiles(r["seconds"], 3), ratio(r["time_ratio"], 3)])
     return aligned(rows)
 
 

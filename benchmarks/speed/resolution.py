@@ -29,8 +29,9 @@ from benchmarks.common.command import (
 )
 from benchmarks.common.cost import count_flops
 from benchmarks.common.objects import OUTSIDE, named
-from benchmarks.common.show import aligned, quartiles, spread
+from benchmarks.common.show import aligned, ratio, spread
 
+from . import steady
 from .encoder import call_of, vit
 
 SIZES = [224, 240, 256, 272, 288, 304, 320, 352, 384, 448, 512]
@@ -44,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--relevance", type=named, default="values", metavar="NAME", help=f"values: CLIP; keys: ALBEF; {OUTSIDE}")
     add("--budget", type=float, default=1.0)
     add("--batch", type=int, default=2)
-    add("--rounds", type=int, default=5)
+    add("--rounds", type=int, default=12, help="at most: until all have settled")
     add("--per-layer", action="store_true", help="one rate per layer, early layers keep more")
     add_device(parser)
     add_clock(parser)
@@ -80,6 +81,8 @@ def time_rows(model: nn.Module, records: list[dict[str, Any]], options: argparse
     seconds: list[list[float]] = [[] for _ in measured]
     device, rounds = torch.device(options.device), turns(range(-1, len(measured)), options.rounds + 1)
     for turn, order in enumerate(tqdm(rounds, total=options.rounds + 1, file=sys.stderr, unit="round")):
+        if steady.known(baseline, seconds):
+            break
         for place in order:
             if place < 0:
                 patchselect.remove(model)
@@ -92,7 +95,7 @@ def time_rows(model: nn.Module, records: list[dict[str, Any]], options: argparse
             if turn:
                 (baseline if place < 0 else seconds[place]).append(taken)
     for record, found in zip(measured, seconds):
-        record.update(seconds=spread(found), time_ratio=spread([own / base for own, base in zip(found, baseline)]))
+        record.update(seconds=spread(found), time_ratio=steady.compared(found, baseline))
     return spread(baseline)
 
 
@@ -112,7 +115,7 @@ def table(records: Sequence[dict[str, Any]]) -> str:
             rows.append([f"{r['size']} px", "", "–", f"can reach {reach}", "", ""])
             continue
         rates = r["rate"] if isinstance(r["rate"], tuple) else (r["rate"],)
-        ratios = [f"{r['share']:.3f}", f"{r['unpatched']:.2f}", quartiles(r["time_ratio"], 2)]
+        ratios = [f"{r['share']:.3f}", f"{r['unpatched']:.2f}", ratio(r["time_ratio"], 2)]
         rows.append([f"{r['size']} px", str(r["patches"]), ", ".join(f"{rate:.3f}" for rate in rates), *ratios])
     return aligned(rows)
 

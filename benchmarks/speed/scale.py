@@ -1,7 +1,8 @@
 """How the speed-up grows with image size, texts per image, batch and depth: `python -m benchmarks.speed.scale`.
 
-A ViT-B/16 with random weights, unpatched and guided by text, all in turns; beside each measured speed-up what the FLOPs
-allow. "texts" is what one selection for all of them costs (`pairing="shared"`); a selection for each is in `pairs`.
+A ViT-B/16 with random weights, unpatched and guided by text, in turns as `benchmarks.speed` has them, until the
+speed-up has settled; beside each what the FLOPs allow. "texts" is what one selection for all of them costs
+(`pairing="shared"`); a selection for each is in `pairs`.
 """
 
 from __future__ import annotations
@@ -21,9 +22,12 @@ import patchselect
 from benchmarks.common.clock import CLOCKS, timed, turns
 from benchmarks.common.command import add_device, add_layers, add_output, parse, report_on, write
 from benchmarks.common.cost import count_flops
-from benchmarks.common.show import APART, aligned, apart, canvas, quartiles, spread, unsettled
+from benchmarks.common.show import aligned, canvas, quartiles, spread, unsettled
+from patchselect.wiring.towers import find_towers
 
+from . import steady
 from .encoder import vit
+from .lockstep import Lockstep
 
 POINT = {"size": 224, "texts": 1, "batch": 1, "depth": 12}
 """What stays while another one changes."""
@@ -43,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         add(f"--{name}", type=int, nargs="+", default=values, metavar="N", help=NAMES[name])
     add("--keep-rate", type=float, default=0.5)
     add_layers(parser)
-    add("--rounds", type=int, default=5)
+    add("--rounds", type=int, default=16, help="of each point, at most")
     add("--clock", choices=CLOCKS, help="default: cpu on a CPU, with one thread")
     add_device(parser)
     add_output(parser, "results/scale", "folder for scale.json, scale.md and scale.png")
@@ -76,20 +80,30 @@ def measure(name: str, value: int, options: argparse.Namespace, build: Callable[
     calls = [call_of(model, point, model is guided, device) for model in (plain, guided)]
     for call in calls:
         call()
-    seconds: list[list[float]] = [[], []]
-    for order in turns((0, 1), options.rounds):
-        for which in order:
-            seconds[which].append(timed(calls[which], device, options.clock))
-    speed_up = spread([unpatched / own for unpatched, own in zip(*seconds)])
+    lockstep = Lockstep(CLOCKS[options.clock])
+    parts: tuple[list[steady.Parts], list[steady.Parts]] = ([], [])
+    with lockstep.at([block for model in (plain, guided) for block in find_towers(model)[0].blocks]):
+        for number, order in enumerate(turns((0, 1), options.rounds)):
+            if number and steady.settled(number, steady.speed_ups(*parts)):
+                break
+            if device.type == "cuda":
+                ran = [[timed(calls[which], device, options.clock)] for which in order]
+            else:
+                ran = lockstep.run([calls[which] for which in order])
+            for which, found in zip(order, ran):
+                parts[which].append(found)
+    speed_ups = steady.speed_ups(*parts)
     return {
         "over": name,
         **point,
         "value": value,
         "gflops": flops[1] / 1e9,
         "flop_ratio": flops[0] / flops[1],
-        "seconds": spread(seconds[1]),
-        "speed_up": speed_up,
-        "settled": options.rounds >= 3 and apart(speed_up) <= APART,
+        "rounds": len(parts[1]),
+        "seconds": spread([sum(found) for found in parts[1]]),
+        "speed_up": spread(speed_ups),
+        "farthest_half": steady.farthest(speed_ups),
+        "settled": steady.settled(len(parts[1]), speed_ups),
     }
 
 

@@ -17,8 +17,10 @@ from torch import Tensor
 
 from benchmarks.common.clock import timed, turns
 from benchmarks.common.command import add_clock, add_device, add_output, parse, report_on, settle_clock, write
-from benchmarks.common.show import aligned, quartiles, spread
+from benchmarks.common.show import aligned, ratio
 from patchselect.functional import sized_attention
+
+from . import steady
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Attention = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -48,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--tokens", type=int, nargs="+", default=[197, 136, 100, 69], metavar="N")
     add("--batch", type=int, default=8)
     add("--dtype", nargs="+", choices=list(DTYPES), default=["float32", "bfloat16"])
-    add("--rounds", type=int, default=25)
+    add("--rounds", type=int, default=60, help="at most: until all have settled")
     add_device(parser)
     add_clock(parser)
     add_output(parser, "results/sized_attention.json", "JSON file; the table goes beside it")
@@ -65,20 +67,19 @@ def measure(tokens: int, dtype: str, options: argparse.Namespace) -> dict[str, A
     for name in WAYS:  # warm up
         WAYS[name](query, key, value, sizes)
     for order in turns(list(WAYS), options.rounds):
+        if steady.known(seconds["no sizes"], seconds.values()):
+            break
         for name in order:
             seconds[name].append(timed(lambda way=WAYS[name]: way(query, key, value, sizes), device, options.clock))
     apart = (sized_attention(query, key, value, sizes) - widened(query, key, value, sizes)).abs().max()
-    ratios = {
-        name: spread([found / first for found, first in zip(seconds[name], seconds["no sizes"])])
-        for name in ("mask", "wider key")
-    }
+    ratios = {name: steady.compared(seconds[name], seconds["no sizes"]) for name in ("mask", "wider key")}
     return {"tokens": tokens, "dtype": dtype, "seconds": seconds, "ratios": ratios, "apart": float(apart)}
 
 
 def table(records: Sequence[dict[str, Any]]) -> str:
     rows = [["tokens", "dtype", "mask", "wider key", "apart by"]]
     for r in records:
-        ratios = [quartiles(r["ratios"][name], 2) for name in ("mask", "wider key")]
+        ratios = [ratio(r["ratios"][name], 2) for name in ("mask", "wider key")]
         rows.append([str(r["tokens"]), r["dtype"], *ratios, f"{r['apart']:.0e}"])
     return aligned(rows)
 

@@ -9,11 +9,13 @@ itself: what would half of its rounds have said?
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import combinations
 from math import comb
 from statistics import fmean, median
-from typing import List
+from typing import Any, List
+
+from benchmarks.common.show import spread
 
 Parts = List[float]
 """Seconds of the parts of one call."""
@@ -87,3 +89,18 @@ def farthest(found: Sequence[float]) -> float:
 def settled(rounds: int, found: Sequence[float]) -> bool:
     """Tell whether a speed-up is known: after enough rounds, however they are halved, it is nearly the same."""
     return rounds >= FEWEST_ROUNDS and farthest(found) <= SETTLED
+
+
+def compared(over: Sequence[float], under: Sequence[float]) -> dict[str, Any]:
+    """Return what halves of the rounds say of seconds `over` by seconds `under`, whole calls; and whether it is known.
+
+    It is a `spread` with `rounds`, `farthest_half` and `settled`.
+    """
+    found = speed_ups([[call] for call in over], [[call] for call in under])
+    about = {"rounds": len(over), "farthest_half": farthest(found), "settled": settled(len(over), found)}
+    return {**spread(found), **about}
+
+
+def known(base: Sequence[float], others: Iterable[Sequence[float]]) -> bool:
+    """Tell whether more rounds would change the ratio of none of the others to whole calls of the base."""
+    return len(base) >= FEWEST_ROUNDS and all(compared(base, other)["settled"] for other in others)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.common.show import APART, apart, markdown, quartiles, unsettled
+from benchmarks.common.show import markdown, quartiles, ratio, unsettled
 
 Report = dict[str, Any]
 WAYS = {
@@ -13,11 +13,6 @@ WAYS = {
     "the same from a kept prefix": "the same from a kept prefix",
     "one pass for all texts (shared)": 'one pass for all texts (`"shared"`)',
 }
-
-
-def ratio(value: dict[str, float], digits: int = 2) -> str:
-    """Write a ratio with its quartiles, and so where they are too far apart to believe it."""
-    return unsettled({"speed_up": value}, digits) if apart(value) > APART else quartiles(value, digits)
 
 
 def whole(report: Report) -> str:
@@ -102,7 +97,7 @@ def tower(report: Report) -> str:
     rows = [["keep rate", "FLOP ratio (the limit)", "speed-up, median [quartiles]", "efficiency"]]
     for r in report["results"]:
         if r["method"] == "text":
-            found = ratio(r["speed_up"], 3)
+            found = quartiles(r["speed_up"], 3) if r["settled"] else unsettled(r, 3)
             rows.append([f"{r['keep_rate']:g}", f"{r['flop_ratio']:.3f}", found, f"{r['efficiency']:.3f}"])
     model = report["model"]
     return f"{markdown(rows)}\n\n{model['name']} ({model['library']}), batch {report['results'][0]['batch']}"

@@ -24,9 +24,10 @@ import patchselect
 from benchmarks.common.clock import CLOCKS, synchronise, timed, turns
 from benchmarks.common.command import add_clock, add_layers, add_output, parse, report_on, settle_clock, write
 from benchmarks.common.cost import countable
-from benchmarks.common.show import markdown, quartiles, spread
+from benchmarks.common.show import markdown, ratio, spread
 from patchselect.wiring.towers import find_towers
 
+from . import steady
 from .parts import as_parts, parts_table, spent_by_part
 from .whole_hosts import HOSTS, Whole
 
@@ -78,14 +79,16 @@ def measure(options: argparse.Namespace, work: str, size: int, bar: tqdm[Any]) -
             flops[case] = spent(case, counter.get_total_flops)
         synchronise(device)
         bar.update()
+    base = cases[0]
     for order in turns(cases, options.rounds, options.seed):
+        if steady.known(seconds[base], seconds.values()):
+            break
         for case in order:
             patched(case)
             bar.set_description_str(f"{whole.name} {work} {size} px {case[0]}")
             run = partial(lambda case: by_part[case].append(spent(case, clock)), case)
             seconds[case].append(timed(run, device, options.clock))
             bar.update()
-    base = cases[0]
     return [
         {
             "model": whole.name,
@@ -95,7 +98,7 @@ def measure(options: argparse.Namespace, work: str, size: int, bar: tqdm[Any]) -
             "keep_rate": rate,
             "seconds": seconds[method, rate],
             "pairs_per_second": spread([options.batch / s for s in seconds[method, rate]]),
-            "speed_up": spread([b / s for b, s in zip(seconds[base], seconds[method, rate])]),
+            "speed_up": steady.compared(seconds[base], seconds[method, rate]),
             "gflops_per_pair": flops[method, rate]["all"] / 1e9,
             "flop_ratio": flops[base]["all"] / flops[method, rate]["all"],
             "parts": as_parts(flops[method, rate], by_part[method, rate]) if blocks else None,
@@ -114,7 +117,7 @@ def table(records: Sequence[dict[str, Any]]) -> str:
             record["method"],
             "" if first else f"{record['keep_rate']:.2f}",
             f"{pace:.2f}",
-            "1" if first else quartiles(speed, 2),
+            "1" if first else ratio(speed, 2),
             f"{record['gflops_per_pair']:.1f}",
             f"{record['flop_ratio']:.2f}",
             "" if first else f"{speed['median'] / record['flop_ratio']:.2f}",
@@ -132,7 +135,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_layers(parser, [4, 9])
     add("--batch", type=int, default=4, metavar="PAIRS")
     add("--text-length", type=int, default=30, metavar="TOKENS")
-    add("--rounds", type=int, default=5)
+    add("--rounds", type=int, default=16, help="at most: until all have settled")
     add_clock(parser)
     add("--profile", action="store_true", help="also where the time and the FLOPs of a pair go, part by part")
     add_output(parser, "results/whole_model.json", "JSON file; the tables go beside it")
@@ -156,7 +159,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         pairs = [record for record in records if record["parts"] and record["image_size"] == size]
         text += [f"where a pair at {size} px goes", parts_table(pairs)] if pairs else []
     text.append(
-        f"speed-up: median [quartiles] over {options.rounds} rounds; efficiency: speed-up over FLOP ratio.\n{PAPER}\n"
+        f"speed-up: median [quartiles] over halves of the rounds; efficiency: speed-up over FLOP ratio.\n{PAPER}\n"
         f"{report['machine']}, torch {report['versions']['torch']}"
     )
     write(options.output, report, "\n\n".join(text))

@@ -143,6 +143,9 @@ def main(options: argparse.Namespace) -> dict[str, Any]:
     """Ask all models, print the tables, write JSON, Markdown and plot; with `--train`, make a checkpoint instead."""
     if options.train:
         return training.main(options)
+    ignored = [f"--{name}" for name, usual in training.ALONE.items() if getattr(options, name) != usual]
+    if ignored:
+        sys.exit(f"{', '.join(ignored)} can only be said of a model to --train; --seeds names those that are asked")
     torch.set_num_threads(options.threads)
     report = {"commit": commit(), **command.report_on(options)}
     arms = [arm for arm in ARMS if not options.arms or any(part in arm.name for part in (*options.arms, NONE))]

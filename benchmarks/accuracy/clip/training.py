@@ -133,12 +133,16 @@ def pixels(value: str) -> int:
     return size
 
 
+ALONE = {"seed": 0, "size": SIZE, "steps": Training.steps}
+"""Options that nothing but `--train` reads, with their defaults."""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--train", action="store_true", help="train a checkpoint")
-    add("--seed", type=int, default=0, help="of the checkpoint to train")
-    add("--size", type=pixels, default=SIZE, help=f"of its images, in pixels; {PATCH} to a patch")
-    add("--steps", type=int, default=Training.steps)
+    add("--seed", type=int, default=ALONE["seed"], help="of the checkpoint to train")
+    add("--size", type=pixels, default=ALONE["size"], help=f"of its images, in pixels; {PATCH} to a patch")
+    add("--steps", type=int, default=ALONE["steps"], help="of its training")
     add("--threads", type=int, default=torch.get_num_threads())
     add("--checkpoints", type=Path, default=CHECKPOINTS, help="folder of the checkpoints")
 
