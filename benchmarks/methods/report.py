@@ -19,13 +19,13 @@ HEAD = """\
 <!-- made from benchmarks/methods/leaderboard.json by `python -m benchmarks.methods --page` -->
 
 Every method spends the FLOPs that the paper's two selections (TRIPS) spend at keep rates 0.7, 0.5, 0.3 and 0.15: its
-own knob is set so that the FLOPs of the vision tower, counted with relevance, merging and all, are within 1 % of them;
-a cell that is further away says where it is. Where several texts guide one selection, they are counted as one list for
-8 images. Accuracy in %, ± one standard error over questions; in brackets the difference to {baseline} on the same
-questions, ± its standard error. **Bold**: the best of a column, and what is behind it by less than one standard error
-of its own difference to {baseline}. Nothing was trained for a method: models are frozen. They are the small ones of [benchmarks/accuracy/](../benchmarks/accuracy/), on scenes whose contents are
-known: they say which way things go, not what your model will lose. With their width of 64, a text costs far more
-beside a patch than in a ViT-B.
+own knob is set so that the FLOPs of the vision tower, counted with relevance, merging and all, are within 1 % of
+them; a cell that is further away says where it is. Where several texts guide one selection, they are counted as one
+list for 8 images. Accuracy in %, ± one standard error over questions; in brackets the difference to {baseline} on the
+same questions, ± its standard error. **Bold**: the best of a column, and what is behind it by less than one standard
+error of its own difference to {baseline}. Nothing was trained for a method: models are frozen. They are the small
+ones of [benchmarks/accuracy/](../benchmarks/accuracy/), on scenes whose contents are known: they say which way things
+go, not what your model will lose. With their width of 64, a text costs far more beside a patch than in a ViT-B.
 
 ```bash
 ./run accuracy methods                       # all tables, hours on one core; --task, --method and --count ask less
