@@ -8,6 +8,7 @@ import torch
 from since import needs
 
 torch.set_num_threads(1)
+pytest.register_assert_rewrite("prompts_by_hand", "refusals", "tooling")  # as in tests: what failed is shown
 
 TINY = {
     "embed_dim": 32,
