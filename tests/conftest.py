@@ -30,6 +30,23 @@ def tiny(tmp_path_factory):
     return path.stem
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """Small tensors: threads would only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def scenes():
+    """Scenes of the accuracy benchmark."""
+    from benchmarks.accuracy.world.scenes import make_scenes
+
+    return make_scenes(24, seed=3)
+
+
 @pytest.fixture
 def flops():
     """FLOPs can be counted; a test that counts them is skipped under an older torch."""
