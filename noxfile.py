@@ -42,8 +42,10 @@ LLAVA = ("torch==2.1.2", "torchvision==0.16.2", "transformers==4.37.2", "open_cl
 LAVIS = ("torch==2.0.1", "torchvision==0.15.2", "transformers==4.33.2", "open_clip_torch==2.20.0", "timm==0.4.12")
 ALBEF = ("torch==1.13.1", "torchvision==0.14.1", "transformers==4.8.1", "timm==0.4.9")
 MULTIMODAL_457 = (*NEWEST[:2], "transformers==4.57.6", *NEWEST[3:])
-MULTIMODAL_TESTS = ("tests/test_multimodal.py", "tests/test_multimodal_packed.py", "tests/test_multimodal_calls.py",
-                    "tests/test_multimodal_stack.py", "tests/test_prompts.py")  # fmt: skip
+MULTIMODAL_TESTS = (
+    *(f"tests/{path.name}" for path in sorted((ROOT / "tests").glob("test_multimodal*.py"))),
+    "tests/test_prompts.py",
+)
 """Language models that read images have two ways in, one for transformers 5.23 and newer and one for 4.57."""
 OLD = ("numpy<2",)
 """What torch before 2.2 was compiled against."""

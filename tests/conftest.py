@@ -8,6 +8,7 @@ import torch
 from since import needs
 
 torch.set_num_threads(1)
+pytest.register_assert_rewrite("prompts_by_hand", "refusals", "tooling")  # as in tests: what failed is shown
 
 TINY = {
     "embed_dim": 32,
@@ -27,6 +28,23 @@ def tiny(tmp_path_factory):
     path.write_text(json.dumps(TINY))
     open_clip.add_model_config(path)
     return path.stem
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """Small tensors: threads would only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def scenes():
+    """Scenes of the accuracy benchmark."""
+    from benchmarks.accuracy.world.scenes import make_scenes
+
+    return make_scenes(24, seed=3)
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import pytest
 import torch
 from doubles.albef import Block, Vit
 from hosts import HOSTS, build
-from test_guard import refused
+from refusals import refused
 from torch import nn
 
 import patchselect

@@ -1,4 +1,4 @@
-"""Bad input: a clear error each, and the model as it was."""
+"""Bad arguments, texts and calls: a clear error each, and the model as it was."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ import functools
 
 import pytest
 import torch
-from hosts import build, ids, vision_transformer
-from since import needs, since
-from sweeping import on_meta
+from hosts import build, ids
+from refusals import classes
 from torch import nn
 
 import patchselect
@@ -17,10 +16,6 @@ import patchselect
 @pytest.fixture
 def case():
     return build("clip")
-
-
-def classes(model):
-    return {path: type(part) for path, part in model.named_modules()}
 
 
 BAD_ARGUMENTS = [
@@ -179,115 +174,6 @@ def test_a_removed_handle_records_nothing(case):
         handle.record()
 
 
-def test_unsupported_models(case):
-    for model in (nn.Linear(3, 3), nn.Sequential(nn.Conv2d(3, 3, 1))):
-        with pytest.raises(TypeError, match=f"no adapter knows .*{type(model).__name__}"):
-            patchselect.apply(model)
-    with pytest.raises(TypeError, match="must be a torch.nn.Module, got str"):
-        patchselect.apply("ViT-B-16")  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="TorchScript"):
-        patchselect.apply(torch.jit.script(nn.Linear(2, 2)))
-    with pytest.raises(TypeError, match="DataParallel is not supported"):
-        patchselect.apply(nn.DataParallel(case.model))
-
-
-@since("compile")
-def test_compiled_models_are_refused(case):
-    with pytest.raises(TypeError, match="already compiled: call patchselect.apply first"):
-        patchselect.apply(torch.compile(case.model))
-    if hasattr(case.model, "compile"):  # torch 2.1
-        case.model.compile()
-        with pytest.raises(TypeError, match="already compiled"):
-            patchselect.apply(case.model)
-
-
-def test_data_parallel_around_a_patched_model_is_refused():
-    case = build("clip")
-    patchselect.apply(case.model, 0.5)
-    replica = case.model.vision_model.encoder.layers[1]._replicate_for_data_parallel()
-    with pytest.raises(ValueError, match="nn.DataParallel is not supported"):
-        replica(torch.randn(1, 17, 48), None)
-
-
-@pytest.mark.parametrize(
-    ("name", "reason"),
-    [
-        ("RN50", "ModifiedResNet of open_clip cannot be patched"),
-        ("convnext_base", "ConvNeXt of this CLIP cannot be patched"),
-        ("swin_base_patch4_window7_224", "SwinTransformer of this CLIP cannot be patched"),
-        ("vit_relpos_medium_patch16_cls_224", "cannot be patched: .*relative positions"),
-    ],
-)
-def test_open_clip_towers_that_cannot_be_supported_are_refused_by_name(name, reason):
-    needs(*(("towers on meta",) if name == "RN50" else ("towers on meta", "timm on meta")))
-    import open_clip
-
-    with torch.device("meta"):
-        model = open_clip.create_model(name, device="meta")
-    before = classes(model)
-    with pytest.raises(TypeError, match=reason):
-        patchselect.apply(model)
-    assert classes(model) == before
-
-
-def test_dense_readers_are_refused():
-    needs("CLIPSeg")
-    import transformers
-
-    sizes = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2)
-    vision = dict(sizes, image_size=32, patch_size=16)
-    config = transformers.CLIPSegConfig(
-        text_config=dict(sizes, vocab_size=99), vision_config=vision, extract_layers=[0, 1, 2], reduce_dim=16
-    )
-    segmenter = transformers.CLIPSegForImageSegmentation(config)
-    with pytest.raises(TypeError, match="cannot be patched as a whole: what reads the tokens .*'clip.vision_model"):
-        patchselect.apply(segmenter)
-    with pytest.raises(TypeError, match="its segmentation decoder reads a dense grid"):
-        patchselect.apply(segmenter.clip)
-
-
-READERS = {
-    "LlavaNext": "packs their whole grids",
-    "LlavaOnevision": "packs their whole grids",
-    "Gemma3": "averages squares of a whole grid",
-    "Mistral3": "joins neighbours of a whole grid",
-    "Idefics2": "a resampler reads its tower",
-    "Ovis2": "a visual vocabulary",
-}
-
-
-@pytest.mark.parametrize("name", READERS)
-def test_readers_of_whole_grids_are_refused_with_the_reason(name):
-    needs("short prompts")
-    import transformers
-
-    kind = getattr(transformers, f"{name}ForConditionalGeneration")
-    with torch.device("meta"):
-        model = on_meta(kind)
-    before = classes(model)
-    with pytest.raises(TypeError, match=f"{name}ForConditionalGeneration cannot be patched: .*{READERS[name]}"):
-        patchselect.apply(model)
-    with pytest.raises(TypeError, match=f"cannot be patched: .*{READERS[name]}"):
-        patchselect.apply(model.model)
-    assert classes(model) == before
-
-
-@pytest.mark.parametrize("name", ["open_clip", "timm_class_token", "open_clip_siglip"])
-def test_grids_of_a_shortened_sequence_are_refused(name):
-    needs("open_clip intermediates" if name == "open_clip" else "intermediates")
-    case = build(name)
-    patchselect.apply(case.model, 0.5, guidance="image")
-    tower, images = case.tower(case.model), case.images(2)
-    with pytest.raises(ValueError, match=r'use output_fmt="NLC", or handle.record\(\)'):
-        tower.forward_intermediates(images)
-    assert tower.forward_intermediates(images, output_fmt="NLC") is not None
-    assert tower.forward_intermediates(images, None, False, False, False, "NLC") is not None
-    patchselect.apply(case.model, 1.0, guidance="image")
-    tower.forward_intermediates(images)
-    patchselect.remove(case.model)
-    tower.forward_intermediates(images)
-
-
 def test_a_mask_that_the_tower_does_not_read_is_refused_if_it_hides_something(case):
     patchselect.apply(case.model, 0.5)
     images, text = case.images(2), torch.randn(2, 24)
@@ -298,40 +184,6 @@ def test_a_mask_that_the_tower_does_not_read_is_refused_if_it_hides_something(ca
     mask[1, 60:] = 0
     with pytest.raises(ValueError, match="brings pixel_mask, which .* does not read"):
         patchselect.score_pairs(case.model, named, text, progress=False)
-
-
-def test_patch_dropout_cannot_be_recorded():
-    case = build("open_clip")
-    import open_clip
-
-    case.model.visual.patch_dropout = open_clip.transformer.PatchDropout(0.5)
-    handle = patchselect.apply(case.model, 0.5, guidance="image")
-    case.model.train()
-    case.image_side(case.model, case.images(2))
-    with pytest.raises(ValueError, match="patch dropout is on"), handle.record():
-        case.image_side(case.model, case.images(2))
-
-
-def test_a_record_knows_the_grid_of_each_call_and_none_afterwards():
-    needs("intermediates")
-    sizes = dict(img_size=64, patch_size=16, embed_dim=48, depth=6, num_heads=4, dynamic_img_size=True)
-    model = vision_transformer()(**sizes).eval()
-    handle = patchselect.apply(model, 0.5, layers=[1, 4], guidance="image")
-    tall, wide = torch.randn(1, 3, 64, 32), torch.randn(1, 3, 32, 64)
-    with torch.no_grad(), handle.record() as trace:
-        model(tall)
-        tokens = model.forward_features(wide)
-        model.forward_intermediates(wide, output_fmt="NLC")
-        model.blocks[:2](torch.randn(1, 9, 48))
-    assert [entry.grid for entry in trace] == [(4, 2), (4, 2), (2, 4), (2, 4), (2, 4), (2, 4), None]
-    restored = patchselect.restore(tokens, trace[3])
-    assert restored.shape == (1, 2, 4, 48)
-    assert torch.equal(restored.flatten(1, 2)[0, trace[3].kept[0, 0]], tokens[0, 1])
-    for before in (lambda: None, lambda: model(wide)):
-        with pytest.raises(ValueError, match="block 4 selects from what an earlier .*call of the whole tower"):
-            with torch.no_grad(), handle.record():
-                before()
-                model.blocks[4](torch.randn(1, 6, 48))
 
 
 def test_values_refuses_what_it_cannot_read_backwards():
@@ -350,21 +202,3 @@ def test_image_guidance_names_the_relevances_that_need_no_joint_space(name, rele
     case = build(name)
     with pytest.raises(ValueError, match=f"relevance='{relevance}' reads .*use relevance=.keys. or .features."):
         patchselect.apply(case.model, 0.5, guidance="image", relevance=relevance)
-
-
-def test_restore_refuses_what_does_not_fit():
-    case = build("clip_vision")
-    handle = patchselect.apply(case.model, 0.5, guidance="image")
-    with handle.record() as trace:
-        tokens = case.model(case.images(2)).last_hidden_state
-    with pytest.raises(ValueError, match="the trace is empty"):
-        patchselect.restore(tokens, [])
-    with pytest.raises(ValueError, match=r"tokens must be the \(2, 7, D\)"):
-        patchselect.restore(tokens[:, :5], trace)
-    with pytest.raises(ValueError, match="fill must be"):
-        patchselect.restore(tokens, trace, fill="nearest")
-    fused = patchselect.restore(tokens, trace, fill="fused")
-    gone = next(place for place in trace[0].kept[0].tolist() if place not in trace[1].kept[0].tolist())
-    assert torch.equal(fused[0].flatten(0, 1)[gone], tokens[0, -1])
-    without_prefix = patchselect.restore(tokens[:, 1:], trace, fill="fused")
-    assert torch.equal(without_prefix, fused)

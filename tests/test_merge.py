@@ -10,10 +10,11 @@ import pickle
 import pytest
 import torch
 from hosts import HOSTS, build, take, texts
+from hosts.calls import encode, tokens_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from since import loaded, needs, since
-from test_promises import encode, tokens_of
+from towers_by_hand import slow_merge
 
 import patchselect
 from patchselect import functional as op
@@ -40,27 +41,6 @@ def merging(name: str, rate: float = RATE, **options):
     case = build(name)
     handle = patchselect.apply(case.model, rate, options.pop("layers", [3]), merge=0.5, **options)
     return case, handle
-
-
-def slow_merge(tokens, sizes, keys, count, prefix):
-    """One image: tokens `(N, D)`, sizes and where each token went, as lists."""
-    patches = range(len(tokens) - prefix)
-    unit = [keys[prefix + i] / keys[prefix + i].norm().clamp(min=1e-12) for i in patches]
-    pairs = []
-    for even in patches[::2]:
-        cosines = {odd: float(unit[even] @ unit[odd]) for odd in patches[1::2]}
-        if cosines:
-            best = max(cosines, key=lambda odd: (cosines[odd], -odd))
-            pairs.append((-cosines[best], even, best))
-    goes = {even: odd for _, even, odd in sorted(pairs)[:count]}
-    stays = [i for i in patches if i not in goes]
-    out, counts = list(tokens[:prefix]), list(sizes[:prefix])
-    for i in stays:
-        members = [i, *(even for even, odd in goes.items() if odd == i)]
-        counts.append(sum(sizes[prefix + m] for m in members))
-        out.append(sum(sizes[prefix + m] * tokens[prefix + m] for m in members) / counts[-1])
-    into = [*range(prefix), *(prefix + stays.index(goes.get(i, i)) for i in patches)]
-    return torch.stack(out), torch.stack(counts), into
 
 
 @settings(max_examples=150, deadline=None)

@@ -9,10 +9,10 @@ import pytest
 import torch
 from hosts import texts
 from hosts.of_prompts import packed_prompts
+from packed_by_hand import GRIDS, WORDS
+from packed_by_hand import patched as patched_packed
+from prompts_by_hand import guided, inputs_of, patched
 from since import needs, slow
-from test_multimodal import guided, inputs_of, patched
-from test_multimodal_packed import GRIDS, WORDS
-from test_multimodal_packed import patched as patched_packed
 
 import patchselect
 

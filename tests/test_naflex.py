@@ -9,9 +9,9 @@ from unittest import mock
 import pytest
 import torch
 from hosts import build, texts
+from hosts.calls import encode
 from hosts.of_open_clip import naflex, patches_of
 from since import needs, since
-from test_promises import encode
 
 import patchselect
 from patchselect.wiring.towers import find_towers

@@ -1,6 +1,6 @@
 """Padded batches of mixed sizes against an independent float64 computation, image by image, that never sees padding.
 
-The reference is that of test_merge_reference.py: it reads tensors of the state dict, the tokens that come to the first
+The reference is that of towers_by_hand.py: it reads tensors of the state dict, the tokens that come to the first
 block (patches and their positions) and, of a rotary tower, the sines and cosines of each place.
 """
 
@@ -13,9 +13,9 @@ import pytest
 import torch
 from hosts import Case, build, texts
 from hosts.of_open_clip import naflex, patches_of
-from test_merge_reference import TIMM, Names, Reference, erf_gelu, through_the_blocks
 from test_padded import SHAPES, batch
 from torch import Tensor
+from towers_by_hand import TIMM, Names, Reference, erf_gelu, through_the_blocks
 
 import patchselect
 from patchselect.wiring.towers import find_towers

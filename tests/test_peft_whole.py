@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from hosts import build
-from test_tools import check_alike, look, shaken, tool
+from tooling import check_alike, look, shaken, tool
 
 import patchselect
 

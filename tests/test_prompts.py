@@ -11,6 +11,7 @@ from hosts import build, texts
 from hosts.of_prompts import prompts, read
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from prompts_by_hand import inputs_of
 from since import needs
 
 import patchselect
@@ -170,8 +171,6 @@ def test_records_draw_and_restore_over_the_original_grid():
 def test_a_budget_counts_tower_and_prompt(name):
     """What torch counts of a call, at the rate that a budget asks for, is within a token of the budget."""
     needs("short prompts", "counting")
-    from test_multimodal import inputs_of
-
     from benchmarks.common.cost import countable
 
     case = build(name)

@@ -7,10 +7,9 @@ import math
 import pytest
 import torch
 from hosts import build, texts
+from hosts.calls import Guided, encode
 from hosts.of_open_clip import eva
 from since import needs, since
-from test_promises import encode
-from test_stack import Guided
 
 import patchselect
 from patchselect.adapters.rotary import at, turning

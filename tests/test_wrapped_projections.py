@@ -8,7 +8,7 @@ import weakref
 import pytest
 import torch
 from hosts import build, texts
-from test_promises import encode
+from hosts.calls import encode
 from torch import nn
 
 import patchselect

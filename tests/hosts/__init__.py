@@ -80,7 +80,7 @@ PROMPTED: dict[str, Callable[[], Case]] = {
         of_prompts.qwen3_vl,
     )
 }
-"""Language models that read images: what they promise beside is in test_multimodal.py."""
+"""Language models that read images: what they promise beside is in test_multimodal*.py."""
 
 
 def build(name: str, seed: int = 0) -> Case:
