@@ -33,7 +33,7 @@ def host(tiny):
     return load(tiny)
 
 
-def measured(host, monkeypatch, seconds, end=lambda _: float("inf"), cases=CASES, **how):
+def measured(host, monkeypatch, seconds, end=float("inf"), cases=CASES, **how):
     """Measure with a clock that shows what `seconds(number of the call)` says."""
     calls = iter(range(10**6))
 
@@ -66,13 +66,13 @@ def test_rounds_go_on_while_one_has_not(host, monkeypatch):
 
 
 def test_time_that_is_up_ends_all_but_the_first_round(host, monkeypatch):
-    found = measured(host, monkeypatch, lambda call: 1.0, end=lambda _: time.monotonic())
+    found = measured(host, monkeypatch, lambda call: 1.0, end=time.monotonic())
     assert [len(each.seconds) for each in found] == [1] * 3
     assert not settled(found[0], found[1]), "one round tells nothing of its scatter"
 
 
 def test_exactly_so_many_rounds(host, monkeypatch):
-    found = measured(host, monkeypatch, lambda call: 1.0, end=lambda _: time.monotonic(), rounds=5)
+    found = measured(host, monkeypatch, lambda call: 1.0, end=time.monotonic(), rounds=5)
     assert len(found[0].seconds) == 5
 
 
@@ -119,18 +119,6 @@ def test_whole_calls_are_compared_by_the_same_rule():
         steady.compared(base, apart)
     )
     assert ratio(spread([1.0, 1.5, 2.0])) == "not settled: 1.50 ±17%", "an older file, of single rounds"
-
-
-@pytest.mark.parametrize(("seconds", "leaves"), [(1.0, True), (3.7, True), (3.8, False), (20.0, False)])
-def test_a_setting_leaves_to_the_others_what_they_need_if_there_is_so_much(seconds, leaves, monkeypatch):
-    """Six rounds each: of its own, and of one whose rounds take about 3.5 times as long."""
-    one, four = (1, "fp32", "forward", "tower"), (4, "fp32", "forward", "tower")
-    longer = run_module.weight(*four) / run_module.weight(*one)
-    monkeypatch.setattr(run_module.time, "monotonic", lambda: 0.0)
-    until, alone = run_module.leaving(100.0, one, [four]), run_module.leaving(100.0, one, [])
-    monkeypatch.setattr(run_module.time, "monotonic", lambda: 90.0)
-    assert until(seconds) == pytest.approx(100 - leaves * FEWEST_ROUNDS * seconds * longer), "whatever time has gone by"
-    assert 3.4 < longer < 3.6 and alone(seconds) == 100.0
 
 
 def test_twins_share_their_parameters_alone(host):

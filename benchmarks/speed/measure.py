@@ -131,7 +131,7 @@ def measure(
     inputs: Inputs,
     selection: Selection,
     how: How,
-    end: Callable[[float], float],
+    end: float,
     bar: tqdm[Any],
 ) -> list[Measured]:
     """Time all cases of one setting.
@@ -143,8 +143,7 @@ def measure(
         inputs: one batch.
         selection: what `patchselect.apply` takes besides the keep rate and the guidance.
         how: the clock, and what is done with each case before it is timed.
-        end: when to end, of `time.monotonic`, given the seconds of a round: no round begins that would pass it, but
-            for the first.
+        end: of `time.monotonic`: no round begins that would pass it, but for the first.
         bar: told about every call.
     """
     device = inputs.images.device
@@ -199,7 +198,7 @@ def measure(
         for number, order in enumerate(turns(cases, how.rounds or MOST_ROUNDS, how.seed)):
             start = time.monotonic()
             enough = number and how.rounds is None
-            if enough and (start + longest > end(longest) or all(settled(base, each) for each in results.values())):
+            if enough and (start + longest > end or all(settled(base, each) for each in results.values())):
                 break
             bar.total = bar.n + len(cases) * max(1, (how.rounds or 1) - number)
             for case, parts in one_round(order):

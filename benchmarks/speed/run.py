@@ -62,10 +62,9 @@ def run(options: argparse.Namespace, bar: tqdm[Any]) -> Found:
             found.limits[f"{host.image_size}/{view}"] = book.limit(options.keep_rate, view)
             found.flops.update({(host.image_size, view, case): book.of(case, view) for case in cases[view]})
         measured = {}
-        # The short ones first: what can be known in the time shall be.
-        waiting = sorted(combinations, key=lambda combination: weight(*combination))
-        while waiting:
-            batch, precision, work, view = mine = waiting.pop(0)
+        # The short ones first, each until it has settled: what can be known in the time shall be.
+        for mine in sorted(combinations, key=lambda combination: weight(*combination)):
+            batch, precision, work, view = mine
             needed = FEWEST_ROUNDS * pace * weight(*mine)
             if pace and options.rounds is None and time.monotonic() + needed > end:
                 found.notes.append(
@@ -82,7 +81,7 @@ def run(options: argparse.Namespace, bar: tqdm[Any]) -> Found:
                 inputs_of(host, photos, batch),
                 selection,
                 how,
-                leaving(end, mine, tuple(waiting)),
+                end,
                 bar,
             )
             rounds = 1 + len(measured[mine][0].seconds)
@@ -104,20 +103,6 @@ def selection_of(options: argparse.Namespace) -> Selection:
 def weight(batch: int, precision: str, work: str, view: str) -> float:
     """Return about how long a round takes, beside those of other settings."""
     return float(batch**0.9 * (1 if work == "forward" else 3))
-
-
-def leaving(end: float, mine: Combination, rest: Sequence[Combination]) -> Callable[[float], float]:
-    """Return when to end one setting, given the seconds of its rounds: the rest gets what it needs to settle.
-
-    If all of them cannot have that, this one may go on to the `end`.
-    """
-    start, share = time.monotonic(), sum(weight(*each) for each in rest) / weight(*mine)
-
-    def until(round_seconds: float) -> float:
-        needed = FEWEST_ROUNDS * round_seconds
-        return end - needed * share if start + needed * (1 + share) <= end else end
-
-    return until
 
 
 def describe(host: Host, options: argparse.Namespace, found: Found) -> None:
