@@ -11,7 +11,7 @@ import weakref
 import pytest
 import torch
 from kept_directions import WIDTH, block_of, clip_that_selects, counted, fresh, one_text, relevances, same
-from since import since
+from since import since, slow
 from stand_ins import images
 from torch import nn
 
@@ -96,6 +96,7 @@ def test_a_trace_bakes_nothing_in(model, text):
         assert not torch.allclose(call(images(2), other), call(images(2), text))
 
 
+@slow
 @since("fullgraph")
 def test_a_compiled_call_keeps_nothing(model, text, made):
     def call(image, text):

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from since import slow
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = sorted((ROOT / "examples").glob("*.py"))
@@ -53,6 +54,7 @@ def test_an_example_is_read_at_one_sitting(path):
     assert f"python examples/{path.name}" in path.read_text(encoding="utf-8"), "how to run it stands on top"
 
 
+@slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_the_notebook_runs(path):
     for package in ("nbclient", "nbformat", "ipykernel", "open_clip", "skimage", "matplotlib"):

@@ -61,7 +61,7 @@ def test_compiled_paired_calls_take_their_text_from_the_call(name):
 
 @since("compiled selection")
 @pytest.mark.parametrize("relevance", ["keys", "values"])
-@pytest.mark.parametrize("name", ["clip", "openai_clip"])
+@pytest.mark.parametrize("name", ["clip", pytest.param("openai_clip", marks=slow)])
 def test_plain_compile_takes_new_texts(name, relevance):
     """With graph breaks: on releases that trace no guided call whole, and on the newest."""
     case = ready(name, relevance=relevance)
