@@ -31,14 +31,15 @@ def unheard() -> Iterator[None]:
 def has_own_forward(module: nn.Module) -> bool:
     """Tell whether a module carries a `forward` in front of that of its class.
 
-    Where transformers 4.57 has collected hidden states it leaves that of the class behind, bound, which is none.
+    Where transformers 4.57 has collected hidden states it leaves that of the class behind, bound, which is none: the
+    host's own, or the one that a selection has put in its place.
     """
     held = vars(module).get("forward")
     if held is None:
         return False
     kind = type(module)
-    of_class = getattr(vars(kind).get("_patchselect_base", kind), "forward", None)
-    return getattr(held, "__self__", None) is not module or getattr(held, "__func__", None) is not of_class
+    of_class = (vars(kind).get("forward"), getattr(vars(kind).get("_patchselect_base", kind), "forward", None))
+    return getattr(held, "__self__", None) is not module or getattr(held, "__func__", module) not in of_class
 
 
 def asks_hooks(module: nn.Module) -> bool:

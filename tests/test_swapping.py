@@ -67,3 +67,22 @@ def test_whose_forward_a_module_carries():
         assert has_own_forward(module) is own and ("forward" in vars(module)) is own
         unswap(module)
         assert ("forward" in vars(module)) is own
+
+
+@pytest.mark.parametrize("name", ["clip", "siglip", "open_clip", "timm_class_token", "openai_clip", "albef", "mplug"])
+@torch.no_grad()
+def test_a_forward_left_behind_by_a_call_of_a_patched_model_is_none(name):
+    """transformers 4.57 sets those that it wrapped during a call back as bound ones, of the class that they had."""
+    case = build(name)
+    handle = patchselect.apply(case.model, 0.5, guidance="image")
+    expected = case.image_side(case.model, case.images(2))
+    blocks = [tower.blocks[layer] for tower in handle.towers for layer in handle.layers]
+    for block in blocks:
+        block.forward = block.forward
+    patchselect.apply(case.model, 1.0, guidance="image")
+    again = patchselect.apply(case.model, 0.5, guidance="image")
+    assert torch.equal(case.image_side(case.model, case.images(2)), expected)
+    for block in blocks:
+        block.forward = block.forward
+    again.remove()
+    assert not any("forward" in vars(block) for block in blocks)
