@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import product
-from typing import Any, Tuple
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -23,8 +23,6 @@ from .counting import FlopBook
 from .measure import How, Measured, measure
 from .steady import FEWEST_ROUNDS
 
-Combination = Tuple[int, str, str, str]
-"""Batch, precision, pass and view, as `Setting` takes them after the image size."""
 KINDS = {"tome": "published", "fused tome": "fused", "tome front": "front"}
 """Cases of ToMe, as `--tome` names them."""
 
@@ -49,7 +47,7 @@ def run(options: argparse.Namespace, bar: tqdm[Any]) -> Found:
     sizes = options.image_size or [None]
     combinations = list(product(options.batch, options.precision, options.work, options.view))
     how = how_of(options)
-    pace = 0.0  # seconds of a round per image and `weight`, of what was measured so far
+    pace = 0.0  # seconds of a round by `weight`, the most of what was measured so far
     for size in sizes:
         bar.set_description_str(f"loading {options.model}")
         host = load(options.model, size, options.pretrained)
