@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common.results import FOLDER, read
-from benchmarks.common.show import markdown, quartiles, threads, unsettled
+from benchmarks.common.show import markdown, speed_up, threads
 from benchmarks.speed import steadiness as runs
 from benchmarks.speed import tables
 
@@ -35,11 +35,6 @@ def origin(report: dict[str, Any]) -> str:
         f"{about['processor']}, {threads(about['threads'])}, {clock}, torch {report['versions']['torch']}, "
         f"commit {report['commit']}, {report['created'][:10]}"
     )
-
-
-def speed_up(record: dict[str, Any], digits: int = 2) -> str:
-    """Write a speed-up with its quartiles, or that it has not settled."""
-    return quartiles(record["speed_up"], digits) if record["settled"] else unsettled(record)
 
 
 def of(report: dict[str, Any], batch: int, **wanted: Any) -> list[dict[str, Any]]:

@@ -9,8 +9,8 @@ import pickle
 
 import pytest
 import torch
-from hosts import HOSTS, build, take, texts
-from hosts.calls import encode, tokens_of
+from hosts import HOSTS, build, of_dtype, take, texts
+from hosts.calls import check_rows_are_their_own, encode, tokens_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from since import loaded, needs, since
@@ -161,15 +161,7 @@ def test_the_tokens_after_the_selection_do_not_depend_on_merging(name, merge):
 @pytest.mark.parametrize("guidance", ["text", "image"])
 def test_each_row_is_its_own(name, guidance):
     case, _ = merging(name, guidance=guidance)
-    images, text = case.images(4), texts(case, 4)
-
-    def rows(order):
-        return encode(case, take(images, order), text[order] if guidance == "text" else None)
-
-    whole, order = rows(torch.arange(4)), torch.tensor([2, 0, 3, 1])
-    torch.testing.assert_close(rows(order), whole[order], rtol=1e-4, atol=1e-5)
-    for row in range(4):
-        torch.testing.assert_close(rows(torch.tensor([row])), whole[row : row + 1], rtol=1e-4, atol=1e-5)
+    check_rows_are_their_own(case, guidance)
 
 
 @every_host
@@ -258,9 +250,5 @@ def test_training_reaches_the_tower_and_the_text(name, dtype):
 def test_half_precision(name, dtype):
     case, _ = merging(name)
     case.model.to(dtype)
-    images = case.images(2)
-    if isinstance(images, dict):
-        images = {**images, "pixel_values": images["pixel_values"].to(dtype)}
-    else:
-        images = images.to(dtype)
+    images = of_dtype(case.images(2), dtype)
     assert encode(case, images, texts(case, 2).to(dtype)).isfinite().all()

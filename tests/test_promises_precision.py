@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from hosts import build, texts
+from hosts import build, of_dtype, texts
 from hosts.calls import encode
 from promised import RATE, packed_too
 from since import since
@@ -47,11 +47,7 @@ def test_autocast_in_every_way_of_selecting(name, dtype):
 def test_a_text_of_another_dtype_than_the_model(name, model, text):
     case = build(name)
     case.model.to(model)
-    images = case.images(2)
-    if isinstance(images, dict):
-        images = {**images, "pixel_values": images["pixel_values"].to(model)}
-    else:
-        images = images.to(model)
+    images = of_dtype(case.images(2), model)
     for relevance in case.relevances:
         patchselect.apply(case.model, RATE, relevance=relevance)
         assert encode(case, images, texts(case, 2).to(text)).isfinite().all(), relevance
@@ -65,9 +61,6 @@ def test_half_precision_and_autocast(name):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert encode(case, images, text).isfinite().all()
     case.model.to(torch.bfloat16)
-    if isinstance(images, dict):
-        images = {**images, "pixel_values": images["pixel_values"].bfloat16()}
-    else:
-        images = images.bfloat16()
+    images = of_dtype(images, torch.bfloat16)
     assert encode(case, images, text.bfloat16()).isfinite().all()
     assert encode(case, images, text).isfinite().all(), "float32 text guides a bfloat16 model"

@@ -37,6 +37,13 @@ def quartiles(value: Mapping[str, float], digits: int, unit: str = "", scale: fl
     return f"{middle}{unit} [{low}, {high}]"
 
 
+def speed_up(record: Mapping[str, Any], digits: int = 2, digits_unsettled: int = 2) -> str:
+    """Write the speed-up of a record with its quartiles, or that it has not settled."""
+    if record["settled"]:
+        return quartiles(record["speed_up"], digits)
+    return unsettled(record, digits_unsettled)
+
+
 def ratio(value: Mapping[str, Any], digits: int = 2) -> str:
     """Write a ratio with its quartiles, or that it has not settled.
 

@@ -22,7 +22,7 @@ import patchselect
 from benchmarks.common.clock import CLOCKS, timed, turns
 from benchmarks.common.command import add_device, add_layers, add_output, parse, report_on, write
 from benchmarks.common.cost import count_flops
-from benchmarks.common.show import aligned, canvas, quartiles, spread, unsettled
+from benchmarks.common.show import aligned, canvas, speed_up, spread
 from patchselect.wiring.towers import find_towers
 
 from . import steady
@@ -99,11 +99,9 @@ def measure(name: str, value: int, options: argparse.Namespace, build: Callable[
         "value": value,
         "gflops": flops[1] / 1e9,
         "flop_ratio": flops[0] / flops[1],
-        "rounds": len(parts[1]),
         "seconds": spread([sum(found) for found in parts[1]]),
         "speed_up": spread(speed_ups),
-        "farthest_half": steady.farthest(speed_ups),
-        "settled": steady.settled(len(parts[1]), speed_ups),
+        **steady.trust(len(parts[1]), speed_ups),
     }
 
 
@@ -111,10 +109,8 @@ def table(records: Sequence[dict[str, Any]]) -> str:
     """Write one row per point."""
     rows = [["over", "value", "GFLOPs", "seconds", "FLOP ratio", "speed-up"]]
     for r in records:
-        sure = quartiles(r["speed_up"], 3)
-        shown = sure if r["settled"] else unsettled(r)
         figures = [f"{r['gflops']:.1f}", f"{r['seconds']['median']:.3f}", f"{r['flop_ratio']:.3f}"]
-        rows.append([NAMES[r["over"]], str(r["value"]), *figures, shown])
+        rows.append([NAMES[r["over"]], str(r["value"]), *figures, speed_up(r, digits=3)])
     return aligned(rows)
 
 

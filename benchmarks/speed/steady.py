@@ -91,14 +91,18 @@ def settled(rounds: int, found: Sequence[float]) -> bool:
     return rounds >= FEWEST_ROUNDS and farthest(found) <= SETTLED
 
 
+def trust(rounds: int, found: Sequence[float]) -> dict[str, Any]:
+    """Return how far to trust what halves of the rounds have found: `rounds`, `farthest_half`, `settled`."""
+    return {"rounds": rounds, "farthest_half": farthest(found), "settled": settled(rounds, found)}
+
+
 def compared(over: Sequence[float], under: Sequence[float]) -> dict[str, Any]:
     """Return what halves of the rounds say of seconds `over` by seconds `under`, whole calls; and whether it is known.
 
-    It is a `spread` with `rounds`, `farthest_half` and `settled`.
+    It is a `spread`, and what `trust` says.
     """
     found = speed_ups([[call] for call in over], [[call] for call in under])
-    about = {"rounds": len(over), "farthest_half": farthest(found), "settled": settled(len(over), found)}
-    return {**spread(found), **about}
+    return {**spread(found), **trust(len(over), found)}
 
 
 def known(base: Sequence[float], others: Iterable[Sequence[float]]) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.common.show import markdown, quartiles, ratio, unsettled
+from benchmarks.common.show import markdown, quartiles, ratio, speed_up
 
 Report = dict[str, Any]
 WAYS = {
@@ -97,7 +97,7 @@ def tower(report: Report) -> str:
     rows = [["keep rate", "FLOP ratio (the limit)", "speed-up, median [quartiles]", "efficiency"]]
     for r in report["results"]:
         if r["method"] == "text":
-            found = quartiles(r["speed_up"], 3) if r["settled"] else unsettled(r, 3)
+            found = speed_up(r, digits=3, digits_unsettled=3)
             rows.append([f"{r['keep_rate']:g}", f"{r['flop_ratio']:.3f}", found, f"{r['efficiency']:.3f}"])
     model = report["model"]
     return f"{markdown(rows)}\n\n{model['name']} ({model['library']}), batch {report['results'][0]['batch']}"

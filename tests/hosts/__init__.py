@@ -14,7 +14,19 @@ from .case import Case, ids
 from .of_open_clip import vision_transformer
 from .of_transformers import VISION, clip_config
 
-__all__ = ["HOSTS", "PROMPTED", "VISION", "Case", "build", "clip_config", "ids", "take", "texts", "vision_transformer"]
+__all__ = [
+    "HOSTS",
+    "PROMPTED",
+    "VISION",
+    "Case",
+    "build",
+    "clip_config",
+    "ids",
+    "of_dtype",
+    "take",
+    "texts",
+    "vision_transformer",
+]
 
 HOSTS: dict[str, Callable[[], Case]] = {
     builder.__name__: builder
@@ -101,6 +113,13 @@ def build(name: str, seed: int = 0) -> Case:
 def take(images: Any, rows: Any) -> Any:
     """Rows of a batch of images, whatever the host calls images."""
     return {key: value[rows] for key, value in images.items()} if isinstance(images, dict) else images[rows]
+
+
+def of_dtype(images: Any, dtype: torch.dtype) -> Any:
+    """Return images whose pixels have this type."""
+    if isinstance(images, dict):
+        return {**images, "pixel_values": images["pixel_values"].to(dtype)}
+    return images.to(dtype)
 
 
 def texts(case: Case, *shape: int, seed: int = 3) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from statistics import fmean
 
@@ -51,6 +50,11 @@ def methods_at(column: str) -> tuple[str, ...]:
     return TRIED if column.startswith("keep") else BEYOND[float(column[:-1])]
 
 
+def rate_of(column: str) -> float:
+    """Return the keep rate of two selections that a column names; 1 of one that names how many times fewer FLOPs."""
+    return float(column.split()[1]) if column.startswith("keep") else 1.0
+
+
 def asked_on(test: bool = True) -> Questions:
     """Return the questions of the tables, or those that choices are made on."""
     return Questions.make(QUERIES // 2, 8, TEST_SEED if test else VALIDATION_SEED, test=test)
@@ -86,8 +90,7 @@ def measured(
             tune(model, train_sampler(100 + seed, count=3000), Arm(guidance), steps, BATCH, seed)
         questions = asked_on(test)
         for method, column, share in lacking:
-            rate = float(column.split()[1]) if column.startswith("keep") else 1.0
-            with reduced(model, method, rate, share=share) as encode:
+            with reduced(model, method, rate_of(column), share=share) as encode:
                 hits = matching_hits(model, encode, questions).int().tolist()
             records.append({"seed": seed, "trained": trained, "method": method, "column": column, "hits": hits})
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -164,10 +167,11 @@ def costs(shape: Shape = USUAL) -> str:
     for method in TRIED[:1] + TRIED[2:]:
         cells = []
         for column, share in columns(shape).items():
-            rate = float(column.split()[1]) if column.startswith("keep") else 1.0
-            reached = method in methods_at(column)
-            spends = partial(vision_flops, 80, rate, method=method, share=share, shape=shape)
-            cells.append(f"{spends() / whole:.3f}" if reached else "–")
+            if method in methods_at(column):
+                counted = vision_flops(80, rate_of(column), method=method, share=share, shape=shape)
+                cells.append(f"{counted / whole:.3f}")
+            else:
+                cells.append("–")
         rows.append([title(FREE, method), *cells])
     return markdown(rows)
 
